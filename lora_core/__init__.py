@@ -1,0 +1,53 @@
+"""LoRA and QLoRA for any PyTorch model: a few verbs that work in place.
+
+    quantize_nf4(model, skip=["classifier"])                  # QLoRA: 4-bit base weights
+    inject(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_lin", "v_lin"]))
+    ...                                                       # train trainable_parameters(model)
+    save_adapter(model, "out/")                               # PEFT's files
+    merge_and_unload(model)                                   # plain modules again
+
+To read the source, start at `functional.py`, then `layers/linear.py`, then `inject.py`.
+"""
+
+from .adapters import (
+    ParameterCount,
+    base_weight_bytes,
+    count_parameters,
+    delete_adapter,
+    disable_adapters,
+    print_trainable_parameters,
+    set_adapter,
+    trainable_parameters,
+    unload,
+)
+from .config import LoraConfig
+from .errors import LoraError
+from .inject import InjectionReport, inject
+from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
+from .nf4 import QuantizationReport, quantize_nf4
+from .storage import load_adapter, save_adapter
+
+__all__ = [
+    "InjectionReport",
+    "LoraConfig",
+    "LoraError",
+    "MergeReport",
+    "ParameterCount",
+    "QuantizationReport",
+    "base_weight_bytes",
+    "count_parameters",
+    "delete_adapter",
+    "disable_adapters",
+    "inject",
+    "is_merged",
+    "load_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "print_trainable_parameters",
+    "quantize_nf4",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unload",
+    "unmerge_adapter",
+]

@@ -1,0 +1,195 @@
+"""`LoraConfig`: what an adapter is, checked when it is made.
+
+    LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+
+The field names are those of PEFT's `adapter_config.json`, so that a configuration can travel. The update that an
+adapter adds to a weight W is (Hu et al., "LoRA", arXiv 2106.09685, section 4.1)
+
+    W + scaling * B A        scaling = lora_alpha / r        or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+BIAS_MODES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+#: The heads that a task adds to a pretrained model: new, so trained and saved whole (PEFT's lists, by task).
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The settings of one adapter. Immutable; every value is checked when the object is made.
+
+    Args:
+        r: rank of the update, a positive integer.
+        lora_alpha: numerator of the scaling, a positive number.
+        lora_dropout: probability, in [0, 1), with which an element of the adapter's input is zeroed in training.
+        target_modules: which layers to adapt. A list of names: each matches the module of exactly that path or any
+            path that ends in `.name`. A string: a regular expression that must match the whole path. `"all-linear"`:
+            every linear layer but the head.
+        exclude_modules: the same patterns; what they match is left alone.
+        bias: which biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` (those of adapted layers).
+        modules_to_save: modules trained and saved whole. A module is meant when its path ends with an entry, as bare
+            text, which is PEFT's rule: "classifier" means DistilBERT's "pre_classifier" as well.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        init_lora_weights: True: A Kaiming-uniform and B zero; False: B random too, so that the adapter changes the
+            model from the start (of use in tests).
+        rank_pattern, alpha_pattern: {pattern: value}, an r or lora_alpha of its own for some layers. A pattern
+            matches a path that it ends, after a dot or from the start, as a regular expression; the first hit wins.
+        layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
+        layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
+        task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
+        base_model_name_or_path: which base the adapter belongs to; written to its file, not used here.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed; the message names field, value and what is.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    use_rslora: bool = False
+    init_lora_weights: bool = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
+        # A dataclass answers an unknown field with a bare TypeError; a misspelt setting deserves a hint.
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name, value in fields.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise ConfigError(f"LoraConfig has no field {name!r} (given {value!r}); {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        p = self.lora_dropout
+        if not _is_number(p) or not 0 <= p < 1:
+            raise ConfigError(f"lora_dropout must be a probability in [0, 1), not {p!r}")
+        _check_choice("bias", self.bias, BIAS_MODES)
+        if self.task_type is not None:
+            _check_choice("task_type", self.task_type, TASK_TYPES)
+        for name in ("use_rslora", "init_lora_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_regex(name, value)
+            else:
+                self._freeze_names(name, value)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}")
+        self._freeze_names("modules_to_save", self.modules_to_save)
+        self._freeze_pattern("rank_pattern", check_rank)
+        self._freeze_pattern("alpha_pattern", check_alpha)
+        self._freeze_layer_indices()
+
+    def _freeze_names(self, name: str, value: Any) -> None:
+        if value is None:
+            return
+        valid = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
+        if not valid:
+            raise ConfigError(f"{name} must be a list of module names, not {value!r}")
+        if not value:
+            raise ConfigError(f"{name} is an empty list; leave it None or name a module")
+        ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
+        object.__setattr__(self, name, tuple(ordered))
+
+    def _freeze_pattern(self, name: str, check: Any) -> None:
+        pattern = getattr(self, name)
+        if not isinstance(pattern, Mapping):
+            raise ConfigError(f"{name} must be a dictionary of pattern to value, not {pattern!r}")
+        for key, value in pattern.items():
+            _check_regex(name, key)
+            check(f"{name}[{key!r}]", value)
+        object.__setattr__(self, name, dict(pattern))
+
+    def _freeze_layer_indices(self) -> None:
+        indices = self.layers_to_transform
+        if indices is None:
+            if self.layers_pattern is not None:
+                raise ConfigError("layers_pattern is set without layers_to_transform; say which layers, or leave it out")
+            return
+        listed = [indices] if isinstance(indices, int) else indices
+        valid = isinstance(listed, (list, tuple)) and listed and all(type(i) is int and i >= 0 for i in listed)
+        if not valid:
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, not {indices!r}")
+        if isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"layers_to_transform needs target_modules as a list, not the pattern {self.target_modules!r}; "
+                "put the layer numbers into the pattern"
+            )
+        object.__setattr__(self, "layers_to_transform", tuple(listed))
+
+    @property
+    def saved_module_patterns(self) -> tuple[str, ...]:
+        """`modules_to_save` and the heads that `task_type` adds, without repeats, in order."""
+        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
+
+    def rank_for(self, path: str) -> int:
+        """The rank of the layer at `path`, after `rank_pattern`."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def scaling_for(self, path: str) -> float:
+        """The factor before B A for the layer at `path`, after both patterns."""
+        r, alpha = self.rank_for(path), _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def check_rank(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a positive number, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{name} must be a non-empty pattern, not {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default

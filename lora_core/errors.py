@@ -1,0 +1,46 @@
+"""What can go wrong, by name.
+
+Every error that a user's input can cause is a `LoraError`, and also a subclass of the builtin that fits, so both
+`except LoraError` and `except ValueError` do what they say. A message is one line: what was found, what was expected
+and what to do.
+"""
+
+
+class LoraError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+
+class ConfigError(LoraError, ValueError):
+    """A `LoraConfig` field, or an argument, has a value that is not allowed."""
+
+
+class TargetError(LoraError, ValueError):
+    """A name pattern matched nothing, or matched something that can't carry an adapter."""
+
+
+class UnknownAdapterError(LoraError, LookupError):
+    """No adapter of that name is on the model."""
+
+
+class AdapterExistsError(LoraError, ValueError):
+    """An adapter of that name is on the model already."""
+
+
+class AdapterFileMissingError(LoraError, FileNotFoundError):
+    """A directory or file that an adapter needs is not there."""
+
+
+class AdapterFormatError(LoraError, ValueError):
+    """An adapter's files are broken, or say something that the model or this package can't honour."""
+
+
+class MergeError(LoraError, RuntimeError):
+    """Adapters can't be folded into (or taken out of) the base weights as things stand."""
+
+
+class QuantizationError(LoraError, ValueError):
+    """A model can't be quantised to NF4 as asked."""
+
+
+class MissingDependencyError(LoraError, ImportError):
+    """An optional library is needed for this and is not installed."""

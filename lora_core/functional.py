@@ -1,0 +1,224 @@
+"""The maths of LoRA on plain tensors: no modules, no names, no state.
+
+A LoRA linear layer computes (Hu et al., arXiv 2106.09685, equation 3)
+
+    y = x W^T + b + s dropout(x) A^T B^T        W: (d_out, d_in) frozen;  A: (r, d_in) and B: (d_out, r) trained
+
+and, with g = s dy B, its gradients are
+
+    dx = dy W + dropout'(g A)        dA = g^T dropout(x)        dB = s dy^T (dropout(x) A^T)
+
+Written as separate autograd operations this makes several passes over tensors of the size of x and y, and autograd
+keeps copies of them. `lora_linear` is one autograd function instead. For the backward it keeps x itself (shared by the
+layers that read the same x), the thin product dropout(x) A^T, and one bit an element for the dropout; the update is
+added into the base layer's output in place, dx is built in one buffer, and no gradient for W is computed.
+
+Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    dense: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update: x W^T + b + scaling * dropout(x) A^T B^T.
+
+    Args:
+        x: input, (..., d_in), floating point.
+        weight: W, (d_out, d_in), or what `dense` turns into that (packed 4-bit values).
+        bias: b, (d_out,), or None.
+        lora_A: A, (r, d_in), of any float dtype: the product is computed in that of x, or in autocast's.
+        lora_B: B, (d_out, r), likewise.
+        scaling: the factor before the update, a number (lora_alpha / r).
+        dropout: probability with which an element of x is zeroed before A; 0 when not training. It is rounded to a
+            multiple of 1/256, drawn from torch's generator for x's device, and independent from call to call.
+        dense: makes W of `weight`, in a new tensor; called in the forward and again in the backward, so that only the
+            packed form is kept in between.
+
+    Returns:
+        y, (..., d_out), in the dtype of x, or in autocast's.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        weight = weight if dense else weight.to(x.dtype)
+        bias = bias if bias is None else bias.to(x.dtype)
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if torch.compiler.is_compiling() or weight.requires_grad:
+        # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
+        W = dense(weight) if dense else weight
+        return F.linear(x, W, bias) + lora_product(x, lora_A, lora_B, scaling, dropout)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense)
+
+
+def lora_product(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """The update alone, in plain operations: scaling * dropout(x) A^T B^T, (..., d_out); arguments as above."""
+    return scaling * (F.dropout(x, dropout) @ lora_A.to(x.dtype).t() @ lora_B.to(x.dtype).t())
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The fused form of `lora_linear`; the module docstring has the equations."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, s, dropout, dense):
+        _, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        W = dense(weight) if dense else weight
+        x2 = x.reshape(-1, x.shape[-1])  # T d_in
+        keep = h = None
+        if dropout:
+            keep, kept = draw_keep_mask(x2.shape, dropout, x.device)
+            s = s / kept  # dropout's rescaling, on one number instead of on every element
+        if keep is None and folding_pays(x2.shape[0], W.shape[1], W, dense):
+            y = F.linear(x, fold(W, A, B, s, in_place=dense is not None), bias)  # ... d_out
+        else:
+            # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
+            y = F.linear(x, W, bias).contiguous()  # ... d_out
+            h = (x2 if keep is None else keep.to(x.dtype).mul_(x2)) @ A.t()  # T r
+            y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
+
+        ctx.save_for_backward(
+            x if need_A or (need_B and h is None) else None,
+            weight,
+            A,
+            B,
+            h if need_B else None,
+            None if keep is None else pack_bits(keep),
+        )
+        ctx.s, ctx.dense = s, dense
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, A, B, h, bits = ctx.saved_tensors
+        s, dense = ctx.s, ctx.dense
+        need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        dx = dA = dB = dbias = None
+        dy2 = dy.reshape(-1, B.shape[0])  # T d_out
+        x_shape = (dy2.shape[0], A.shape[1])
+        keep = None if bits is None else unpack_bits(bits, x_shape).to(dy.dtype)  # T d_in, of ones and zeros
+        g = (dy2 @ B).mul_(s)  # T r
+        if need_x:
+            W = dense(weight) if dense else weight
+            if keep is None and folding_pays(dy2.shape[0], W.shape[0], W, dense):
+                dx = dy2 @ fold(W, A, B, s, in_place=dense is not None)
+            else:
+                dx = g @ A
+                dx = dx if keep is None else dx.mul_(keep)
+                dx.addmm_(dy2, W)
+            dx = dx.view(*dy.shape[:-1], A.shape[1])
+        if need_B:
+            h = x.reshape(x_shape) @ A.t() if h is None else h
+            dB = (dy2.t() @ h).mul_(s)
+        if need_A:
+            x2 = x.reshape(x_shape)
+            dA = g.t() @ (x2 if keep is None else keep.mul_(x2))
+        if need_bias:
+            dbias = dy2.sum(0)
+        return dx, None, dbias, dA, dB, None, None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    """x W^T + b with W = dense(weight) frozen and made again in the backward, so that W is never kept.
+
+    Args and result as for `lora_linear`; `bias` may be trained.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        bias = bias if bias is None else bias.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return F.linear(x, dense(weight), bias)
+    return _FrozenLinear.apply(x, weight, bias, dense)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The fused form of `frozen_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dense):
+        ctx.save_for_backward(weight)
+        ctx.dense = dense
+        return F.linear(x, dense(weight), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        need_x, _, need_bias, _ = ctx.needs_input_grad
+        dx = dy @ ctx.dense(weight) if need_x else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+        return dx, None, dbias, None
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The update to W that an adapter stands for: scaling * B A, (d_out, d_in), in float32 (float64 for float64)."""
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
+
+
+# --- which way to multiply ------------------------------------------------------------------------------------------
+#
+# Without dropout, x W^T + s (x A^T) B^T is also x (W + s B A)^T, and likewise in the backward (Cherniuk et al., "Run
+# LoRA Run", arXiv 2312.03415). Both do T r (d_in + d_out) multiplications in all for h and g, which the gradients of A
+# and B need anyway. Beyond those, adding the thin product touches each element of the output twice (2 T d_out in the
+# forward, 2 T d_in in the backward), and folding touches each element of W: three times when a copy must be made, twice
+# when W has just been dequantised into a buffer of our own. Rank multiplies both sides alike, so the choice is one of T
+# against the width summed over, measured to turn at twice that width for a copy and at once for a buffer. 16-bit
+# weights are never folded: W + s B A rounded to 16 bits loses most of a small update.
+
+
+def folding_pays(tokens: int, width: int, W: Tensor, dense: Callable | None) -> bool:
+    """Whether x (W + s B A)^T is cheaper than two products, for `tokens` rows summed over `width`."""
+    return W.dtype in (torch.float32, torch.float64) and tokens > width * (1 if dense else 2)
+
+
+def fold(W: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
+    """W + scaling * B A, (d_out, d_in), written over W or into a new tensor."""
+    return W.addmm_(B, A, alpha=scaling) if in_place else torch.addmm(W, B, A, alpha=scaling)
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+def draw_keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
+    """A fresh dropout mask: uint8 of `shape`, 1 (keep) or 0 (drop), and the probability of a 1.
+
+    `dropout` is rounded to a multiple of 1/256: each element compares one random byte with a threshold, and eight bytes
+    are drawn at a time. On a CPU this takes a tenth of the time of `F.dropout`, which draws a double for each element.
+    """
+    n = shape.numel()
+    threshold = min(round(dropout * 256), 255)
+    # Without the bounds random_() leaves the sign bit of an int64 zero, and every eighth byte would be below 128.
+    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None)
+    mask = words.view(torch.uint8)[:n].view(shape)
+    return torch.ge(mask, threshold, out=mask), 1 - threshold / 256
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask of ones and zeros as bits, on the CPU; as it is elsewhere, where numpy does not reach."""
+    return torch.from_numpy(np.packbits(mask.numpy())) if mask.device.type == "cpu" else mask
+
+
+def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The uint8 mask that `pack_bits` packed."""
+    if bits.device.type != "cpu":
+        return bits
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(shape)

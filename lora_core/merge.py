@@ -1,0 +1,161 @@
+"""Folding adapters into the base: reversibly in place, or for good.
+
+    merge_adapter(model);  unmerge_adapter(model)              # in place; unmerging restores every byte
+    report = merge_and_unload(model, dtype=torch.float16)      # plain modules, ready to ship
+
+The sum W + scaling * B A is computed in float32 (float64 for float64 weights) and cast once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .adapters import unload
+from .errors import MergeError
+from .layers import LoraLayer
+from .nf4 import is_quantized, to_dense
+from .registry import activate, adapter_layers, as_names, find_adapter, registry_of, unwrap
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_and_unload` did.
+
+    Attributes:
+        adapters: names of the adapters that were folded in.
+        layers: {path: what casting the sum to the weight's dtype lost, as |cast(W + D) - (W + D)| / |D| in Frobenius
+            norms, with D the update}. Zero in float32; in 16 bits a small update can be lost altogether (1.0).
+        dequantized: paths of 4-bit layers that are dense now.
+    """
+
+    adapters: tuple[str, ...]
+    layers: dict[str, float]
+    dequantized: tuple[str, ...]
+
+    @property
+    def largest_error(self) -> float:
+        return max(self.layers.values(), default=0.0)
+
+    def __str__(self) -> str:
+        dense = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
+        return (
+            f"merged {', '.join(self.adapters)} into {len(self.layers)} layers, "
+            f"losing at most {self.largest_error:.2g} of an update to rounding{dense}"
+        )
+
+
+def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
+    """Folds adapters into the weights, in place: the forward then costs what the base's does.
+
+    The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile.
+
+    Args:
+        model: a model with adapters.
+        names: the adapters to fold, which are made active; None: the active ones.
+
+    Raises:
+        MergeError: adapters are folded in already, none is active, or a folded weight is not finite.
+    """
+    names = _chosen(model, names)
+    activate(model, names)
+    layers = _layers(model, names)
+    try:
+        for path, layer in layers.items():
+            layer.fold(names)
+    except MergeError as error:
+        for layer in layers.values():
+            layer.unfold()
+        raise MergeError(f"{path}: {error}; nothing was merged") from None
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Takes folded adapters out of the weights again: each weight is what it was before, byte for byte.
+
+    Raises:
+        MergeError: no adapter is folded in.
+    """
+    if not is_merged(model):
+        raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
+    for layer in _layers(model, registry_of(model).adapters).values():
+        layer.unfold()
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are folded into the weights now."""
+    return any(layer.lora_folded for layer in _layers(model, registry_of(model).adapters).values())
+
+
+def merge_and_unload(
+    model: nn.Module, names: str | Iterable[str] | None = None, dtype: torch.dtype | None = None
+) -> MergeReport:
+    """Folds adapters into the weights for good: plain modules again, no adapter left.
+
+    Modules that the adapters trained whole, and biases, keep the trained values. Every 4-bit layer of the model becomes
+    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against.
+
+    Args:
+        model: a model with adapters. It is changed; the report is what is returned.
+        names: the adapters to fold; None: the active ones. The others are dropped.
+        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one its compute
+            dtype).
+
+    Raises:
+        MergeError: no adapter is active, an adapted weight is tied to another module's, or a merged weight would not be
+            finite in its dtype. The model is as it was.
+    """
+    if is_merged(model):
+        unmerge_adapter(model)
+    names = _chosen(model, names)
+    activate(model, names)
+    root, registry, layers = unwrap(model), registry_of(model), _layers(model, names)
+    _check_mergeable(root, layers, names, dtype)
+    quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
+
+    errors = {}
+    for path, layer in layers.items():
+        errors[path] = layer.fold(names, dtype)
+        layer.keep_folded()
+    for name in names:  # the trained copies of heads and biases become the base's own
+        registry.originals.update(registry.adapters[name].copies)
+    unload(root)
+    dense = {root.get_submodule(path): None for path in quantized}
+    for path in quantized:
+        layer = root.get_submodule(path)
+        dense[layer] = dense[layer] or to_dense(layer)
+        parent, _, name = path.rpartition(".")
+        setattr(root.get_submodule(parent), name, dense[layer])
+    if dtype is not None:
+        root.to(dtype)
+    return MergeReport(names, errors, tuple(quantized))
+
+
+def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
+    """{path: layer} of every layer that carries one of the adapters `names`."""
+    return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
+
+
+def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:
+    chosen = registry_of(model).active if names is None else as_names(names)
+    if not chosen:
+        raise MergeError("no adapter is active; name the ones to merge")
+    return chosen
+
+
+def _check_mergeable(root: nn.Module, layers: dict[str, LoraLayer], names: Sequence[str], dtype: torch.dtype | None) -> None:
+    """Raises before anything is changed: see `merge_and_unload`."""
+    owners = {id(layer.weight): path for path, layer in layers.items()}
+    for path, parameter in root.named_parameters(remove_duplicate=False):
+        owner = owners.get(id(parameter))
+        if owner is not None and path != f"{owner}.weight":
+            raise MergeError(f"{owner}.weight is tied to {path}, which merging would change too; untie them first")
+    for path, layer in layers.items():
+        for name in names:
+            if name in layer.lora_A and not (layer.lora_A[name].isfinite().all() and layer.lora_B[name].isfinite().all()):
+                raise MergeError(f"{path}: adapter {name!r} has NaN or infinite values; nothing was merged")
+        # Only a cast to float16 can overflow; find out before the first layer is changed.
+        if (dtype or layer.dense_dtype()) == torch.float16 and not layer.folded_weight(names).half().isfinite().all():
+            raise MergeError(f"{path}: the merged weight overflows float16; use dtype=torch.bfloat16; nothing was merged")

@@ -1,0 +1,248 @@
+"""4-bit NF4 base weights: quantise, dequantise, count bytes. The only file that touches bitsandbytes.
+
+    report = quantize_nf4(model, skip=["classifier"])     # in place; then inject(...): QLoRA
+
+NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3) cuts a weight into blocks of 64 values, divides each block
+by its largest magnitude, and stores for each value the index of the nearest of 16 quantiles of a normal distribution.
+Double quantisation stores the block scales in 8 bits too, with one float32 for 256 of them:
+
+    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a parameter
+
+A layer's weight stays packed; it is dequantised for each product, in the forward and again in the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MissingDependencyError, QuantizationError
+from .functional import frozen_linear
+from .targets import HEAD_NAMES, match_patterns
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_nf4` did.
+
+    Attributes:
+        layers: paths of the layers that are now 4-bit.
+        skipped: paths of the linear layers that were left as they are.
+        parameters: number of weights quantised.
+        bytes_before, bytes_after: bytes of those weights, before and after, quantisation constants included.
+    """
+
+    layers: tuple[str, ...]
+    skipped: tuple[str, ...]
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.bytes_after / self.parameters
+
+    def __str__(self) -> str:
+        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        return (
+            f"{len(self.layers)} layers to NF4: {before:.1f} -> {after:.1f} MiB, "
+            f"{self.bits_per_parameter:.3f} bits a parameter; {len(self.skipped)} linear layers left as they are"
+        )
+
+
+def quantize_nf4(
+    model: nn.Module,
+    skip: Sequence[str] = (),
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = True,
+    block_size: int = 64,
+) -> QuantizationReport:
+    """Replaces the linear layers of `model` by 4-bit ones, in place, on whatever device they are (CPU or CUDA).
+
+    Left as they are: layers that `skip` names; heads (HEAD_NAMES), which are usually new; layers that carry an adapter or
+    are trained whole; and, once anything in the model has been frozen, every layer whose weight is not. (In a model as
+    loaded everything still requires gradients, so there the flag says nothing.)
+
+    Args:
+        model: any module; its layers of type `nn.Linear` are candidates.
+        skip: names to leave dense: a whole path or the end of one, after a dot. Name newly initialised layers here.
+        compute_dtype: dtype that the products are computed in; None: that of the weight before.
+        double_quant: store the block scales in 8 bits too.
+        block_size: values that share a scale: 64, 128, 256, ..., 4096.
+
+    Returns:
+        A report of layers and bytes.
+
+    Raises:
+        TargetError: a name in `skip` matches nothing.
+        QuantizationError: nothing is left to quantise, or a setting or a weight's dtype is not supported.
+        MissingDependencyError: bitsandbytes is not installed.
+    """
+    if compute_dtype not in (None, *COMPUTE_DTYPES):
+        raise QuantizationError(f"compute_dtype must be float32, bfloat16 or float16, not {compute_dtype}")
+    if block_size not in BLOCK_SIZES:
+        raise QuantizationError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size!r}")
+    if isinstance(skip, str):
+        raise QuantizationError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped_names = set().union(*match_patterns("skip", skip, list(modules)).values())
+    freezing = any(not p.requires_grad for p in model.parameters())
+    chosen, left = {}, []
+    for path, module in modules.items():
+        if not isinstance(module, nn.Linear) or is_quantized(module):
+            continue
+        is_head = path.rpartition(".")[2] in HEAD_NAMES
+        trained = freezing and module.weight.requires_grad
+        if type(module) is not nn.Linear or is_head or trained or _named(path, skipped_names):
+            left.append(path)
+        elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
+            kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
+            raise QuantizationError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
+        else:
+            chosen[path] = module
+    if not chosen:
+        raise QuantizationError("found no dense nn.Linear layer to quantise: all are 4-bit already, skipped or trained")
+
+    before = sum(m.weight.nbytes for m in set(chosen.values()))
+    quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
+    for path, module in chosen.items():
+        if module not in quantized:
+            quantized[module] = _to_4bit(module, compute_dtype, double_quant, block_size)
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, quantized[module])
+    return QuantizationReport(
+        layers=tuple(chosen),
+        skipped=tuple(left),
+        parameters=sum(m.in_features * m.out_features for m in quantized.values()),
+        bytes_before=before,
+        bytes_after=sum(parameter_bytes(m.weight) for m in quantized.values()),
+    )
+
+
+def _named(path: str, names: set[str]) -> bool:
+    """Whether `path` is one of `names` or inside one."""
+    return any(path == n or path.startswith(f"{n}.") for n in names)
+
+
+def _to_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None, double_quant: bool, block_size: int) -> nn.Module:
+    weight, bias = linear.weight, linear.bias
+    layer = linear_4bit_class()(
+        linear.in_features,
+        linear.out_features,
+        bias=bias is not None,
+        compute_dtype=compute_dtype or weight.dtype,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        device="meta",  # no memory for a weight that is replaced on the next line
+    )
+    packed = bitsandbytes().nn.Params4bit(
+        weight.detach(),
+        requires_grad=False,
+        blocksize=block_size,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        module=layer,
+    )
+    layer.weight = packed.to(weight.device)  # bitsandbytes quantises when the parameter is moved
+    layer.bias = bias
+    return layer.train(linear.training)
+
+
+# --- one layer ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bitsandbytes() -> Any:
+    """The bitsandbytes library, imported when 4-bit weights are first asked for."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise MissingDependencyError(f"4-bit weights need bitsandbytes ({error}); pip install bitsandbytes") from None
+    return bnb
+
+
+@functools.cache
+def linear_4bit_class() -> type[nn.Linear]:
+    """The class of a frozen NF4 layer: a `bitsandbytes.nn.Linear4bit` with a forward of its own.
+
+    bitsandbytes' own forward repacks the weight for inference on some CPUs, rounding its scales to bfloat16: evaluating
+    a model would change it. This one always computes with exactly the dequantised weight.
+    """
+
+    class Linear4bit(bitsandbytes().nn.Linear4bit):
+        def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
+            x_in, bias, dense, dtype_out = prepare_4bit(self, x)
+            return frozen_linear(x_in, self.weight, bias, dense).to(dtype_out)
+
+    return Linear4bit
+
+
+def prepare_4bit(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor], torch.dtype]:
+    """What a product with a 4-bit layer needs: x and bias in its compute dtype, the dequantiser, the output's dtype.
+
+    The compute dtype is autocast's if that is on, else the layer's, else that of x; the output has the dtype of x,
+    or autocast's.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = dtype_out = torch.get_autocast_dtype(device)
+    else:
+        dtype, dtype_out = layer.compute_dtype or x.dtype, x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return x.to(dtype), bias, dequantizer(layer, dtype), dtype_out
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a 4-bit layer of bitsandbytes: ours, or one that transformers loaded."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def dequantizer(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function from the layer's packed weight to the dense one: (d_out, d_in), of `dtype`, a new tensor."""
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        # A forward of bitsandbytes in eval mode has repacked the weight; see `linear_4bit_class`.
+        functional = bitsandbytes().functional
+        layer.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    return lambda packed: bitsandbytes().functional.dequantize_4bit(packed, state).to(dtype)
+
+
+def dequantize(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight that a 4-bit layer computes with: (d_out, d_in), a new tensor."""
+    return dequantizer(layer, dtype)(layer.weight.detach())
+
+
+def to_dense(layer: nn.Module) -> nn.Linear:
+    """A plain `nn.Linear` that computes what a 4-bit layer does; it holds the dense weight in the compute dtype.
+
+    `layer` may be one whose weight is dense already, a merged one: then the new layer shares it.
+    """
+    weight = layer.weight
+    if is_quantized(layer):
+        dtype = layer.compute_dtype or weight.quant_state.dtype
+        weight = nn.Parameter(dequantize(layer, dtype), requires_grad=False)
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight, linear.bias = weight, layer.bias
+    return linear.train(layer.training)
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    """Bytes that a parameter holds: of a 4-bit one the packed values and their scales.
+
+    The format's two lookup tables (16 and 256 constants) are not counted: they do not grow with the weight.
+    """
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.nbytes
+    scales = [state.absmax] + ([state.state2.absmax, state.offset] if state.nested else [])
+    return parameter.nbytes + sum(t.nbytes for t in scales)
