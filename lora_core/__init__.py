@@ -21,6 +21,7 @@ from .adapters import (
     unload,
 )
 from .config import LoraConfig
+from .dropout import use_fast_dropout
 from .errors import LoraError
 from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
@@ -50,4 +51,5 @@ __all__ = [
     "trainable_parameters",
     "unload",
     "unmerge_adapter",
+    "use_fast_dropout",
 ]

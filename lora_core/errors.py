@@ -44,3 +44,7 @@ class QuantizationError(LoraError, ValueError):
 
 class MissingDependencyError(LoraError, ImportError):
     """An optional library is needed for this and is not installed."""
+
+
+class SecondDerivativeError(LoraError, RuntimeError):
+    """A gradient of a gradient was asked for, which the fused layers don't have."""

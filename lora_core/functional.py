@@ -19,12 +19,13 @@ Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import methodcaller
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .dropout import draw_keep_mask, first_derivative_only, pack_bits, unpack_bits
 
 
 def lora_linear(
@@ -36,6 +37,7 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
     dense: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A linear layer with a low-rank update: x W^T + b + scaling * dropout(x) A^T B^T.
 
@@ -43,28 +45,37 @@ def lora_linear(
         x: input, (..., d_in), floating point.
         weight: W, (d_out, d_in), or what `dense` turns into that (packed 4-bit values).
         bias: b, (d_out,), or None.
-        lora_A: A, (r, d_in), of any float dtype: the product is computed in that of x, or in autocast's.
+        lora_A: A, (r, d_in), of any float dtype.
         lora_B: B, (d_out, r), likewise.
         scaling: the factor before the update, a number (lora_alpha / r).
         dropout: probability with which an element of x is zeroed before A; 0 when not training. It is rounded to a
             multiple of 1/256, drawn from torch's generator for x's device, and independent from call to call.
-        dense: makes W of `weight`, in a new tensor; called in the forward and again in the backward, so that only the
-            packed form is kept in between.
+        dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
+            backward, so that only the packed form is kept in between.
+        dtype: what to compute in, and the result's dtype; None: autocast's if that is on, else that of x.
 
     Returns:
-        y, (..., d_out), in the dtype of x, or in autocast's.
+        y, (..., d_out).
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-        weight = weight if dense else weight.to(x.dtype)
-        bias = bias if bias is None else bias.to(x.dtype)
-    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if dtype is None:
+        dtype = autocast_dtype(x)
+        if dense is None and weight.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+            dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
+    bias = None if bias is None else bias.to(dtype)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     if torch.compiler.is_compiling() or weight.requires_grad:
         # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
-        W = dense(weight) if dense else weight
+        x, W = x.to(dtype), dense(weight) if dense else weight
         return F.linear(x, W, bias) + lora_product(x, lora_A, lora_B, scaling, dropout)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense, dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x is computed in: autocast's if that is on, which leaves float64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def lora_product(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -76,35 +87,36 @@ class _LoraLinear(torch.autograd.Function):
     """The fused form of `lora_linear`; the module docstring has the equations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, s, dropout, dense):
-        _, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+    def forward(ctx, x, weight, bias, A, B, s, dropout, dense, dtype):
+        need_A, need_B = ctx.needs_input_grad[3:5]
         W = dense(weight) if dense else weight
-        x2 = x.reshape(-1, x.shape[-1])  # T d_in
+        x_cast = x.to(dtype)
+        x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
         keep = h = None
         if dropout:
             keep, kept = draw_keep_mask(x2.shape, dropout, x.device)
             s = s / kept  # dropout's rescaling, on one number instead of on every element
         if keep is None and folding_pays(x2.shape[0], W.shape[1], W, dense):
-            y = F.linear(x, fold(W, A, B, s, in_place=dense is not None), bias)  # ... d_out
+            y = F.linear(x_cast, fold(W, A, B, s, in_place=dense is not None), bias)  # ... d_out
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-            y = F.linear(x, W, bias).contiguous()  # ... d_out
-            h = (x2 if keep is None else keep.to(x.dtype).mul_(x2)) @ A.t()  # T r
+            y = F.linear(x_cast, W, bias).contiguous()  # ... d_out
+            h = (x2 if keep is None else keep.to(dtype).mul_(x2)) @ A.t()  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
         ctx.save_for_backward(
-            x if need_A or (need_B and h is None) else None,
+            x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
             weight,
             A,
             B,
             h if need_B else None,
-            None if keep is None else pack_bits(keep),
+            pack_bits(keep) if keep is not None and any(ctx.needs_input_grad) else None,
         )
-        ctx.s, ctx.dense = s, dense
+        ctx.s, ctx.dense, ctx.x_dtype = s, dense, x.dtype
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         x, weight, A, B, h, bits = ctx.saved_tensors
         s, dense = ctx.s, ctx.dense
@@ -112,6 +124,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = dA = dB = dbias = None
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
         x_shape = (dy2.shape[0], A.shape[1])
+        x2 = None if x is None else x.to(dy.dtype).reshape(x_shape)  # T d_in
         keep = None if bits is None else unpack_bits(bits, x_shape).to(dy.dtype)  # T d_in, of ones and zeros
         g = (dy2 @ B).mul_(s)  # T r
         if need_x:
@@ -122,30 +135,28 @@ class _LoraLinear(torch.autograd.Function):
                 dx = g @ A
                 dx = dx if keep is None else dx.mul_(keep)
                 dx.addmm_(dy2, W)
-            dx = dx.view(*dy.shape[:-1], A.shape[1])
+            dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
         if need_B:
-            h = x.reshape(x_shape) @ A.t() if h is None else h
+            h = x2 @ A.t() if h is None else h
             dB = (dy2.t() @ h).mul_(s)
         if need_A:
-            x2 = x.reshape(x_shape)
             dA = g.t() @ (x2 if keep is None else keep.mul_(x2))
         if need_bias:
             dbias = dy2.sum(0)
-        return dx, None, dbias, dA, dB, None, None, None
+        return dx, None, dbias, dA, dB, None, None, None, None
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    """x W^T + b with W = dense(weight) frozen and made again in the backward, so that W is never kept.
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """x W^T + b, computed in `dtype`, with W = dense(weight) frozen and made again in the backward, never kept.
 
-    Args and result as for `lora_linear`; `bias` may be trained.
+    Shapes as for `lora_linear`; `bias` may be trained.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-        bias = bias if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():
-        return F.linear(x, dense(weight), bias)
-    return _FrozenLinear.apply(x, weight, bias, dense)
+        return F.linear(x.to(dtype), dense(weight), bias)
+    return _FrozenLinear.apply(x.to(dtype), weight, bias, dense)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -158,7 +169,7 @@ class _FrozenLinear(torch.autograd.Function):
         return F.linear(x, dense(weight), bias)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
         need_x, _, need_bias, _ = ctx.needs_input_grad
@@ -192,33 +203,3 @@ def folding_pays(tokens: int, width: int, W: Tensor, dense: Callable | None) -> 
 def fold(W: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
     """W + scaling * B A, (d_out, d_in), written over W or into a new tensor."""
     return W.addmm_(B, A, alpha=scaling) if in_place else torch.addmm(W, B, A, alpha=scaling)
-
-
-# --- dropout --------------------------------------------------------------------------------------------------------
-
-
-def draw_keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """A fresh dropout mask: uint8 of `shape`, 1 (keep) or 0 (drop), and the probability of a 1.
-
-    `dropout` is rounded to a multiple of 1/256: each element compares one random byte with a threshold, and eight bytes
-    are drawn at a time. On a CPU this takes a tenth of the time of `F.dropout`, which draws a double for each element.
-    """
-    n = shape.numel()
-    threshold = min(round(dropout * 256), 255)
-    # Without the bounds random_() leaves the sign bit of an int64 zero, and every eighth byte would be below 128.
-    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None)
-    mask = words.view(torch.uint8)[:n].view(shape)
-    return torch.ge(mask, threshold, out=mask), 1 - threshold / 256
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """A mask of ones and zeros as bits, on the CPU; as it is elsewhere, where numpy does not reach."""
-    return torch.from_numpy(np.packbits(mask.numpy())) if mask.device.type == "cpu" else mask
-
-
-def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The uint8 mask that `pack_bits` packed."""
-    if bits.device.type != "cpu":
-        return bits
-    count = int(np.prod(shape))
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .config import TASK_HEADS, LoraConfig
@@ -26,7 +27,7 @@ from .registry import (
     registry_of,
     unwrap,
 )
-from .targets import Targets, match_saved_modules, select_targets
+from .targets import Targets, match_saved_modules, output_layer, select_targets
 
 LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
 
@@ -115,14 +116,10 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
             f"task_type {config.task_type!r}: found no head called {' or '.join(map(repr, heads))}; "
             "name the model's in modules_to_save, or leave task_type out"
         )
-    linear = {path for path, module in modules.items() if issubclass(lora_class(module) or object, LINEAR_LAYERS)}
+    head = output_layer(model)
+    linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
     targets = select_targets(config, paths, linear, saved, strict)
-    for path in targets.paths:
-        if lora_class(modules[path]) is None:
-            raise TargetError(
-                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
-                "target nn.Linear, 4-bit linear or Conv1D layers"
-            )
+    _check_targets(model, modules, targets.paths)
     for path in saved:
         if any(is_quantized(m) for m in modules[path].modules()):
             raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
@@ -131,10 +128,30 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     return Plan(targets, saved, _trained_biases(model, config, targets.paths, saved))
 
 
+def _check_targets(model: nn.Module, modules: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
+    """Raises a TargetError for a module on which an adapter could not take effect."""
+    adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
+    whole = {path for adapter in adapters for path in adapter.saved_modules}
+    for path in targets:
+        if lora_class(modules[path]) is None:
+            raise TargetError(
+                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
+                "target nn.Linear, 4-bit linear or Conv1D layers"
+            )
+        if any(path == w or path.startswith(f"{w}.") for w in whole):
+            raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
+        parent = modules.get(path.rpartition(".")[0], model)
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise TargetError(
+                f"target_modules: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
+                "its layers without calling them; call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+
+
 def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str], saved: Sequence[str]) -> tuple[str, ...]:
     """Paths of the base's biases that `config.bias` trains; "all" means every parameter that has "bias" in its path."""
     if config.bias == "all":
-        paths = [path for path, _ in model.named_parameters() if "bias" in path]
+        paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if "bias" in path]
         return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
     if config.bias == "lora_only":
         return tuple(f"{path}.bias" for path in layers if model.get_submodule(path).bias is not None)
@@ -197,5 +214,7 @@ def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in copies and path not in base:
             shared = next(p for p in base if base[p] is parameter)
-            raise TargetError(f"{shared!r} is tied to {path!r}, which would not be trained with it; name both in modules_to_save")
+            raise TargetError(
+                f"{shared!r} is tied to {path!r}, which would not be trained with it; name both in modules_to_save"
+            )
     return {path: copies[id(tensor)] for path, tensor in base.items()}

@@ -60,7 +60,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) ->
     Raises:
         MergeError: adapters are folded in already, none is active, or a folded weight is not finite.
     """
-    names = _chosen(model, names)
+    names, active = _chosen(model, names), registry_of(model).active
     activate(model, names)
     layers = _layers(model, names)
     try:
@@ -69,6 +69,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) ->
     except MergeError as error:
         for layer in layers.values():
             layer.unfold()
+        activate(model, active)
         raise MergeError(f"{path}: {error}; nothing was merged") from None
 
 
@@ -100,19 +101,26 @@ def merge_and_unload(
     Args:
         model: a model with adapters. It is changed; the report is what is returned.
         names: the adapters to fold; None: the active ones. The others are dropped.
-        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one its compute
-            dtype).
+        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one takes that from
+            before it was packed).
 
     Raises:
         MergeError: no adapter is active, an adapted weight is tied to another module's, or a merged weight would not be
             finite in its dtype. The model is as it was.
     """
-    if is_merged(model):
+    root, registry = unwrap(model), registry_of(model)
+    names, active, merged = _chosen(model, names), registry.active, is_merged(model)
+    layers = _layers(model, names)
+    if merged:
         unmerge_adapter(model)
-    names = _chosen(model, names)
     activate(model, names)
-    root, registry, layers = unwrap(model), registry_of(model), _layers(model, names)
-    _check_mergeable(root, layers, names, dtype)
+    try:
+        _check_mergeable(root, layers, names, dtype)
+    except MergeError:
+        activate(model, active)
+        if merged:
+            merge_adapter(model)
+        raise
     quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
 
     errors = {}
@@ -129,7 +137,7 @@ def merge_and_unload(
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, dense[layer])
     if dtype is not None:
-        root.to(dtype)
+        nn.Module.to(root, dtype)  # transformers' own `to` still takes the model for a 4-bit one
     return MergeReport(names, errors, tuple(quantized))
 
 
@@ -153,9 +161,17 @@ def _check_mergeable(root: nn.Module, layers: dict[str, LoraLayer], names: Seque
         if owner is not None and path != f"{owner}.weight":
             raise MergeError(f"{owner}.weight is tied to {path}, which merging would change too; untie them first")
     for path, layer in layers.items():
-        for name in names:
-            if name in layer.lora_A and not (layer.lora_A[name].isfinite().all() and layer.lora_B[name].isfinite().all()):
-                raise MergeError(f"{path}: adapter {name!r} has NaN or infinite values; nothing was merged")
-        # Only a cast to float16 can overflow; find out before the first layer is changed.
-        if (dtype or layer.dense_dtype()) == torch.float16 and not layer.folded_weight(names).half().isfinite().all():
-            raise MergeError(f"{path}: the merged weight overflows float16; use dtype=torch.bfloat16; nothing was merged")
+        try:
+            merged = layer.folded_weight(names)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        _check_cast(f"{path}: the merged weight", merged, dtype or layer.dense_dtype())
+    if dtype is not None:
+        for path, parameter in root.named_parameters():
+            if id(parameter) not in owners and parameter.is_floating_point():
+                _check_cast(path, parameter.detach(), dtype)
+
+
+def _check_cast(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.isfinite().all() and not tensor.to(dtype).isfinite().all():
+        raise MergeError(f"{what} overflows {str(dtype).removeprefix('torch.')}; use dtype=torch.bfloat16; nothing was merged")

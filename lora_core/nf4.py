@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingDependencyError, QuantizationError
-from .functional import frozen_linear
-from .targets import HEAD_NAMES, match_patterns
+from .functional import autocast_dtype, frozen_linear
+from .targets import is_head, match_patterns, output_layer
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -97,13 +97,13 @@ def quantize_nf4(
     modules = dict(model.named_modules(remove_duplicate=False))
     skipped_names = set().union(*match_patterns("skip", skip, list(modules)).values())
     freezing = any(not p.requires_grad for p in model.parameters())
+    head = output_layer(model)
     chosen, left = {}, []
     for path, module in modules.items():
         if not isinstance(module, nn.Linear) or is_quantized(module):
             continue
-        is_head = path.rpartition(".")[2] in HEAD_NAMES
         trained = freezing and module.weight.requires_grad
-        if type(module) is not nn.Linear or is_head or trained or _named(path, skipped_names):
+        if type(module) is not nn.Linear or module is head or is_head(path) or trained or _named(path, skipped_names):
             left.append(path)
         elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
             kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
@@ -181,25 +181,36 @@ def linear_4bit_class() -> type[nn.Linear]:
 
     class Linear4bit(bitsandbytes().nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-            x_in, bias, dense, dtype_out = prepare_4bit(self, x)
-            return frozen_linear(x_in, self.weight, bias, dense).to(dtype_out)
+            dtype, result_dtype = compute_dtypes(self, x)
+            return frozen_linear(x, self.weight, self.bias, dequantizer(self, dtype), dtype).to(result_dtype)
 
     return Linear4bit
 
 
-def prepare_4bit(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor], torch.dtype]:
-    """What a product with a 4-bit layer needs: x and bias in its compute dtype, the dequantiser, the output's dtype.
+def replace_forward(model: nn.Module) -> list[nn.Module]:
+    """Gives bitsandbytes' own 4-bit layers in `model` the forward of `linear_4bit_class`; returns them.
 
-    The compute dtype is autocast's if that is on, else the layer's, else that of x; the output has the dtype of x,
-    or autocast's.
+    Besides changing the weight their forward stops passing gradients on, in training too, once it has repacked it.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = dtype_out = torch.get_autocast_dtype(device)
-    else:
-        dtype, dtype_out = layer.compute_dtype or x.dtype, x.dtype
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return x.to(dtype), bias, dequantizer(layer, dtype), dtype_out
+    layers = [m for m in model.modules() if is_quantized(m) and type(m).__module__.startswith("bitsandbytes.")]
+    layers = [m for m in layers if type(m) is bitsandbytes().nn.Linear4bit]
+    for layer in layers:
+        layer.__class__ = linear_4bit_class()
+    return layers
+
+
+def restore_forward(layers: Sequence[nn.Module]) -> None:
+    """The reverse of `replace_forward`."""
+    for layer in layers:
+        layer.__class__ = bitsandbytes().nn.Linear4bit
+
+
+def compute_dtypes(layer: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What a 4-bit layer computes in and what it returns, given x: autocast's dtype for both if that is on; else the
+    layer's compute dtype (that of x if it has none), and the dtype of x."""
+    if torch.is_autocast_enabled(x.device.type):
+        return (autocast_dtype(x),) * 2
+    return layer.compute_dtype or x.dtype, x.dtype
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -212,9 +223,17 @@ def dequantizer(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tens
     state = layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         # A forward of bitsandbytes in eval mode has repacked the weight; see `linear_4bit_class`.
-        functional = bitsandbytes().functional
+        functional, scales = bitsandbytes().functional, state.absmax
         layer.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+        if state.absmax is scales:  # without double quantisation it leaves them transposed, in bfloat16
+            state.absmax = scales.t().reshape(-1).float()
     return lambda packed: bitsandbytes().functional.dequantize_4bit(packed, state).to(dtype)
+
+
+def dense_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a 4-bit layer's weight had before it was packed, which the model around it still has."""
+    state = layer.weight.quant_state
+    return getattr(state, "original_dtype", state.dtype)  # repacking for a CPU says bfloat16 and keeps the true one here
 
 
 def dequantize(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,16 +242,17 @@ def dequantize(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_dense(layer: nn.Module) -> nn.Linear:
-    """A plain `nn.Linear` that computes what a 4-bit layer does; it holds the dense weight in the compute dtype.
+    """A plain `nn.Linear` with the weight that a 4-bit layer computes with, in the dtype it had before it was packed.
 
     `layer` may be one whose weight is dense already, a merged one: then the new layer shares it.
     """
     weight = layer.weight
     if is_quantized(layer):
-        dtype = layer.compute_dtype or weight.quant_state.dtype
-        weight = nn.Parameter(dequantize(layer, dtype), requires_grad=False)
+        weight = nn.Parameter(dequantize(layer, dense_dtype(layer)), requires_grad=False)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight, linear.bias = weight, layer.bias
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.to(weight.dtype)  # bitsandbytes' forward casts it to the compute dtype
     return linear.train(layer.training)
 
 

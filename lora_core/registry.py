@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 from .errors import AdapterExistsError, ConfigError, MergeError, UnknownAdapterError
 from .layers.base import LoraLayer
+from .nf4 import replace_forward, restore_forward
 
 _ATTRIBUTE = "lora_registry"
 
@@ -48,12 +49,14 @@ class Registry:
         active: names of the active ones.
         originals: {tensor path: the base's own tensor}, of every path that an adapter has a copy of.
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
+        layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     trainable_before: frozenset[str] = frozenset()
+    layers_4bit: list[nn.Module] = field(default_factory=list)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -121,8 +124,8 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """Refuses a name that can't be a directory and a key of a module, or that is taken."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ParameterDict, name):
-        raise ConfigError(f"adapter_name must be made of letters, digits, '_' and '-', and be no torch method: {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ParameterDict(), name):
+        raise ConfigError(f"adapter_name must be made of letters, digits, '_' and '-', and be no attribute of torch's ParameterDict, not {name!r}")
     if has_adapters(model) and name in registry_of(model).adapters:
         raise AdapterExistsError(
             f"the model has an adapter {name!r} already; choose another adapter_name or delete_adapter(model, {name!r})"
@@ -134,7 +137,7 @@ def register(model: nn.Module, name: str, adapter: Adapter) -> None:
     model = unwrap(model)
     if not has_adapters(model):
         trainable = frozenset(path for path, p in model.named_parameters() if p.requires_grad)
-        setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable))
+        setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, layers_4bit=replace_forward(model)))
         model.requires_grad_(False)
     registry = registry_of(model)
     for path in adapter.copies:
@@ -151,8 +154,9 @@ def forget(model: nn.Module, name: str) -> None:
     del registry.adapters[name]
     if not registry.adapters:
         delattr(model, _ATTRIBUTE)
+        restore_forward(registry.layers_4bit)
         for path, p in model.named_parameters():
-            p.requires_grad_(path in registry.trainable_before)
+            p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -201,12 +205,12 @@ def get_tensor(model: nn.Module, path: str) -> Tensor:
 
 
 def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
-    """Puts `tensor` at `path` of `model`, on the device and in the place of the one that is there."""
+    """Puts `tensor` at `path` of `model`, in the place of the one that is there, on its device and in its dtype."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
-    device = getattr(module, name).device
-    if tensor.device != device:  # the model was moved while this one was waiting
-        tensor.data = tensor.data.to(device)
+    there = getattr(module, name)
+    if (tensor.device, tensor.dtype) != (there.device, there.dtype):  # the model was moved or cast while this one waited
+        tensor.data = tensor.data.to(there.device, there.dtype)
     table = module._parameters if name in module._parameters else module._buffers
     table[name] = tensor
 

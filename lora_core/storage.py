@@ -10,24 +10,24 @@ written under a temporary name in the same directory, synced and renamed, the co
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import ALL_LINEAR, LoraConfig
-from .errors import AdapterExistsError, AdapterFileMissingError, AdapterFormatError, ConfigError
+from .config import LoraConfig
+from .config_file import config_from_json, config_to_json, one_line
+from .errors import AdapterExistsError, AdapterFileMissingError, AdapterFormatError, ConfigError, MergeError
 from .inject import InjectionReport, Plan, attach, copied_paths, describe, plan
-from .layers import LoraConv1D, lora_class
+from .layers import lora_class
 from .registry import adapter_layers, check_new_name, find_adapter, get_tensor, has_adapters, registry_of, unwrap
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,23 +35,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
-#: Fields that PEFT writes and that say nothing about the maths of a plain LoRA adapter.
-NEUTRAL_FIELDS = frozenset(
-    {
-        "auto_mapping",
-        "ensure_weight_tying",
-        "fan_in_fan_out",
-        "inference_mode",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-    }
-)
-
-#: Values of `init_lora_weights` that leave the base alone. The others (PiSSA, OLoRA, ...) move part of W into A and B.
-HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva")
+#: What A, B and copies of the base's float tensors may be stored in.
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -65,13 +50,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     Raises:
         UnknownAdapterError: it is not on the model.
         AdapterFormatError: it has NaN or infinite values; nothing is written.
+        ConfigError: `directory` is a file.
     """
     tensors = adapter_tensors(model, adapter_name)
     _check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
-    config = json.dumps(_config_to_json(unwrap(model), adapter_name), indent=2, sort_keys=True) + "\n"
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2, sort_keys=True) + "\n"
+    weights = safetensors.torch.save(_unshared(tensors), metadata={"format": "pt"})
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{directory} can't be made a directory: a file is in its place; choose another") from None
     write_whole(directory / WEIGHTS_FILE, weights)
     write_whole(directory / CONFIG_FILE, config.encode())
 
@@ -95,6 +84,8 @@ def load_adapter(
 
     Raises:
         AdapterFileMissingError: the directory or a file is not there.
+        AdapterExistsError: the model has another adapter of that name.
+        MergeError: it has this one, and it is folded into the weights now.
         AdapterFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
             of another shape or not finite. The message lists them, and the model is as it was.
     """
@@ -108,7 +99,9 @@ def load_adapter(
             f"the model has an adapter {adapter_name!r} of other layers or ranks; choose another adapter_name or "
             f"delete_adapter(model, {adapter_name!r})"
         )
-    _check_tensors(tensors, _expected_shapes(root, config, found), directory)
+    elif any(adapter_name in layer.lora_folded for _, layer in adapter_layers(root, find_adapter(root, adapter_name))):
+        raise MergeError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
+    _check_tensors(tensors, _expected_tensors(root, config, found), directory)
     _check_finite(tensors, str(directory), "not loaded")
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
     if unmatched:
@@ -149,7 +142,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, Te
     directory = Path(directory)
     if not directory.is_dir():
         raise AdapterFileMissingError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
-    config = _config_from_json(_require(directory / CONFIG_FILE))
+    config = config_from_json(_require(directory / CONFIG_FILE))
     if not (directory / WEIGHTS_FILE).exists() and (directory / LEGACY_WEIGHTS_FILE).exists():
         raise AdapterFormatError(
             f"{directory} holds {LEGACY_WEIGHTS_FILE}, a pickle, which can run code and is not read; "
@@ -159,14 +152,25 @@ def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, Te
     try:
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterFormatError(f"{path} is not a whole safetensors file: {_one_line(error)}") from None
+        raise AdapterFormatError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
     return config, {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
 
 
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, each in memory of its own, as safetensors wants them: tied tensors are stored once a name."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return result
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that is there whole or not at all: a temporary one beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -190,23 +194,23 @@ def _copy_key(path: str, layers: Collection[str]) -> str:
     return f"{PREFIX}{owner}.base_layer.{name}" if owner in layers else f"{PREFIX}{path}"
 
 
-def _expected_shapes(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, torch.Size]:
-    """{key: shape} of the tensors that a file with this configuration must hold for this model."""
-    shapes = {}
+def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, Tensor]:
+    """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
+    expected = {}
     for path in found.layers.paths:
         module, r = model.get_submodule(path), config.rank_for(path)
         d_in, d_out = lora_class(module).lora_shape(module)
-        shapes[_lora_key(path, False)] = torch.Size((r, d_in))
-        shapes[_lora_key(path, True)] = torch.Size((d_out, r))
+        expected[_lora_key(path, False)] = torch.empty(r, d_in, device="meta")
+        expected[_lora_key(path, True)] = torch.empty(d_out, r, device="meta")
     for path in copied_paths(model, found):
-        shapes[_copy_key(path, found.layers.paths)] = get_tensor(model, path).shape
-    return shapes
+        expected[_copy_key(path, found.layers.paths)] = get_tensor(model, path)
+    return expected
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: object) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object) -> None:
     problems = []
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
@@ -214,13 +218,20 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
     if unexpected:
         problems.append(f"{len(unexpected)} tensors without a home on this model ({_listed(unexpected)})")
     wrong = [
-        f"{key} is {tuple(tensors[key].shape)}, not {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in tensors and tensors[key].shape != shape
+        f"{key} is {tuple(tensors[key].shape)}, not {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
     ]
     if wrong:
         problems.append(f"{len(wrong)} wrong shapes ({_listed(wrong)})")
-    if not expected:
+    kinds = [
+        f"{key} is {tensors[key].dtype}"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].dtype not in (FLOAT_DTYPES if tensor.is_floating_point() else (tensor.dtype,))
+    ]
+    if kinds:
+        problems.append(f"{len(kinds)} tensors of a dtype that has no place there ({_listed(kinds)})")
+    if not any(key.endswith(".lora_A.weight") for key in expected):
         problems.append("its target_modules match no layer of this model")
     if problems:
         raise AdapterFormatError(f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on")
@@ -247,58 +258,7 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _require(path: Path) -> Path:
     if not path.is_file():
         raise AdapterFileMissingError(f"{path} is not there; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     return path
-
-
-# --- configuration --------------------------------------------------------------------------------------------------
-
-
-def _config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    adapter = find_adapter(model, adapter_name)
-    config = adapter.config
-    fields = dataclasses.asdict(config)
-    if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
-        fields["target_modules"] = adapter.layers
-    return fields | {
-        "peft_type": "LORA",
-        "inference_mode": True,
-        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
-        "modules_to_save": config.saved_module_patterns or None,
-        "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
-    }
-
-
-def _config_from_json(path: Path) -> LoraConfig:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is not JSON: {_one_line(error)}") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters can be read")
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    # An empty value, of a field known or not, means that the field is not used.
-    fields = {key: value for key, value in fields.items() if value not in (None, False, "", [], {})}
-    unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
-    if unsupported:
-        listed = ", ".join(f"{key}={fields[key]!r}" for key in unsupported)
-        raise AdapterFormatError(f"{path} asks for {listed}, which is not supported; the adapter would compute something else")
-    init = fields.pop("init_lora_weights", True)
-    if init not in HARMLESS_INITIALISERS:
-        raise AdapterFormatError(
-            f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
-            "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
-        )
-    if "target_modules" not in fields or "r" not in fields or "lora_alpha" not in fields:
-        raise AdapterFormatError(f"{path}: r, lora_alpha and target_modules must be set")
-    try:
-        return LoraConfig(**{key: value for key, value in fields.items() if key in known})
-    except ConfigError as error:
-        raise AdapterFormatError(f"{path}: {error}") from None

@@ -53,7 +53,7 @@ def select_targets(
         raise TargetError(f"target_modules is not set; name the layers to adapt, or pass {ALL_LINEAR!r}")
     free = [p for p in paths if not any(p == s or p.startswith(f"{s}.") for s in saved)]
     if targets == ALL_LINEAR:
-        chosen = [p for p in free if p in linear and p.rpartition(".")[2] not in HEAD_NAMES]
+        chosen = [p for p in free if p in linear and not is_head(p)]
         hits = {ALL_LINEAR: len(chosen)}
     else:
         matches = match_patterns("target_modules", targets, free, strict)
@@ -69,7 +69,8 @@ def select_targets(
     if not chosen:
         raise TargetError(
             f"target_modules {targets!r} leaves no layer to adapt; "
-            "check exclude_modules, layers_to_transform and modules_to_save"
+            "check exclude_modules, modules_to_save, and layers_to_transform (a list of layers at the top of the model "
+            "must be named in layers_pattern)"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
@@ -117,17 +118,31 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
 
 
 def in_selected_layer(config: LoraConfig, path: str) -> bool:
-    """Whether `path` lies in a layer that `layers_to_transform` names; True when it is not set."""
-    if config.layers_to_transform is None:
+    """Whether `path` lies in a layer that `layers_to_transform` names, by PEFT's rules; True when it is not set."""
+    if config.layers_to_transform is None or path in config.target_modules:  # a whole path says its layer itself
         return True
     lists = config.layers_pattern
-    lists = (r"[^.]*",) if lists is None else (lists,) if isinstance(lists, str) else lists
-    for name in lists:
-        # The first numbered segment counts: in "layers.1.experts.0.w" the layer is 1.
-        match = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+    if lists is None:
+        patterns = [r".*?\.[^.]*\.(?P<layer>\d+)\."]  # any list, but not one at the top of the model
+    else:
+        patterns = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in ((lists,) if isinstance(lists, str) else lists)]
+    for pattern in patterns:
+        # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
+        match = re.match(pattern, path)
         if match:
-            return int(match[1]) in config.layers_to_transform
+            return int(match["layer"]) in config.layers_to_transform
     return False
+
+
+def output_layer(model: object) -> object | None:
+    """What a model of transformers calls its output embeddings: the head of a language model, whatever its name."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def is_head(path: str) -> bool:
+    """Whether `path` is a module that HEAD_NAMES names, or inside one (RoBERTa's `classifier.dense`)."""
+    return not set(path.split(".")).isdisjoint(HEAD_NAMES)
 
 
 def _closest(pattern: str, paths: Sequence[str]) -> str:

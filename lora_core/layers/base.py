@@ -121,12 +121,13 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def folded_weight(self, names: Iterable[str]) -> Tensor:
-        """The dense weight with the adapters `names` folded in: float32 or float64, a new tensor.
+        """The dense weight with those of `names` that are on this layer folded in: float32 or float64, a new tensor.
 
         Raises:
             MergeError: the result has NaN or infinite values.
         """
         W = self.dense_weight()
+        names = [name for name in names if name in self.lora_scaling]
         for name in names:
             self.add_delta_(W, name)
         if not W.isfinite().all():
@@ -161,6 +162,10 @@ class LoraLayer(nn.Module):
     def unfold(self) -> None:
         """Puts back the weight from before `fold`, byte for byte."""
         if self.lora_folded:
-            (weight,) = self.lora_unfolded_weight
-            self.weight = weight.to(self.weight.device) if weight.device != self.weight.device else weight
+            (weight,), folded = self.lora_unfolded_weight, self.weight
+            if weight.is_floating_point():  # the model may have been moved or cast while this one was waiting
+                weight.data = weight.data.to(folded.device, folded.dtype)
+            elif weight.device != folded.device:
+                weight = weight.to(folded.device)
+            self.weight = weight
             self.lora_unfolded_weight = self.lora_folded = ()

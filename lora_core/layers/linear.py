@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import lora_linear, lora_product
-from ..nf4 import dequantize, is_quantized, linear_4bit_class, prepare_4bit
+from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, is_quantized, linear_4bit_class
 from .base import LoraLayer
 
 
@@ -40,21 +40,23 @@ class Lora4bit(LoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
         if self.lora_folded:
-            return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+            y = nn.functional.linear(x.to(self.weight.dtype), self.weight, bias)
+            return y.to(compute_dtypes(self, x)[1])
         if not self.lora_active:
             return linear_4bit_class().forward(self, x)
         first, *more = self.active_products()
-        x_in, bias, dense, dtype = prepare_4bit(self, x)
-        y = lora_linear(x_in, self.weight, bias, *first, dense)
+        dtype, result_dtype = compute_dtypes(self, x)
+        y = lora_linear(x, self.weight, self.bias, *first, dequantizer(self, dtype), dtype)
         for product in more:
-            y = y + lora_product(x_in, *product)
-        return y.to(dtype)
+            y = y + lora_product(x.to(dtype), *product)
+        return y.to(result_dtype)
 
     def dense_weight(self) -> Tensor:
         return dequantize(self)
 
     def dense_dtype(self) -> torch.dtype:
-        return self.compute_dtype or self.weight.quant_state.dtype
+        return dense_dtype(self)
 
 
 class LoraConv1D(LoraLayer):

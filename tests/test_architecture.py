@@ -1,0 +1,137 @@
+"""The house's rules, checked on the source: who may import whom, what stays out, and how long a file is."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENGINE = ROOT / "lora_core"
+
+#: Modules of the engine from the bottom up. Each may import only from those before it.
+ORDER = [
+    "errors",
+    "dropout",
+    "functional",
+    "config",
+    "targets",
+    "nf4",
+    "layers.base",
+    "layers.linear",
+    "layers",
+    "registry",
+    "inject",
+    "adapters",
+    "config_file",
+    "storage",
+    "merge",
+    "",  # the package itself
+]
+FORBIDDEN_IN_ENGINE = {"transformers", "datasets", "peft", "experiments", "bench", "tests", "loralib", "accelerate"}
+ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}
+MAX_LINES = 310  # "about 300"
+
+
+def sources(*directories):
+    return sorted(path for d in directories if (ROOT / d).is_dir() for path in (ROOT / d).rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ENGINE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """(absolute module, names) of every import in a file, at any depth; relative ones start with "lora_core"."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = path.relative_to(ROOT).parts[: -node.level]
+                base = ".".join((*parents, *([node.module] if node.module else [])))
+            found.append((base, tuple(alias.name for alias in node.names)))
+    return found
+
+
+def engine_imports(path):
+    """Names, as in ORDER, of the engine's modules that a file imports."""
+    names = set()
+    for base, members in imports(path):
+        if base.split(".")[0] != "lora_core":
+            continue
+        inner = base.removeprefix("lora_core").lstrip(".")
+        submodules = [f"{inner}.{m}".lstrip(".") for m in members]
+        hits = [name for name in submodules if name in ORDER]
+        names.update(hits or [inner])
+    return names
+
+
+ENGINE_FILES = sources("lora_core")
+BY_NAME = pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda p: module_name(p) or "__init__")
+
+
+@BY_NAME
+def test_a_file_imports_only_from_below(path):
+    name = module_name(path)
+    assert name in ORDER, f"{name} has no place in the order of the house"
+    above = {other for other in engine_imports(path) if ORDER.index(other) >= ORDER.index(name)}
+    assert not above, f"{name} imports {above}, which stand above it"
+
+
+@BY_NAME
+def test_the_engine_stays_small_in_what_it_needs(path):
+    roots = {base.split(".")[0] for base, _ in imports(path)} - {"lora_core", "__future__"}
+    assert not roots & FORBIDDEN_IN_ENGINE
+    assert roots <= ALLOWED_IN_ENGINE | set(sys.stdlib_module_names)
+
+
+def test_only_one_file_touches_bitsandbytes():
+    users = {module_name(p) for p in ENGINE_FILES if any(base.split(".")[0] == "bitsandbytes" for base, _ in imports(p))}
+    assert users == {"nf4"}
+
+
+def test_bitsandbytes_is_imported_only_when_asked_for():
+    tree = ast.parse((ENGINE / "nf4.py").read_text())
+    at_import = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert not any("bitsandbytes" in ast.dump(node) for node in at_import)
+
+
+@pytest.mark.parametrize("path", sources("lora_core", "experiments"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_peft_outside_tests_and_bench(path):
+    assert not any(base.split(".")[0] == "peft" for base, _ in imports(path))
+
+
+@pytest.mark.parametrize("path", sources("lora_core", "experiments", "bench"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", sources("lora_core"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_users_mistake_is_raised_not_asserted_and_nothing_is_pickled(path):
+    tree = ast.parse(path.read_text())
+    assert not [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+    used = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not used & {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "eval", "exec"}
+
+
+def test_every_public_name_exists_once_and_has_a_docstring():
+    import lora_core
+
+    assert sorted(set(lora_core.__all__)) == sorted(lora_core.__all__)
+    for name in lora_core.__all__:
+        assert getattr(lora_core, name).__doc__, name
+
+
+def test_every_error_is_a_lora_error_and_a_builtin():
+    from lora_core import errors
+
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
+    assert len(classes) > 5
+    for error in classes:
+        assert issubclass(error, errors.LoraError)
+        builtins = [c for c in error.__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)]
+        assert builtins or error is errors.LoraError, error

@@ -1,0 +1,148 @@
+"""`LoraConfig`: every bad value is refused when the object is made, with a message that helps."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_core import LoraConfig, LoraError
+from lora_core.errors import ConfigError
+
+INFINITY, NAN = math.inf, math.nan
+
+#: field, a value that is refused, and a word of the message that says what is allowed
+REFUSED = [
+    *[("r", value, "positive integer") for value in (0, -1, 1.5, 8.0, "8", True, None, NAN)],
+    *[("lora_alpha", value, "positive number") for value in (0, -1, "16", True, None, NAN, INFINITY)],
+    *[("lora_dropout", value, "[0, 1)") for value in (1, 1.0, 1.5, -0.1, "0.1", True, None, NAN)],
+    *[("bias", value, "'none', 'all', 'lora_only'") for value in ("None", "", None, True, ["all"])],
+    *[("task_type", value, "'SEQ_CLS'") for value in ("seq_cls", "", 3)],
+    *[("use_rslora", value, "True or False") for value in (1, None, "yes")],
+    *[("init_lora_weights", value, "True or False") for value in (1, None, "pissa", "gaussian")],
+    *[("target_modules", value, "list of module names") for value in ([1], [""], 3, {"q": 1}, [None])],
+    *[("exclude_modules", value, "list of module names") for value in ([1], [""], 3)],
+    *[("modules_to_save", value, "list") for value in ("head", [1], 3)],
+    *[("target_modules", value, "empty") for value in ([], ())],
+    *[("target_modules", value, "") for value in ("", "(", "*q")],
+    *[("exclude_modules", value, "") for value in ("", "[")],
+    *[("rank_pattern", value, "") for value in ([("q", 1)], None, {"q": 0}, {"q": 1.5}, {"(": 1}, {"": 1}, {1: 1})],
+    *[("alpha_pattern", value, "") for value in ({"q": 0}, {"q": "1"}, {"q": NAN}, {"(": 1})],
+    *[("layers_to_transform", value, "layer index") for value in ("0", [0.5], [], -1, [-1], True, [True], {0})],
+    *[("layers_pattern", value, "") for value in ("layers", ["layers"], [], [3])],
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), REFUSED, ids=lambda v: repr(v)[:30])
+def test_a_bad_value_is_refused_by_field_and_with_what_is_allowed(field, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**{"target_modules": ["q"], field: value})
+    message = str(caught.value)
+    assert field in message and allowed in message and "\n" not in message
+    assert isinstance(caught.value, LoraError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("lora_alpha", -2),
+        ("lora_dropout", 1.5),
+        ("bias", "some"),
+        ("task_type", "SEQ"),
+        ("use_rslora", "maybe"),
+        ("target_modules", [1]),
+        ("modules_to_save", "head"),
+        ("layers_to_transform", "first"),
+    ],
+)
+def test_the_message_shows_the_value(field, value):
+    with pytest.raises(ConfigError, match=".*"):
+        LoraConfig(**{field: value})
+    try:
+        LoraConfig(**{field: value})
+    except ConfigError as error:
+        assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("target_module", "target_modules"), ("R", None)],
+)
+def test_an_unknown_field_is_refused_with_the_closest_name(misspelt, meant):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**{misspelt: 1})
+    assert misspelt in str(caught.value)
+    assert (f"did you mean {meant!r}" if meant else "lora_alpha") in str(caught.value)
+
+
+def test_positional_values_and_defaults_are_pefts():
+    peft = pytest.importorskip("peft")
+    theirs, ours = peft.LoraConfig(), LoraConfig()
+    for field in dataclasses.fields(LoraConfig):
+        assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    assert LoraConfig(4).r == 4
+
+
+def test_it_can_not_be_changed_through_the_object_or_what_was_passed():
+    targets, ranks = ["q"], {"q": 4}
+    config = LoraConfig(target_modules=targets, rank_pattern=ranks)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 3
+    targets.append("v")
+    ranks["q"] = 9
+    assert config.target_modules == ("q",) and config.rank_for("q") == 4
+
+
+def test_replace_checks_again():
+    config = LoraConfig(r=4, target_modules=["q"], layers_to_transform=[1])
+    assert dataclasses.replace(config, r=2) == LoraConfig(r=2, target_modules=("q",), layers_to_transform=1)
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, r=0)
+
+
+def test_a_set_of_targets_has_one_order():
+    assert LoraConfig(target_modules={"v", "q", "k"}).target_modules == ("k", "q", "v")
+
+
+def test_layers_need_a_list_of_targets():
+    with pytest.raises(ConfigError, match="needs target_modules as a list"):
+        LoraConfig(target_modules=".*q", layers_to_transform=[0])
+
+
+def test_layers_pattern_alone_says_nothing():
+    with pytest.raises(ConfigError, match="without layers_to_transform"):
+        LoraConfig(target_modules=["q"], layers_pattern="layers")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_classification_task_adds_its_heads_once(task_type):
+    config = LoraConfig(task_type=task_type, modules_to_save=["classifier", "norm"])
+    assert config.saved_module_patterns == ("classifier", "norm", "score")
+    assert LoraConfig(task_type="CAUSAL_LM").saved_module_patterns == ()
+
+
+@pytest.mark.parametrize(("use_rslora", "expected"), [(False, 32 / 16), (True, 32 / 4)])
+def test_scaling_is_alpha_over_r_or_its_root(use_rslora, expected):
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=use_rslora).scaling_for("any") == expected
+
+
+def test_patterns_decide_rank_and_scaling_and_the_first_hit_wins():
+    config = LoraConfig(r=8, lora_alpha=16, rank_pattern={r"q|v": 4, "q": 2}, alpha_pattern={r"layers\.0\.q": 1})
+    assert [config.rank_for(p) for p in ("layers.0.q", "layers.0.v", "layers.0.k")] == [4, 4, 8]
+    assert [config.scaling_for(p) for p in ("layers.0.q", "layers.1.q", "layers.0.k")] == [1 / 4, 4, 2]
+    assert config.rank_for("layers.0.xq") == 8  # a pattern starts at a name's start
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    patterns=st.dictionaries(
+        st.sampled_from(["q", "v", r"q|v", r"1\.q", r".*\.0\..*", r"layers\.\d\.v", r"[kq]$"]), st.integers(1, 9)
+    ),
+    path=st.sampled_from(["q", "layers.0.q", "layers.1.q", "layers.1.v", "layers.1.qv", "k", "x.k"]),
+)
+def test_rank_patterns_match_as_pefts_do(patterns, path):
+    other = pytest.importorskip("peft.utils.other")
+    key = other.get_pattern_key(patterns.keys(), path)
+    assert LoraConfig(r=77, rank_pattern=patterns).rank_for(path) == patterns.get(key, 77)

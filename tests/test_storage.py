@@ -1,0 +1,498 @@
+"""Adapters on disk: bit-exact round trips, strict reading that leaves the model alone, and writing whole or not at all."""
+
+import json
+import os
+import shutil
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_core import LoraConfig, delete_adapter, inject, load_adapter, merge_adapter, save_adapter, set_adapter, unload
+from lora_core.errors import (
+    AdapterExistsError,
+    AdapterFileMissingError,
+    AdapterFormatError,
+    ConfigError,
+    LoraError,
+    MergeError,
+    UnknownAdapterError,
+)
+from lora_core.registry import find_adapter
+from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
+
+X = tiny.batch()
+FULL = {
+    "r": 4,
+    "lora_alpha": 6.5,
+    "lora_dropout": 0.1,
+    "target_modules": ["q", "v"],
+    "modules_to_save": ["classifier"],
+    "use_rslora": True,
+    "rank_pattern": {"v": 3},
+    "alpha_pattern": {r"layers\.1\.q": 2},
+    "layers_to_transform": [0, 1],
+    "layers_pattern": "layers",
+}
+ANY_LAYER = {"layers_to_transform": None, "layers_pattern": None}
+
+
+def trained(dtype=torch.float32, **settings):
+    model = tiny.classifier(dtype)
+    inject(model, LoraConfig(**{**FULL, **settings}))
+    return tiny.randomize(model).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a good adapter."""
+    save_adapter(trained(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_config(directory, **changes):
+    fields = json.loads((directory / CONFIG_FILE).read_text())
+    fields.update(changes)
+    (directory / CONFIG_FILE).write_text(json.dumps({k: v for k, v in fields.items() if v != "REMOVED"}))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / WEIGHTS_FILE)
+    change(tensors)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": "all"}, {"bias": "lora_only"}, {"target_modules": "all-linear", **ANY_LAYER}, ANY_LAYER]
+    + [{"target_modules": r".*\.(q|v)", **ANY_LAYER}, {"modules_to_save": ["norm", "classifier"]}],
+    ids=str,
+)
+def test_a_round_trip_is_exact(tmp_path, settings):
+    model = trained(**settings)
+    save_adapter(model, tmp_path)
+    loaded = tiny.classifier().eval()
+    report = load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(X), model(X))
+    ours, theirs = adapter_tensors(model), adapter_tensors(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[k]) and t.dtype == theirs[k].dtype for k, t in ours.items())
+    assert report.targets == find_adapter(model, "default").layers
+    config, again = find_adapter(model, "default").config, find_adapter(loaded, "default").config
+    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "layers_to_transform")
+    for field in fields:
+        assert getattr(config, field) == getattr(again, field), field
+
+
+def test_a_second_save_is_the_same_bytes(tmp_path):
+    save_adapter(trained(), tmp_path / "a")
+    loaded = tiny.classifier()
+    load_adapter(loaded, tmp_path / "a")
+    save_adapter(loaded, tmp_path / "b")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_bfloat16_adapters_stay_bfloat16_bit_for_bit(tmp_path):
+    model = trained().to(torch.bfloat16)
+    save_adapter(model, tmp_path)
+    loaded = tiny.classifier(torch.bfloat16).eval()
+    load_adapter(loaded, tmp_path)
+    assert loaded.layers[0].q.lora_A["default"].dtype == torch.bfloat16
+    assert all(torch.equal(t, adapter_tensors(loaded)[k]) for k, t in adapter_tensors(model).items())
+    assert torch.equal(loaded(X.bfloat16()), model(X.bfloat16()))
+
+
+def test_the_files_are_two_and_readable_by_anyone(saved):
+    assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+    fields = json.loads((saved / CONFIG_FILE).read_text())
+    assert fields["peft_type"] == "LORA" and fields["inference_mode"] is True and fields["fan_in_fan_out"] is False
+    modes = {os.stat(saved / f).st_mode & 0o777 for f in (CONFIG_FILE, WEIGHTS_FILE)}
+    plain = saved.parent / "plain"
+    plain.write_text("")
+    assert modes == {os.stat(plain).st_mode & 0o777}
+
+
+def test_tensor_keys_and_shapes_are_pefts(saved):
+    tensors = load_file(saved / WEIGHTS_FILE)
+    start = "base_model.model."
+    assert tensors[f"{start}layers.0.q.lora_A.weight"].shape == (4, 64)
+    assert tensors[f"{start}layers.0.v.lora_B.weight"].shape == (64, 3)
+    assert tensors[f"{start}classifier.weight"].shape == (3, 64)
+    assert len(tensors) == 2 * 4 + 2
+
+
+def test_all_linear_is_written_out(tmp_path):
+    save_adapter(trained(target_modules="all-linear", **ANY_LAYER), tmp_path)
+    targets = json.loads((tmp_path / CONFIG_FILE).read_text())["target_modules"]
+    assert targets == [f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "k", "v", "out")]
+
+
+def test_saved_modules_tied_to_each_other_are_stored(tmp_path):
+    model = tiny.build("gpt2")
+    inject(model, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"]))
+    tiny.randomize(model)
+    save_adapter(model, tmp_path)
+    loaded = tiny.build("gpt2")
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_biases_tied_to_each_other_are_stored(tmp_path):
+    config = transformers.BertConfig(**tiny.SMALL)
+    model, loaded = transformers.BertForMaskedLM(config).eval(), transformers.BertForMaskedLM(config).eval()
+    loaded.load_state_dict(model.state_dict())
+    inject(model, LoraConfig(r=2, target_modules=["query"], bias="all"))
+    save_adapter(tiny.randomize(model), tmp_path)
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
+def test_an_adapter_under_another_name_is_the_same_adapter(saved):
+    model = tiny.classifier().eval()
+    load_adapter(model, saved, "first")
+    load_adapter(model, saved, "second")
+    expected = model(X)
+    set_adapter(model, "second")
+    assert torch.equal(model(X), expected)
+
+
+def test_a_loaded_adapter_is_frozen_unless_it_is_to_be_trained(saved):
+    for trainable in (False, True):
+        model = tiny.classifier()
+        load_adapter(model, saved, trainable=trainable)
+        flags = {p.requires_grad for n, p in model.named_parameters() if "lora" in n or "classifier" in n}
+        assert flags == {trainable}
+
+
+def test_loading_into_an_adapter_keeps_its_parameters_and_their_flags(saved):
+    model = tiny.classifier()
+    inject(model, LoraConfig(**FULL))
+    parameters = dict(model.named_parameters())
+    load_adapter(model, saved)
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert model.layers[0].q.lora_A["default"].requires_grad
+    assert torch.equal(model.eval()(X), trained()(X))
+
+
+def test_loading_into_an_adapter_of_other_shape_or_scale_is_refused(saved):
+    for settings in ({"lora_alpha": 1}, {"rank_pattern": {}}, {"target_modules": ["q"], "rank_pattern": {}}):
+        model = trained(**settings)
+        before = tiny.snapshot(model)
+        with pytest.raises(AdapterExistsError, match="delete_adapter"):
+            load_adapter(model, saved)
+        assert tiny.snapshot(model) == before
+
+
+def test_loading_into_a_merged_adapter_is_refused(saved):
+    """Its old values are in the weights: the new ones would not take effect."""
+    model = trained()
+    merge_adapter(model)
+    before = tiny.snapshot(model)
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        load_adapter(model, saved)
+    assert tiny.snapshot(model) == before
+
+
+def test_loading_onto_a_merged_model_under_another_name_waits_its_turn(saved):
+    model = trained(modules_to_save=None)
+    merge_adapter(model)
+    expected = model(X)
+    load_adapter(model, saved, "other")
+    assert torch.equal(model(X), expected)
+
+
+def test_loading_and_unloading_leaves_the_plain_model(saved):
+    model = tiny.classifier()
+    before = tiny.snapshot(model)
+    load_adapter(model, saved)
+    unload(model)
+    assert tiny.snapshot(model) == before
+    load_adapter(model, saved)
+    delete_adapter(model, "default")
+    assert tiny.snapshot(model) == before
+
+
+def test_a_pattern_that_misses_is_a_warning_when_every_tensor_has_a_home(saved):
+    edit_config(saved, target_modules=["q", "v", "w"])
+    with pytest.warns(UserWarning, match=r"\['w'\] match no module"):
+        load_adapter(tiny.classifier(), saved)
+
+
+# --- PEFT's spellings of "not used" -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": False, "loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"},
+        {"exclude_modules": None, "revision": "main", "auto_mapping": None},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"lora_dropout": 0},
+        {"unheard_of": None},
+    ],
+    ids=str,
+)
+def test_fields_that_change_nothing_are_accepted(saved, changes):
+    edit_config(saved, **changes)
+    model = tiny.classifier().eval()
+    load_adapter(model, saved)
+    assert torch.equal(model(X), trained()(X))
+
+
+def test_layer_zero_alone_is_not_taken_for_unset(tmp_path):
+    model = trained(layers_to_transform=[0], alpha_pattern={})
+    save_adapter(model, tmp_path)
+    edit_config(tmp_path, layers_to_transform=0)
+    loaded = tiny.classifier().eval()
+    assert load_adapter(loaded, tmp_path).targets == ("layers.0.q", "layers.0.v")
+    assert torch.equal(loaded(X), model(X))
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+KEY = "base_model.model.layers.0.q.lora_A.weight"
+
+
+def drop(key):
+    return lambda d: edit_tensors(d, lambda t: t.pop(key))
+
+
+def put(key, tensor):
+    return lambda d: edit_tensors(d, lambda t: t.__setitem__(key, tensor))
+
+
+def truncate(fraction):
+    def spoil(directory):
+        path = directory / WEIGHTS_FILE
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * fraction)] if isinstance(fraction, float) else data[:fraction])
+
+    return spoil
+
+
+def write_config(text):
+    return lambda d: (d / CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def legacy(directory):
+    torch.save(load_file(directory / WEIGHTS_FILE), directory / "adapter_model.bin")
+    (directory / WEIGHTS_FILE).unlink()
+
+
+BAD = {
+    "a tensor is missing": (drop(KEY), AdapterFormatError, f"1 missing tensors \\({KEY}"),
+    "a head's tensor is missing": (
+        drop("base_model.model.classifier.bias"),
+        AdapterFormatError,
+        "1 missing.*classifier.bias",
+    ),
+    "a tensor too many": (
+        put(KEY.replace("q", "zz"), torch.zeros(2)),
+        AdapterFormatError,
+        "1 tensors without a home.*zz",
+    ),
+    "another rank": (put(KEY, torch.zeros(5, 64)), AdapterFormatError, r"1 wrong shapes .*\(5, 64\), not \(4, 64\)"),
+    "another width": (put(KEY, torch.zeros(4, 63)), AdapterFormatError, r"\(4, 63\), not \(4, 64\)"),
+    "transposed": (put(KEY, torch.zeros(64, 4)), AdapterFormatError, r"\(64, 4\), not \(4, 64\)"),
+    "one axis too many": (put(KEY, torch.zeros(4, 64, 1)), AdapterFormatError, r"\(4, 64, 1\)"),
+    "NaN": (
+        put(KEY, torch.full((4, 64), float("nan"))),
+        AdapterFormatError,
+        f"NaN or infinite values in 1 tensors \\({KEY}",
+    ),
+    "infinite": (put(KEY, torch.full((4, 64), float("inf")).half()), AdapterFormatError, "NaN or infinite"),
+    "integers": (put(KEY, torch.ones(4, 64, dtype=torch.int64)), AdapterFormatError, "int64"),
+    "8-bit floats": (put(KEY, torch.zeros(4, 64, dtype=torch.float8_e4m3fn)), AdapterFormatError, "float8"),
+    "bools": (put(KEY, torch.ones(4, 64, dtype=torch.bool)), AdapterFormatError, "bool"),
+    "head of integers": (
+        put("base_model.model.classifier.weight", torch.ones(3, 64, dtype=torch.int32)),
+        AdapterFormatError,
+        "int32",
+    ),
+    "weights file empty": (truncate(0), AdapterFormatError, "not a whole safetensors file"),
+    "header length cut": (truncate(7), AdapterFormatError, "not a whole safetensors file"),
+    "header cut": (truncate(40), AdapterFormatError, "not a whole safetensors file"),
+    "data cut in half": (truncate(0.5), AdapterFormatError, "not a whole safetensors file"),
+    "last byte cut": (truncate(-1), AdapterFormatError, "not a whole safetensors file"),
+    "weights are text": (
+        lambda d: (d / WEIGHTS_FILE).write_text("hello, world"),
+        AdapterFormatError,
+        "not a whole safetensors",
+    ),
+    "weights missing": (
+        lambda d: (d / WEIGHTS_FILE).unlink(),
+        AdapterFileMissingError,
+        "adapter_model.safetensors is not there",
+    ),
+    "weights are a directory": (
+        lambda d: ((d / WEIGHTS_FILE).unlink(), (d / WEIGHTS_FILE).mkdir()),
+        AdapterFileMissingError,
+        "is not there",
+    ),
+    "a pickle": (legacy, AdapterFormatError, "adapter_model.bin, a pickle"),
+    "config missing": (
+        lambda d: (d / CONFIG_FILE).unlink(),
+        AdapterFileMissingError,
+        "adapter_config.json is not there",
+    ),
+    "config empty": (write_config(""), AdapterFormatError, "is not JSON"),
+    "config cut": (write_config('{"r": 4,'), AdapterFormatError, "is not JSON"),
+    "config not UTF-8": (write_config(b"\xff\xfe{}"), AdapterFormatError, "is not JSON"),
+    "config too deep": (write_config("[" * 100_000), AdapterFormatError, "is not JSON"),
+    "config a list": (write_config("[]"), AdapterFormatError, "peft_type is 'list'"),
+    "config of another method": (lambda d: edit_config(d, peft_type="IA3"), AdapterFormatError, "peft_type is 'IA3'"),
+    "no method": (lambda d: edit_config(d, peft_type="REMOVED"), AdapterFormatError, "peft_type is None"),
+    "no rank": (lambda d: edit_config(d, r="REMOVED"), AdapterFormatError, "r, lora_alpha and target_modules"),
+    "no targets": (lambda d: edit_config(d, target_modules=None), AdapterFormatError, "target_modules must be set"),
+    "rank zero": (lambda d: edit_config(d, r=0), AdapterFormatError, "r "),
+    "rank as text": (lambda d: edit_config(d, r="4"), AdapterFormatError, "r must be a positive integer, not '4'"),
+    "rank true": (lambda d: edit_config(d, r=True), AdapterFormatError, "r must be a positive integer"),
+    "alpha zero": (lambda d: edit_config(d, lora_alpha=0), AdapterFormatError, "lora_alpha"),
+    "alpha NaN": (lambda d: edit_config(d, lora_alpha=float("nan")), AdapterFormatError, "lora_alpha"),
+    "unknown bias mode": (lambda d: edit_config(d, bias="some"), AdapterFormatError, "bias must be one of"),
+    "broken pattern": (
+        lambda d: edit_config(d, target_modules="(", **ANY_LAYER),
+        AdapterFormatError,
+        "regular expression",
+    ),
+    "DoRA": (lambda d: edit_config(d, use_dora=True), AdapterFormatError, "use_dora=True, which is not supported"),
+    "bias on B": (lambda d: edit_config(d, lora_bias=True), AdapterFormatError, "lora_bias=True"),
+    "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), AdapterFormatError, "target_parameters"),
+    "a new field": (lambda d: edit_config(d, use_magic=1), AdapterFormatError, "use_magic=1"),
+    "PiSSA": (
+        lambda d: edit_config(d, init_lora_weights="pissa_niter_4"),
+        AdapterFormatError,
+        "pissa_niter_4.*changed the base",
+    ),
+    "OLoRA": (lambda d: edit_config(d, init_lora_weights="olora"), AdapterFormatError, "olora"),
+    "other layers": (lambda d: edit_config(d, layers_to_transform=[0]), AdapterFormatError, "without a home"),
+    "another base": (
+        lambda d: edit_config(d, target_modules=["q_proj"], rank_pattern={}),
+        AdapterFormatError,
+        "match no layer",
+    ),
+    "a head that is not there": (
+        lambda d: edit_config(d, modules_to_save=["head"]),
+        AdapterFormatError,
+        "without a home",
+    ),
+    "a target that is not linear": (lambda d: edit_config(d, target_modules=["q", "v", "norm"]), LoraError, "norm"),
+    "nothing": (lambda d: shutil.rmtree(d), AdapterFileMissingError, "is not a directory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("beside", [False, True], ids=["plain", "beside-another"])
+def test_a_bad_adapter_is_refused_and_the_model_left_as_it_was(saved, case, beside):
+    spoil, error, message = BAD[case]
+    spoil(saved)
+    model = tiny.classifier()
+    if beside:
+        inject(model, LoraConfig(target_modules=["q"]), "other")
+    before = tiny.snapshot(model)
+    with pytest.raises(error, match=message) as caught:
+        load_adapter(model, saved)
+    assert isinstance(caught.value, LoraError) and "\n" not in str(caught.value)
+    assert tiny.snapshot(model) == before
+
+
+def test_a_file_in_place_of_the_directory_is_refused(saved):
+    with pytest.raises(AdapterFileMissingError, match="is not a directory"):
+        load_adapter(tiny.classifier(), saved / CONFIG_FILE)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".", "/root"])
+def test_an_adapter_name_is_never_a_path(saved, name):
+    model = tiny.classifier()
+    before = tiny.snapshot(model)
+    with pytest.raises(ConfigError, match="adapter_name"):
+        load_adapter(model, saved, name)
+    assert tiny.snapshot(model) == before
+    with pytest.raises(UnknownAdapterError):
+        save_adapter(trained(), saved, name)
+
+
+def test_a_model_of_another_width_is_refused(saved):
+    model = tiny.Classifier(width=32)
+    with pytest.raises(AdapterFormatError, match="10 wrong shapes|9 wrong shapes"):
+        load_adapter(model, saved)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def contents(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_files_and_nothing_else(saved, monkeypatch, call):
+    before = contents(saved)
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(tiny.randomize(trained(), seed=9), saved)
+    assert contents(saved) == before
+
+
+def test_a_leftover_of_a_killed_process_is_in_nobodys_way(saved):
+    """A container's process often has the id that the one before had."""
+    (saved / f".{WEIGHTS_FILE}.{os.getpid()}.tmp").write_text("half")
+    model = tiny.randomize(trained(), seed=9)
+    save_adapter(model, saved)
+    assert all(torch.equal(t, adapter_tensors(model)[k]) for k, t in read_adapter(saved)[1].items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_not_written(tmp_path, bad):
+    model = trained()
+    model.layers[0].q.lora_B["default"].data[0, 0] = bad
+    with pytest.raises(AdapterFormatError, match=r"layers\.0\.q\.lora_B.*not saved"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_adapter_is_not_written(tmp_path):
+    with pytest.raises(UnknownAdapterError, match="'other'"):
+        save_adapter(trained(), tmp_path / "new", "other")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_in_place_of_the_target_directory_is_a_lora_error(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(LoraError, match="taken"):
+        save_adapter(trained(), tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_saving_through_a_compiled_wrapper_uses_the_models_own_paths(tmp_path, saved):
+    save_adapter(torch.compile(trained(), backend="eager"), tmp_path / "compiled")
+    assert contents(tmp_path / "compiled") == contents(saved)
+
+
+def test_an_inactive_adapter_can_be_saved(tmp_path):
+    model = trained()
+    inject(model, LoraConfig(r=2, target_modules=["out"], modules_to_save=["classifier"]), "other")
+    tiny.randomize(model, "other")
+    save_adapter(model, tmp_path, "other")
+    set_adapter(model, "other")
+    loaded = tiny.classifier().eval()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_a_model_without_layers_to_adapt_is_refused(saved):
+    with pytest.raises(AdapterFormatError, match="match no layer"):
+        load_adapter(nn.Sequential(nn.Linear(2, 2)), saved)

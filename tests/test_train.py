@@ -1,0 +1,180 @@
+"""What a run leaves behind: its numbers, its adapter, and nothing when it fails."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction
+
+from experiments import record
+from experiments.data import read_tsv
+from experiments.errors import ExperimentError
+from experiments.predict import Predictor
+from experiments.trainer import accuracy_and_f1
+
+KEYS = [
+    *("method", "base_model", "data", "accuracy", "f1", "loss"),
+    *("trainable_parameters", "total_parameters", "adapter_parameters", "trainable_percent"),
+    *("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds", "examples_per_second"),
+    *("hyperparameters", "seed", "versions", "device", "accuracy_by_epoch", "loss_history"),
+]
+
+MINILM = 22_713_216  # all-MiniLM-L6-v2 as a BertModel
+HEAD = 384 * 2 + 2
+LORA = 6 * 4 * 16 * (384 + 384)
+
+
+def metrics_of(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["base", "lora", "qlora"])
+def test_the_metrics_have_every_key_and_sound_values(runs, method, small_data):
+    m = metrics_of(runs[method])
+    assert list(m) == KEYS
+    assert m["method"] == method and m["seed"] == 0
+    assert m["base_model"]["name"] == "sentence-transformers/all-MiniLM-L6-v2" and m["base_model"]["source"]
+    assert (m["data"]["source"], m["data"]["train"], m["data"]["validation"]) == (str(small_data), 96, 48)
+    assert 0 <= m["accuracy"] <= 1 and 0 <= m["f1"] <= 1 and m["loss"] > 0
+    assert 200 < m["peak_rss_mb"] < 16_000
+    assert m["versions"]["torch"] and m["device"].startswith("cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_parameters_are_counted_in_closed_form(runs, method):
+    m = metrics_of(runs[method])
+    assert m["adapter_parameters"] == LORA == 294_912
+    assert m["trainable_parameters"] == LORA + HEAD == 295_682
+    assert m["total_parameters"] == MINILM + LORA + 2 * HEAD  # the head that came with the model waits aside
+    assert m["trainable_percent"] == pytest.approx(100 * m["trainable_parameters"] / m["total_parameters"], abs=1e-4)
+
+
+def test_the_base_trains_nothing(runs):
+    m = metrics_of(runs["base"])
+    assert m["trainable_parameters"] == m["adapter_parameters"] == m["train_seconds"] == 0
+    assert m["total_parameters"] == MINILM + HEAD
+    assert m["examples_per_second"] is None and m["loss_history"] == m["accuracy_by_epoch"] == []
+    assert not (runs["base"] / "adapter").exists()
+
+
+def test_the_base_weights_weigh_what_their_format_says(runs):
+    dense = 4 * (MINILM + HEAD)
+    assert metrics_of(runs["base"])["base_weight_bytes"] == dense
+    assert metrics_of(runs["lora"])["base_weight_bytes"] == dense
+    quantized = 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384  # the linear layers, the pooler among them
+    blocks = quantized // 64
+    # a scale of 8 bits for each block of 64, a float32 for each 256 of these (rounded up in each layer) and an offset
+    layers = [384 * 384] * 25 + [384 * 1536] * 12
+    scales = blocks + sum(4 * -(-size // 64 // 256) + 4 for size in layers)
+    assert metrics_of(runs["qlora"])["base_weight_bytes"] == dense - 4 * quantized + quantized // 2 + scales
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_each_epoch_is_evaluated_and_the_last_one_counts(runs, method):
+    m = metrics_of(runs[method])
+    assert len(m["accuracy_by_epoch"]) == 2 and m["accuracy_by_epoch"][-1] == m["accuracy"]
+    assert [step for step, _ in m["loss_history"]] == [1, 2, 3, 4, 5, 6]  # 96 sentences, batches of 32, 2 epochs
+    assert m["train_seconds"] > 0
+    assert m["examples_per_second"] == pytest.approx(2 * 96 / m["train_seconds"], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_saved_adapter_is_the_trained_one(runs, method, small_data):
+    m = metrics_of(runs[method])
+    split = read_tsv(small_data / "dev.tsv")
+    labels, probabilities = zip(*Predictor(runs[method] / "adapter")(split.texts), strict=True)
+    right = (np.array(labels) == "positive") == split.labels
+    likelihood = np.where(right, probabilities, np.subtract(1, probabilities))
+    assert right.mean() == pytest.approx(m["accuracy"], abs=1e-6)
+    # The same loss, but for the rounding of another batch size: the adapter, the head and (for qlora) the base agree.
+    assert -np.log(likelihood).mean() == pytest.approx(m["loss"], abs=2e-6)
+
+
+def test_training_moved_both_adapter_and_head(runs):
+    from safetensors.torch import load_file
+
+    tensors = load_file(runs["lora"] / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)  # they start at zero
+    assert len([name for name in tensors if "lora_B" in name]) == 24
+
+
+def test_the_adapter_names_its_base_so_that_others_can_load_it(runs):
+    config = json.loads((runs["qlora"] / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert record.AdapterNote.read(runs["qlora"] / "adapter") == record.AdapterNote(quantize=True, max_length=64)
+    assert record.AdapterNote.read(runs["lora"] / "adapter") == record.AdapterNote(quantize=False, max_length=64)
+
+
+def test_a_run_is_reproducible(runs, tmp_path, small_data):
+    from experiments.sst2 import main
+
+    common = ["--model", "packaged", "--data", str(small_data), "--max-length", "64", "--device", "cpu"]
+    assert main(["--method", "lora", "--epochs", "2", "--output-dir", str(tmp_path / "again"), *common]) == 0
+    first, again = metrics_of(runs["lora"]), metrics_of(tmp_path / "again")
+    assert first["loss_history"] == again["loss_history"] and first["loss"] == pytest.approx(again["loss"], abs=1e-6)
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_and_f1_are_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 200):
+        logits, labels = rng.normal(size=(n, 2)), rng.integers(0, 2, n)
+        ours = accuracy_and_f1(EvalPrediction(logits, labels))
+        called = logits.argmax(-1)
+        assert ours["accuracy"] == pytest.approx(metrics.accuracy_score(labels, called))
+        assert ours["f1"] == pytest.approx(metrics.f1_score(labels, called, zero_division=0))
+
+
+def test_f1_without_any_positive_is_zero():
+    assert accuracy_and_f1(EvalPrediction(np.array([[1.0, 0.0]]), np.array([0]))) == {"accuracy": 1.0, "f1": 0.0}
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.json"
+    record.write_json(path, {"a": 1, "b": [1, 2]})
+    assert path.read_text() == '{\n  "a": 1,\n  "b": [1, 2]\n}\n'
+    with pytest.raises(ValueError):
+        record.write_json(path, {"a": float("nan")})
+    assert record.read_json(path) == {"a": 1, "b": [1, 2]} and [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+PLAN = {
+    "method": "lora",
+    "base_model": {"name": "m", "why": "x"},
+    "data": {"name": "d"},
+    "hyperparameters": {"target_modules": ("q",)},
+    "seed": 0,
+}
+
+
+def test_the_same_run_is_recognised_and_another_is_not(tmp_path):
+    assert record.finished(tmp_path / "new", PLAN) is None
+    record.write_json(tmp_path / "metrics.json", PLAN | {"accuracy": 0.9})
+    assert record.finished(tmp_path, PLAN | {"base_model": {"name": "m", "why": "y"}})["accuracy"] == 0.9
+    with pytest.raises(ExperimentError, match=r"holds another run \(its seed differ\); pass --overwrite"):
+        record.finished(tmp_path, PLAN | {"seed": 1})
+    with pytest.raises(ExperimentError, match="base_model"):
+        record.finished(tmp_path, PLAN | {"base_model": {"name": "n"}})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_broken_file_is_named(tmp_path, content):
+    (tmp_path / "experiment.json").write_text(content)
+    with pytest.raises(ExperimentError, match=r"experiment\.json"):
+        record.AdapterNote.read(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"quantize": true}')
+    with pytest.raises(ExperimentError, match="max_length"):
+        record.AdapterNote.read(tmp_path)
+
+
+def test_an_adapter_without_a_note_gets_the_defaults(tmp_path):
+    assert record.AdapterNote.read(tmp_path) == record.AdapterNote(False, 128)
+    record.AdapterNote(True, 32).write(tmp_path)
+    assert dataclasses.astuple(record.AdapterNote.read(tmp_path)) == (True, 32)
