@@ -8,7 +8,7 @@ The sum W + scaling * B A is computed in float32 (float64 for float64 weights) a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +60,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) ->
     Raises:
         MergeError: adapters are folded in already, none is active, or a folded weight is not finite.
     """
-    names, active = _chosen(model, names), registry_of(model).active
-    activate(model, names)
-    layers = _layers(model, names)
-    try:
-        for path, layer in layers.items():
-            layer.fold(names)
-    except MergeError as error:
-        for layer in layers.values():
-            layer.unfold()
-        activate(model, active)
-        raise MergeError(f"{path}: {error}; nothing was merged") from None
+    _fold_all(model, _chosen(model, names))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -96,7 +86,8 @@ def merge_and_unload(
     """Folds adapters into the weights for good: plain modules again, no adapter left.
 
     Modules that the adapters trained whole, and biases, keep the trained values. Every 4-bit layer of the model becomes
-    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against.
+    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against. The adapted
+    layers' weights from before are held until all are folded, so that a refusal changes nothing.
 
     Args:
         model: a model with adapters. It is changed; the report is what is returned.
@@ -110,22 +101,18 @@ def merge_and_unload(
     """
     root, registry = unwrap(model), registry_of(model)
     names, active, merged = _chosen(model, names), registry.active, is_merged(model)
-    layers = _layers(model, names)
     if merged:
         unmerge_adapter(model)
-    activate(model, names)
-    try:
-        _check_mergeable(root, layers, names, dtype)
-    except MergeError:
-        activate(model, active)
-        if merged:
-            merge_adapter(model)
-        raise
     quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
-
-    errors = {}
-    for path, layer in layers.items():
-        errors[path] = layer.fold(names, dtype)
+    try:
+        _check_not_tied(root, names)
+        _check_cast(root, dtype)
+        errors = _fold_all(model, names, dtype)
+    except MergeError:
+        if merged:
+            merge_adapter(model, active)
+        raise
+    for layer in _layers(model, names).values():
         layer.keep_folded()
     for name in names:  # the trained copies of heads and biases become the base's own
         registry.originals.update(registry.adapters[name].copies)
@@ -136,9 +123,20 @@ def merge_and_unload(
         dense[layer] = dense[layer] or to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, dense[layer])
+    if quantized:
+        _forget_quantization(root)
     if dtype is not None:
-        nn.Module.to(root, dtype)  # transformers' own `to` still takes the model for a 4-bit one
+        root.to(dtype)
     return MergeReport(names, errors, tuple(quantized))
+
+
+def _forget_quantization(root: nn.Module) -> None:
+    """Takes off a transformers model what says that its weights are 4-bit: it would save, move and load as such."""
+    root.__dict__.pop("hf_quantizer", None)
+    for flag in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        root.__dict__.pop(flag, None)
+    if hasattr(getattr(root, "config", None), "quantization_config"):
+        del root.config.quantization_config
 
 
 def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
@@ -153,25 +151,37 @@ def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, .
     return chosen
 
 
-def _check_mergeable(root: nn.Module, layers: dict[str, LoraLayer], names: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Raises before anything is changed: see `merge_and_unload`."""
-    owners = {id(layer.weight): path for path, layer in layers.items()}
+def _fold_all(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Makes `names` active and folds them in; {path: what the cast lost}. If one layer refuses, nothing has changed."""
+    active = registry_of(model).active
+    activate(model, names)
+    layers, lost = _layers(model, names), {}
+    try:
+        for path, layer in layers.items():
+            lost[path] = layer.fold(names, dtype)
+    except MergeError as error:
+        for layer in layers.values():
+            layer.unfold()
+        activate(model, active)
+        raise MergeError(f"{path}: {error}; nothing was merged") from None
+    return lost
+
+
+def _check_not_tied(root: nn.Module, names: Iterable[str]) -> None:
+    owners = {id(layer.weight): path for path, layer in _layers(root, names).items()}
     for path, parameter in root.named_parameters(remove_duplicate=False):
         owner = owners.get(id(parameter))
         if owner is not None and path != f"{owner}.weight":
             raise MergeError(f"{owner}.weight is tied to {path}, which merging would change too; untie them first")
-    for path, layer in layers.items():
-        try:
-            merged = layer.folded_weight(names)
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was merged") from None
-        _check_cast(f"{path}: the merged weight", merged, dtype or layer.dense_dtype())
-    if dtype is not None:
-        for path, parameter in root.named_parameters():
-            if id(parameter) not in owners and parameter.is_floating_point():
-                _check_cast(path, parameter.detach(), dtype)
 
 
-def _check_cast(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.isfinite().all() and not tensor.to(dtype).isfinite().all():
-        raise MergeError(f"{what} overflows {str(dtype).removeprefix('torch.')}; use dtype=torch.bfloat16; nothing was merged")
+def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:
+    """Raises if a parameter is finite now and would not be in `dtype`."""
+    if dtype is None:
+        return
+    largest = torch.finfo(dtype).max
+    for path, parameter in root.named_parameters():
+        if parameter.is_floating_point() and largest < parameter.detach().abs().amax() < torch.inf:
+            raise MergeError(
+                f"{path} overflows {str(dtype).removeprefix('torch.')}; use dtype=torch.bfloat16; nothing was merged"
+            )

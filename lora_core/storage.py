@@ -77,7 +77,7 @@ def load_adapter(
         model: the base, or a model with other adapters.
         directory: the directory with the two files.
         adapter_name: the name that it gets here; it is not in the files.
-        trainable: whether it is to be trained further.
+        trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
 
     Returns:
         What `inject` reports.

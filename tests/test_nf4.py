@@ -446,6 +446,18 @@ def test_a_model_that_transformers_loaded_is_cast_when_merged(saved):
     assert tiny.logits(model).isfinite().all()
 
 
+def test_a_merged_model_no_longer_says_that_it_is_4_bit(saved, tmp_path):
+    """Else transformers would write a configuration by which the dense checkpoint loads as 4-bit."""
+    model = load_in_4_bits(saved["bert"], "bert")
+    inject(model, projection_config("bert"))
+    tiny.randomize(model)
+    merge_and_unload(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert not any(is_quantized(m) for m in again.modules())
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_unmerging_restores_every_packed_byte(compute_dtype):
     model = tiny.classifier()

@@ -39,7 +39,7 @@ class LoraLayer(nn.Module):
         module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
         module.lora_scaling, module.lora_dropout = {}, {}
         module.lora_active = module.lora_folded = ()
-        module.lora_unfolded_weight = ()  # in a tuple: as an attribute of its own it would be registered
+        module.lora_unfolded_weight = ()  # (weight, dtype of the folded one): in a tuple it is not registered
         return module
 
     def release(self) -> nn.Module:
@@ -130,7 +130,7 @@ class LoraLayer(nn.Module):
         names = [name for name in names if name in self.lora_scaling]
         for name in names:
             self.add_delta_(W, name)
-        if not W.isfinite().all():
+        if not torch.stack(W.aminmax()).isfinite().all():  # one pass, and NaN comes through
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
@@ -148,9 +148,12 @@ class LoraLayer(nn.Module):
         weight = exact.to(dtype or self.dense_dtype())
         lost = 0.0
         if weight.dtype != exact.dtype:
+            if not torch.stack(weight.aminmax()).isfinite().all():
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise MergeError(f"the merged weight overflows {kind}; use dtype=torch.bfloat16")
             update = (exact - self.dense_weight()).norm().item()
             lost = (weight.to(exact.dtype) - exact).norm().item() / update if update else 0.0
-        self.lora_unfolded_weight = (self.weight,)
+        self.lora_unfolded_weight = (self.weight, weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.lora_folded = names
         return lost
@@ -162,10 +165,11 @@ class LoraLayer(nn.Module):
     def unfold(self) -> None:
         """Puts back the weight from before `fold`, byte for byte."""
         if self.lora_folded:
-            (weight,), folded = self.lora_unfolded_weight, self.weight
-            if weight.is_floating_point():  # the model may have been moved or cast while this one was waiting
-                weight.data = weight.data.to(folded.device, folded.dtype)
+            (weight, folded_dtype), folded = self.lora_unfolded_weight, self.weight
+            # The model may have been moved or cast while this weight was waiting.
+            if weight.is_floating_point():
+                weight.data = weight.data.to(folded.device, weight.dtype if folded.dtype == folded_dtype else folded.dtype)
             elif weight.device != folded.device:
-                weight = weight.to(folded.device)
+                weight = weight.to(folded.device)  # a 4-bit one, with its scales
             self.weight = weight
             self.lora_unfolded_weight = self.lora_folded = ()
