@@ -1,0 +1,41 @@
+# make sst2    install what it takes and train: a pretrained model learns sentiment with LoRA in 4 bits
+# make test    install the test tools too and run every test
+# make bench   the same, and measure speed and memory against other libraries
+# make clean   remove the virtual environment and what the tools left
+#
+# Each installs into .venv with the exact versions of constraints.txt, and again only when those change.
+# PYTHON=python3.12 chooses the interpreter; ARGS=... is handed on: make sst2 ARGS="--epochs 1 --train-samples 1000".
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PINS := constraints.txt setup.py pyproject.toml
+
+.PHONY: sst2 test bench clean
+.DELETE_ON_ERROR:
+
+sst2: .venv/.installed
+	$(BIN)/python -m experiments.sst2 --method qlora $(ARGS)
+
+test: .venv/.installed-all
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed-all
+	$(BIN)/python -m bench $(ARGS)
+
+.venv/.created:
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.installed: .venv/.created $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline]'
+	touch $@
+
+.venv/.installed-all: .venv/.created $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,test,bench]'
+	touch $@ .venv/.installed
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

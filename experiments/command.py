@@ -1,0 +1,60 @@
+"""What the commands share: a parser and a runner that answer a user's mistake with one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lora_core.errors import LoraError
+
+#: Packages that transformers and bitsandbytes import when they are installed, though nothing here uses them. Leaving them
+#: out takes 1.5 s off the start and 190 MB off the process.
+UNUSED = ("datasets", "networkx", "peft", "scipy", "sklearn")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help shows the module's own text and the defaults."""
+
+    def __init__(self, doc: str, **kwargs: Any) -> None:
+        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is None or action.default in (argparse.SUPPRESS, ()) or action.nargs == 0
+        return action.help if hidden else f"{action.help} (default: %(default)s)"
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Run the body of a command; returns its exit code. A user's mistake becomes one line on standard error."""
+    quieten()
+    try:
+        return command() or 0
+    except LoraError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was saved", file=sys.stderr)
+        return 130
+
+
+def quieten() -> None:
+    """Silence what the libraries say to their developers; their errors still come through."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def leave_out_unused() -> None:
+    """Make `UNUSED` look uninstalled in this process: None in sys.modules is Python's own way to say so."""
+    sys.modules.update(dict.fromkeys(UNUSED))

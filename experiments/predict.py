@@ -1,0 +1,114 @@
+"""Say whether texts are positive or negative, with an adapter trained by experiments.sst2.
+
+    python -m experiments.predict --adapter DIR "I absolutely loved this product!"
+    python -m experiments.predict --adapter DIR < texts.txt     one text a line
+
+Prints label, probability and text, separated by tabs, in the order given.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .command import Parser, leave_out_unused, run
+from .errors import ExperimentError
+
+BATCH = 32
+
+
+def parser() -> Parser:
+    """The command line of the prediction."""
+    p = Parser(__doc__, prog="python -m experiments.predict")
+    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter/ directory of a run")
+    p.add_argument("--model", help="the base model, if it is not where the adapter's file says")
+    p.add_argument("texts", nargs="*", metavar="TEXT", help="texts to judge; without any, each line of standard input")
+    return p
+
+
+def read_texts(given: Sequence[str]) -> list[str]:
+    """The texts to judge, from the arguments or else from standard input.
+
+    Raises:
+        ExperimentError: there is none, or one is empty.
+    """
+    if given:
+        texts, kind = list(given), "text"
+    else:
+        if sys.stdin.isatty():
+            print("reading one text a line; end with Ctrl-D", file=sys.stderr)
+        try:
+            texts, kind = sys.stdin.read().removesuffix("\n").split("\n"), "line"
+        except UnicodeDecodeError as error:
+            where = f"{error.encoding} text (byte {error.start})"
+            raise ExperimentError(f"standard input is not {where}; convert it first") from None
+        if texts == [""]:
+            raise ExperimentError("no text was given; pass one as an argument, or lines on standard input")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise ExperimentError(f"{kind} {number} is empty; every {kind} must have something to judge")
+    return texts
+
+
+class Predictor:
+    """A base model with a trained adapter, on the base as it was trained: in NF4 for a QLoRA adapter."""
+
+    def __init__(self, adapter: Path, model: str | None = None) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        from lora_core import load_adapter, quantize_nf4
+
+        from . import models, record
+
+        if not (adapter / "adapter_config.json").is_file():
+            raise ExperimentError(
+                f"--adapter: {str(adapter)!r} has no adapter_config.json; give the adapter/ directory of a run"
+            )
+        note = record.AdapterNote.read(adapter)
+        reference = model or record.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if not reference:
+            raise ExperimentError(f"--adapter: {str(adapter)!r} does not name its base model; name it with --model")
+        classifier = models.load_classifier(models.resolve(reference))
+        self.model, self.tokenizer, self.max_length = classifier.model, classifier.tokenizer, note.max_length
+        if note.quantize:
+            quantize_nf4(self.model, skip=classifier.keep)
+        load_adapter(self.model, adapter)
+        if (adapter / "tokenizer_config.json").is_file():
+            self.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(self.device).eval()
+
+    def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """The label of each text and its probability."""
+        import torch
+
+        from .batches import LikeLengthBatches, TokenisedTexts
+        from .data import LABELS
+
+        tokens = TokenisedTexts(self.tokenizer, texts, self.max_length)
+        probabilities = torch.empty(len(texts), len(LABELS))
+        with torch.inference_mode():
+            for indices in LikeLengthBatches(tokens.lengths, BATCH):
+                batch = {name: tensor.to(self.device) for name, tensor in tokens[indices].items()}
+                probabilities[indices] = self.model(**batch).logits.softmax(-1).float().cpu()
+        for row in probabilities:
+            yield LABELS[int(row.argmax())], float(row.max())
+
+
+def predict(adapter: Path, model: str | None, given: Sequence[str]) -> None:
+    """Print label, probability and text for each text."""
+    texts = read_texts(given)
+    for (label, probability), text in zip(Predictor(adapter, model)(texts), texts, strict=True):
+        print(f"{label}\t{probability:.3f}\t{text}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run(lambda: predict(args.adapter, args.model, args.texts))
+
+
+if __name__ == "__main__":
+    leave_out_unused()
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What a run leaves behind, and how to read it back.
+
+    OUTPUT/metrics.json                 every number of the run; written last, so it marks a finished run
+    OUTPUT/adapter/                     the adapter in PEFT's format, with the tokenizer
+    OUTPUT/adapter/experiment.json      what predict must know of the run: `AdapterNote`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ExperimentError
+
+METRICS = "metrics.json"
+ADAPTER = "adapter"
+NOTE = "experiment.json"
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "tokenizers", "numpy")
+#: What makes two runs the same run.
+IDENTITY = ("method", "base_model", "data", "hyperparameters", "seed")
+
+
+@dataclass(frozen=True)
+class AdapterNote:
+    """How the adapter's base was used in training: in NF4 or not, and how many tokens of a sentence it read."""
+
+    quantize: bool = False
+    max_length: int = 128
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / NOTE, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> AdapterNote:
+        """The note beside an adapter; the defaults for an adapter that was made elsewhere and has none."""
+        path = directory / NOTE
+        if not path.exists():
+            return cls()
+        fields = read_json(path)
+        try:
+            return cls(quantize=bool(fields["quantize"]), max_length=int(fields["max_length"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ExperimentError(f"{path} is not as written here ({error!r}); remove it to use the defaults") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, a line for each key, whole or not at all."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # a temporary file starts out private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ExperimentError: the file can't be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ExperimentError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
+    return content
+
+
+def finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of an earlier run of `plan` in `output`; None when there is none and `output` is free.
+
+    Raises:
+        ExperimentError: `output` holds the results of another run, or is no directory.
+    """
+    if output.exists() and not output.is_dir():
+        raise ExperimentError(f"--output-dir: {str(output)!r} is a file; name a directory")
+    path = output / METRICS
+    if not path.exists():
+        return None
+    metrics = read_json(path)
+    planned = json.loads(json.dumps(plan))
+    if differing := [key for key in IDENTITY if not _same(metrics.get(key), planned[key])]:
+        raise ExperimentError(
+            f"--output-dir: {str(output)!r} holds another run (its {', '.join(differing)} differ); pass --overwrite to "
+            "replace it, or another directory"
+        )
+    return metrics
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict):
+        # How the choice fell on a base or on data does not matter once it is the same one.
+        old, new = ({key: value for key, value in d.items() if key not in ("why", "source")} for d in (old, new))
+    return old == new
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that the numbers depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -1,0 +1,164 @@
+"""transformers.Trainer, fitted to this work: like-length batches, one progress bar, nothing computed that nobody reads."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .batches import TokenisedTexts, batches
+from .errors import ExperimentError
+from .methods import Schedule
+
+EVAL_BATCH = 64
+LOSS_POINTS = 100
+
+
+def training_arguments(
+    schedule: Schedule, examples: int, output: Path, device: str, bf16: bool, report_to: tuple[str, ...]
+) -> TrainingArguments:
+    """The Trainer's settings for `schedule` on this many training examples."""
+    steps = schedule.epochs * math.ceil(examples / schedule.batch_size)
+    steps = min(steps, schedule.max_steps or steps)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=schedule.epochs,
+        max_steps=steps,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=EVAL_BATCH,
+        learning_rate=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        warmup_steps=schedule.warmup,
+        max_grad_norm=schedule.max_grad_norm,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_steps=max(1, steps // LOSS_POINTS),
+        # Looking at each step's loss would make a GPU wait for it; the end of the run looks once.
+        logging_nan_inf_filter=False,
+        average_tokens_across_devices=False,
+        report_to=list(report_to) or "none",
+        seed=schedule.seed,
+        use_cpu=device == "cpu",
+        bf16=bf16,
+        label_names=["labels"],
+        dataloader_pin_memory=device != "cpu",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise it would spread each batch over all GPUs of the machine
+    return arguments
+
+
+class SentimentTrainer(Trainer):
+    """A Trainer for two-label sentences. `run` trains (or only evaluates) and returns the numbers."""
+
+    def __init__(
+        self, model: Any, arguments: TrainingArguments, train: TokenisedTexts, validation: TokenisedTexts, title: str
+    ) -> None:
+        try:
+            super().__init__(model, arguments, train_dataset=train, eval_dataset=validation, compute_metrics=accuracy_and_f1)
+        except (ValueError, RuntimeError, ImportError) as error:
+            if not arguments.report_to:
+                raise
+            # a logger's name or its package; anything else would fail without loggers too
+            raise ExperimentError(f"--report-to: {error}") from None
+        self.remove_callback(PrinterCallback)
+        self.progress = Progress(title, len(train))
+        self.add_callback(self.progress)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return batches(self.train_dataset, self.args.train_batch_size, seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: TokenisedTexts | None = None) -> DataLoader:
+        return batches(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the estimate walks over every parameter at every step, and nothing here reads it
+
+    def run(self, adapt: bool = True) -> dict[str, Any]:
+        """Train and evaluate each epoch; with `adapt` False, only evaluate.
+
+        Returns:
+            accuracy, f1 and loss on the validation set after the last epoch; accuracy_by_epoch; train_seconds without
+            the evaluations; examples_per_second; loss_history, [step, mean training loss since the last point].
+
+        Raises:
+            ExperimentError: the loss is not a number any more.
+        """
+        seconds = 0.0
+        try:
+            if adapt:
+                seconds = self.train().metrics["train_runtime"]
+            else:
+                self.evaluate()
+        finally:
+            self.progress.close()
+        history = self.state.log_history
+        evaluations = [entry for entry in history if "eval_loss" in entry]
+        if adapt:
+            seconds -= sum(entry["eval_runtime"] for entry in evaluations)
+        seen = (self.state.epoch or 0) * len(self.train_dataset)
+        last = evaluations[-1]
+        return {
+            "accuracy": round(last["eval_accuracy"], 6),
+            "f1": round(last["eval_f1"], 6),
+            "loss": round(last["eval_loss"], 6),
+            "accuracy_by_epoch": [round(entry["eval_accuracy"], 6) for entry in evaluations] if adapt else [],
+            "train_seconds": round(seconds, 2),
+            "examples_per_second": round(seen / seconds, 1) if adapt else None,
+            "loss_history": [[entry["step"], round(entry["loss"], 4)] for entry in history if "loss" in entry],
+        }
+
+
+def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, and the F1 of the positive class: 2 TP / (2 TP + FP + FN), 0 where nothing is or was called positive."""
+    logits = prediction.predictions  # (N, 2)
+    predicted, actual = np.argmax(logits, axis=-1) == 1, prediction.label_ids == 1
+    hits, calls = np.sum(predicted & actual), np.sum(predicted) + np.sum(actual)
+    return {"accuracy": float(np.mean(predicted == actual)), "f1": float(2 * hits / calls) if calls else 0.0}
+
+
+class Progress(TrainerCallback):
+    """One bar over the whole run, in examples, with the training loss; a line after each evaluation."""
+
+    def __init__(self, title: str, examples: int) -> None:
+        self.title, self.examples, self.bar = title, examples, None
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        self.examples_per_step = self.examples / len(train_dataloader)
+        # A bar in a log file would be a line every time; there, twice a minute is enough.
+        interval = 0.2 if sys.stderr.isatty() else 30
+        self.bar = tqdm(
+            total=round(state.max_steps * self.examples_per_step), desc=self.title, unit="ex", mininterval=interval
+        )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update(round(state.global_step * self.examples_per_step) - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            check_finite(logs["loss"])
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        check_finite(metrics["eval_loss"])
+        when = f"epoch {state.epoch:.4g} of {args.num_train_epochs:g}" if self.bar is not None else "untrained"
+        numbers = {name: metrics[f"eval_{name}"] for name in ("accuracy", "f1", "loss")}
+        tqdm.write(f"{when}: accuracy {numbers['accuracy']:.1%}, F1 {numbers['f1']:.3f}, loss {numbers['loss']:.3f}")
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def check_finite(loss: float) -> None:
+    """Stop a run that learns nothing any more; asked at each of the loss history's points and at each evaluation."""
+    if not math.isfinite(loss):
+        raise ExperimentError(f"the loss is {loss}: training diverged; lower --learning-rate")
