@@ -18,6 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from lora_core.dropout import dropout as fast_dropout
 
 NAME = "fast_dropout_attention"
+#: Options of transformers' attention functions that this one leaves to "sdpa".
+UNKNOWN = ("softcap", "position_bias", "cache", "sliding_window")
 
 
 def attention(
@@ -39,7 +41,7 @@ def attention(
     Returns:
         (B, T, H, d), and None for the weights.
     """
-    plain = query.shape[1] == key.shape[1] and not any(v is not None for k, v in options.items() if k in UNKNOWN)
+    plain = query.shape[1] == key.shape[1] and all(options.get(name) is None for name in UNKNOWN)
     implicit_mask = attention_mask is None and (options.get("is_causal") or getattr(module, "is_causal", False))
     if not dropout or query.device.type != "cpu" or not plain or implicit_mask:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
@@ -49,9 +51,6 @@ def attention(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = fast_dropout(scores.softmax(-1), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-UNKNOWN = ("softcap", "position_bias", "cache", "sliding_window")
 
 
 def use_fast_attention(model: PreTrainedModel) -> bool:

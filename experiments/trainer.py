@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from .batches import TokenisedTexts, batches
 from .errors import ExperimentError
+from .heap import GiveBack
 from .methods import Schedule
 
 EVAL_BATCH = 64
@@ -71,6 +72,7 @@ class SentimentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.progress = Progress(title, len(train))
         self.add_callback(self.progress)
+        self.add_callback(GiveBack())
 
     def get_train_dataloader(self) -> DataLoader:
         return batches(self.train_dataset, self.args.train_batch_size, seed=self.args.seed)

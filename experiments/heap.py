@@ -1,0 +1,35 @@
+"""Keeping freed memory from piling up in the process.
+
+Batches of many lengths leave the C library's heap full of holes that no later tensor fits into exactly; over an epoch on
+SST-2 they came to a third of a gigabyte. glibc gives such pages back to the system when it is asked to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+
+from transformers import TrainerCallback
+
+#: Asking costs the next step its page faults: every so many steps that is lost in the noise.
+STEPS = 50
+
+
+def give_back() -> bool:
+    """Returns free pages of the heap to the system; False where the C library can't (it is not glibc)."""
+    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    trim = getattr(library, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+    return trim is not None
+
+
+class GiveBack(TrainerCallback):
+    """Gives free memory back every `STEPS` steps, and before and after each evaluation's larger batches."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % STEPS == 0 or control.should_evaluate:
+            give_back()
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        give_back()
