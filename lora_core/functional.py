@@ -89,18 +89,17 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, s, dropout, dense, dtype):
         need_A, need_B = ctx.needs_input_grad[3:5]
-        W = dense(weight) if dense else weight
         x_cast = x.to(dtype)
         x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
         keep = h = None
         if dropout:
             keep, kept = draw_keep_mask(x2.shape, dropout, x.device)
             s = s / kept  # dropout's rescaling, on one number instead of on every element
-        if keep is None and folding_pays(x2.shape[0], W.shape[1], W, dense):
-            y = F.linear(x_cast, fold(W, A, B, s, in_place=dense is not None), bias)  # ... d_out
+        if keep is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
+            y = base_linear(x_cast, weight, bias, B.shape[0], lambda w: fold(w, A, B, s, dense))
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-            y = F.linear(x_cast, W, bias).contiguous()  # ... d_out
+            y = base_linear(x_cast, weight, bias, B.shape[0], dense)  # ... d_out
             h = (x2 if keep is None else keep.to(dtype).mul_(x2)) @ A.t()  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
@@ -128,13 +127,13 @@ class _LoraLinear(torch.autograd.Function):
         keep = None if bits is None else unpack_bits(bits, x_shape).to(dy.dtype)  # T d_in, of ones and zeros
         g = (dy2 @ B).mul_(s)  # T r
         if need_x:
-            W = dense(weight) if dense else weight
-            if keep is None and folding_pays(dy2.shape[0], W.shape[0], W, dense):
-                dx = dy2 @ fold(W, A, B, s, in_place=dense is not None)
+            if keep is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense):
+                dx = dy2.new_empty(x_shape)
+                torch.mm(dy2, fold(weight, A, B, s, dense), out=dx)
             else:
                 dx = g @ A
                 dx = dx if keep is None else dx.mul_(keep)
-                dx.addmm_(dy2, W)
+                dx.addmm_(dy2, dense(weight) if dense else weight)
             dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
         if need_B:
             h = x2 @ A.t() if h is None else h
@@ -146,8 +145,27 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, dbias, dA, dB, None, None, None, None
 
 
+def base_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, d_out: int, dense: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """x W^T + b, (..., d_out), contiguous, with W = dense(weight), outside of autograd.
+
+    Where W must be made, its result is allocated first. W then lies behind it and leaves no hole when it goes: such
+    holes between what is kept for the backward add up to more than the 4-bit weights save.
+    """
+    if dense is None:
+        return F.linear(x, weight, bias).contiguous()
+    y = x.new_empty(*x.shape[:-1], d_out)
+    x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, d_out)
+    if bias is None:
+        torch.mm(x2, dense(weight).t(), out=y2)
+    else:
+        torch.addmm(bias, x2, dense(weight).t(), out=y2)
+    return y
+
+
 def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor], dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, d_out: int, dense: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
     """x W^T + b, computed in `dtype`, with W = dense(weight) frozen and made again in the backward, never kept.
 
@@ -156,32 +174,26 @@ def frozen_linear(
     bias = None if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling():
         return F.linear(x.to(dtype), dense(weight), bias)
-    return _FrozenLinear.apply(x.to(dtype), weight, bias, dense)
+    return _FrozenLinear.apply(x.to(dtype), weight, bias, d_out, dense)
 
 
 class _FrozenLinear(torch.autograd.Function):
     """The fused form of `frozen_linear`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dense):
+    def forward(ctx, x, weight, bias, d_out, dense):
         ctx.save_for_backward(weight)
-        ctx.dense = dense
-        return F.linear(x, dense(weight), bias)
+        ctx.d_in, ctx.dense = x.shape[-1], dense
+        return base_linear(x, weight, bias, d_out, dense)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
-        need_x, _, need_bias, _ = ctx.needs_input_grad
-        dx = dy @ ctx.dense(weight) if need_x else None
+        need_x, _, need_bias = ctx.needs_input_grad[:3]
+        dx = base_linear(dy, weight, None, ctx.d_in, lambda W: ctx.dense(W).t()) if need_x else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
-        return dx, None, dbias, None
-
-
-def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The update to W that an adapter stands for: scaling * B A, (d_out, d_in), in float32 (float64 for float64)."""
-    dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
+        return dx, None, dbias, None, None
 
 
 # --- which way to multiply ------------------------------------------------------------------------------------------
@@ -195,11 +207,11 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 # weights are never folded: W + s B A rounded to 16 bits loses most of a small update.
 
 
-def folding_pays(tokens: int, width: int, W: Tensor, dense: Callable | None) -> bool:
+def folding_pays(tokens: int, width: int, dtype: torch.dtype, dense: Callable | None) -> bool:
     """Whether x (W + s B A)^T is cheaper than two products, for `tokens` rows summed over `width`."""
-    return W.dtype in (torch.float32, torch.float64) and tokens > width * (1 if dense else 2)
+    return dtype in (torch.float32, torch.float64) and tokens > width * (1 if dense else 2)
 
 
-def fold(W: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
-    """W + scaling * B A, (d_out, d_in), written over W or into a new tensor."""
-    return W.addmm_(B, A, alpha=scaling) if in_place else torch.addmm(W, B, A, alpha=scaling)
+def fold(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dense: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """W + scaling * B A, (d_out, d_in), in a new tensor: in the one that `dense` makes, if it is given."""
+    return dense(weight).addmm_(B, A, alpha=scaling) if dense else torch.addmm(weight, B, A, alpha=scaling)

@@ -182,7 +182,8 @@ def linear_4bit_class() -> type[nn.Linear]:
     class Linear4bit(bitsandbytes().nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
             dtype, result_dtype = compute_dtypes(self, x)
-            return frozen_linear(x, self.weight, self.bias, dequantizer(self, dtype), dtype).to(result_dtype)
+            y = frozen_linear(x, self.weight, self.bias, self.out_features, dequantizer(self, dtype), dtype)
+            return y.to(result_dtype)
 
     return Linear4bit
 
