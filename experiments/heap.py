@@ -12,7 +12,7 @@ import ctypes.util
 from transformers import TrainerCallback
 
 #: Asking costs the next step its page faults: every so many steps that is lost in the noise.
-STEPS = 50
+STEPS = 10
 
 
 def give_back() -> bool:

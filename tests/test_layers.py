@@ -279,7 +279,7 @@ def test_an_update_too_small_for_bfloat16_is_reported_as_lost():
     lora.weight.data.fill_(1.0)
     lora.lora_A["a"].data.fill_(1e-3)
     lora.lora_B["a"].data.fill_(1e-3)
-    assert lora.fold(["a"]) == pytest.approx(1.0)  # 1 + 2e-6 is 1 in bfloat16
+    assert lora.fold(["a"]) == pytest.approx(1.0, rel=0.03)  # 1 + 2e-6 is 1 in bfloat16; float32 knows it to 3 %
 
 
 def test_nothing_folded_is_nothing_lost():

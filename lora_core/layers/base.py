@@ -134,6 +134,12 @@ class LoraLayer(nn.Module):
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
+    def update_norm(self, names: Iterable[str]) -> float:
+        """Frobenius norm of the sum of the updates of `names`, from their factors: |B A|^2 = sum of (B^T B) * (A A^T)."""
+        A = torch.cat([self.lora_A[name].detach().double() for name in names])  # R d_in, R the summed rank
+        B = torch.cat([self.lora_B[name].detach().double() * self.lora_scaling[name] for name in names], dim=1)  # d_out R
+        return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt().item()
+
     def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> float:
         """Folds those of `names` that are on this layer into `weight`, cast to `dtype` (None: that of the dense weight).
 
@@ -148,11 +154,10 @@ class LoraLayer(nn.Module):
         weight = exact.to(dtype or self.dense_dtype())
         lost = 0.0
         if weight.dtype != exact.dtype:
-            if not torch.stack(weight.aminmax()).isfinite().all():
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise MergeError(f"the merged weight overflows {kind}; use dtype=torch.bfloat16")
-            update = (exact - self.dense_weight()).norm().item()
-            lost = (weight.to(exact.dtype) - exact).norm().item() / update if update else 0.0
+            if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
+                raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
+            update = self.update_norm(names)
+            lost = exact.sub_(weight).norm().item() / update if update else 0.0
         self.lora_unfolded_weight = (self.weight, weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.lora_folded = names

@@ -1,0 +1,80 @@
+"""What the engine must reach on two CPU cores, and aims at, beside what was measured.
+
+Every goal names a measure and one of its ratios. `peft` is what peft itself reached on a quiet 2-core machine (torch 2.13,
+float32, peft 0.21.2) when the goals were set; the bench measures peft again each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .measure import Measure, Ratio
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of a measure, what it must reach and what it aims at; `more` says that more is better."""
+
+    text: str
+    key: str
+    ratio: str
+    peft: float
+    must: float
+    aim: float
+    more: bool = False
+
+    def reached(self, value: float, target: float) -> bool:
+        return value >= target if self.more else value <= target
+
+
+LAYER, FROZEN, AS_RUN = "r16-t1024-", "ours / frozen", "peft / ours, as experiments"
+
+GOALS = (
+    Goal("768x768, r=16, 1,024 tokens, no dropout: over frozen", f"dense-768x768-{LAYER}p0.0-both", FROZEN, 1.68, 1.22, 1.12),
+    Goal("the same with dropout 0.1", f"dense-768x768-{LAYER}p0.1-both", FROZEN, 2.24, 1.50, 1.35),
+    Goal("768x3072 with dropout 0.1", f"dense-768x3072-{LAYER}p0.1-both", FROZEN, 1.50, 1.20, 1.12),
+    Goal("384x384 with dropout 0.1", f"dense-384x384-{LAYER}p0.1-both", FROZEN, 2.91, 1.85, 1.50),
+    Goal("NF4 768x768, no dropout: time over dense frozen", f"nf4-768x768-{LAYER}p0.0-both", FROZEN, 1.42, 1.28, 1.15),
+    Goal("NF4 768x768, dropout 0.1: time over peft's", f"nf4-768x768-{LAYER}p0.1-both", "ours / peft", 1, 0.72, 0.60),
+    Goal("Merged: time over frozen", "merged", "ours merged / frozen", 1, 1.01, 1.00),
+    Goal("MiniLM step, LoRA: speed over peft", "train-lora", "peft / ours", 1, 1.24, 1.32, more=True),
+    Goal("MiniLM step, LoRA: speed over full fine-tuning", "train-lora", "full / ours", 0.99, 1.22, 1.32, more=True),
+    Goal("MiniLM step, LoRA: speed over the frozen base", "train-lora", "frozen / ours", 0.70, 0.86, 0.93, more=True),
+    Goal("MiniLM step as experiments run it: speed over peft", "train-lora", AS_RUN, 1, 1.35, 1.5, more=True),
+    Goal("MiniLM step, QLoRA: speed over peft", "train-qlora", "peft / ours", 1, 1.25, 1.4, more=True),
+    Goal("Kept for the backward, q, k, v, out: bytes over peft's", "saved-attention", "ours / peft", 1, 0.40, 0.30),
+    Goal("Kept for the backward, all linear: bytes over peft's", "saved-all-linear", "ours / peft", 1, 0.52, 0.43),
+    Goal("Peak of the whole QLoRA job: over peft's", "job-qlora", "ours / peft", 1, 0.75, 0.60),
+    Goal("Peak of the whole QLoRA job: over our LoRA's", "job-qlora", "ours / ours, LoRA", 1.17, 1.0, 1.0),
+    Goal("merge_and_unload, DistilBERT-sized: time over peft's", "merge-distilbert", "ours / peft", 1, 0.8, 0.5),
+)
+
+
+def judged(measures: Iterable[Measure], comparable: bool) -> list[dict[str, Any]]:
+    """Every goal with the measured ratio and a verdict.
+
+    Args:
+        measures: what was measured.
+        comparable: whether it was measured as the goals mean it: on a CPU, and not with --quick.
+    """
+    by_key = {measure.key: measure for measure in measures}
+    rows = []
+    for goal in GOALS:
+        measure = by_key.get(goal.key)
+        ratio = measure.ratios.get(goal.ratio) if measure else None
+        row = {"goal": goal.text, "key": goal.key, "ratio": goal.ratio, "peft": goal.peft, "must": goal.must, "aim": goal.aim}
+        rows.append(row | {"measured": ratio.value if ratio else None, "verdict": _verdict(goal, ratio, comparable)})
+    return rows
+
+
+def _verdict(goal: Goal, ratio: Ratio | None, comparable: bool) -> str:
+    if ratio is None:
+        return "not measured"
+    if not comparable:
+        return "no verdict"
+    value = round(ratio.value, 2)  # as it is shown
+    if goal.reached(value, goal.aim):
+        return "met, and the aim"
+    return "met" if goal.reached(value, goal.must) else "NOT MET"

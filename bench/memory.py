@@ -1,0 +1,142 @@
+"""How much memory do adapters take: kept for the backward, and at the peak of a whole step?
+
+    python -m bench memory
+
+Kept for the backward: MiniLM runs forward on 32 x 32 tokens, and every tensor that autograd saves is counted by the
+storage behind it, each storage once, the model's own parameters and buffers left out. What the frozen base keeps is
+subtracted (it is the same for all candidates): what is left is what the adapters add.
+
+The peak: three steps on 32 x 128 tokens, each candidate in a process of its own (`peak.py`). The peak of a whole
+experiment is read from the metrics that it left under experiments/results, if it has run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .measure import Measure, Ratio
+from .models import ALL_LINEAR, ATTENTION, DROPOUT, R, classification_loss, classifier, tokens
+from .settings import Settings
+
+ROOT = Path(__file__).parents[1]
+KEPT = {
+    "saved-attention": ("Kept for the backward by adapters on q, k, v, out", ATTENTION),
+    "saved-all-linear": ("Kept for the backward by adapters on all linear layers", ALL_LINEAR),
+}
+
+
+def run(settings: Settings) -> Iterator[Measure]:
+    for key in KEPT:
+        yield kept(key, settings)
+    for quantize in (False,) if settings.quick else (False, True):
+        yield peak(quantize, settings)
+    if (whole := job(ROOT / "experiments" / "results")) and settings.device == "cpu":
+        yield whole
+
+
+def kept(key: str, settings: Settings) -> Measure:
+    title, targets = KEPT[key]
+    size = (2, 8) if settings.quick else (32, 32)
+    batch = tokens(*size, settings.device)
+    totals = {}
+    for name in ("frozen", "ours", "peft"):
+        model = classifier(name, targets, device=settings.device)
+        totals[name] = saved_bytes(model, lambda model=model: classification_loss(model, batch))
+    added = {name: totals[name] - totals["frozen"] for name in ("ours", "peft")}
+    return Measure(
+        key=key,
+        title=f"{title}, {size[0]} x {size[1]} tokens",
+        unit="bytes",
+        values=added,
+        ratios={"ours / peft": Ratio(added["ours"] / added["peft"])},
+        setting={"model": "MiniLM", "r": R, "dropout": DROPOUT, "dtype": "float32", "frozen": totals["frozen"]},
+    )
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps after `forward`; those of the model itself are not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # kept to the end: what it holds can't be freed, so no address comes twice
+    total = sum(size for pointer, size in storages.items() if pointer not in own)
+    del result
+    return total
+
+
+def peak(quantize: bool, settings: Settings) -> Measure:
+    """The peak of training steps: the whole process, and beyond what it held before the first step."""
+    candidates = ("ours", "peft") if quantize or settings.quick else ("frozen", "full", "ours", "peft")
+    size = (2, 8) if settings.quick else (32, 128)
+    shared = (str(int(quantize)), *map(str, size), settings.device, str(torch.get_num_threads()))
+    with ThreadPoolExecutor(max_workers=2) as pool:  # what each of them holds does not depend on the others
+        found = dict(zip(candidates, pool.map(lambda name: _in_a_process(name, *shared), candidates), strict=True))
+    method = "QLoRA" if quantize else "LoRA"
+    return Measure(
+        key=f"peak-{method.lower()}",
+        title=f"Peak of a MiniLM training step, {method}, {size[0]} x {size[1]} tokens",
+        unit="bytes",
+        values={name: values["peak"] for name, values in found.items()},
+        ratios={"ours / peft": Ratio(found["ours"]["peak"] / found["peft"]["peak"])},
+        setting={
+            "model": "MiniLM",
+            "r": R,
+            "dropout": DROPOUT,
+            "of the step alone": {name: values["peak"] - values["before"] for name, values in found.items()},
+        },
+    )
+
+
+def _in_a_process(*arguments: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-m", "bench.peak", *arguments], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        command = f"bench.peak {' '.join(arguments)}"
+        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+#: Peak of the same job run with peft, in bytes: one run with peft 0.21.2 and bitsandbytes 0.50.2 (torch 2.13, 2 cores).
+PEFT_JOB = {"qlora": 2650 * 2**20, "lora": 2268 * 2**20}
+SST2_SENTENCES = 67_349
+
+
+def job(results: Path) -> Measure | None:
+    """The peak of the whole QLoRA experiment (MiniLM, all of SST-2, batch 32), from the metrics that it left.
+
+    None if `results` holds no such run.
+    """
+    found = {}
+    for path in sorted(results.rglob("metrics.json")):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        whole = metrics["data"]["name"] == "SST-2" and metrics["data"]["train"] == SST2_SENTENCES
+        same = "MiniLM-L6" in metrics["base_model"]["name"] and metrics["hyperparameters"]["batch_size"] == 32
+        if whole and same and metrics["device"].startswith("cpu"):
+            found.setdefault(metrics["method"], metrics["peak_rss_mb"] * 2**20)
+    if "qlora" not in found:
+        return None
+    values = {"ours": found["qlora"], "peft": PEFT_JOB["qlora"], "peft's LoRA": PEFT_JOB["lora"]}
+    if "lora" in found:
+        values["ours, LoRA"] = found["lora"]
+    return Measure(
+        key="job-qlora",
+        title="Peak of the whole QLoRA job, SST-2, batch 32",
+        unit="bytes",
+        values=values,
+        ratios={f"ours / {name}": Ratio(values["ours"] / values[name]) for name in ("peft", "ours, LoRA") if name in values},
+        setting={"from": "experiments' metrics.json", "peft": "peft 0.21.2, bitsandbytes 0.50.2, one run"},
+    )

@@ -1,0 +1,128 @@
+"""How fast does a whole training step go, against peft, full fine-tuning and the frozen base?
+
+    python -m bench training
+
+MiniLM learns real sentences: batches of 32 padded to their longest, r=16 on query, key, value and attention.output.dense,
+dropout 0.1, AdamW, clipping at 1. A step is forward, backward, clipping, optimiser, zeroing; every candidate takes the
+same batches in the same order. The base is untouched, but for "ours, as experiments", which has what the experiments
+change about it: a cheaper draw for its own dropout layers and for the dropout in its attention.
+
+The frozen base is the floor: its head is trained, and gradients flow down to where the lowest adapter would stand (see
+`peers.freeze`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from experiments.attention import use_fast_attention
+from lora_core import use_fast_dropout
+
+from .measure import Measure
+from .models import DROPOUT, R, classification_loss, classifier, sentences
+from .peers import check_models, trained
+from .settings import Settings
+from .timing import Samples, interleave
+
+BATCH = 32
+ROUNDS = 31
+
+
+class Step:
+    """One candidate's training: each call takes the next batch and updates what the candidate trains."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model, self.batches = model, itertools.cycle(batches)
+        self.parameters = trained(model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.01)
+
+    def __call__(self) -> None:
+        classification_loss(self.model, next(self.batches)).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def run(settings: Settings) -> Iterator[Measure]:
+    batches = sentences(4 if settings.quick else BATCH, 3 if settings.quick else 24, settings.device)
+    yield lora(settings, batches)
+    yield qlora(settings, batches)
+
+
+def lora(settings: Settings, batches: Sequence[Mapping[str, Tensor]]) -> Measure:
+    build = functools.partial(classifier, device=settings.device)
+    models = {name: build(name) for name in ("frozen", "full", "ours")}
+    models["peft"] = build("peft", like=models["ours"])
+    models["ours, as experiments"] = _as_experiments(build("ours"))
+    difference = _check({n: models[n] for n in ("ours", "peft", "ours, as experiments")}, batches[0], settings)
+    samples = _time(models, batches, settings)
+    pairs = [
+        ("peft", "ours"),
+        ("full", "ours"),
+        ("frozen", "ours"),
+        ("peft", "ours, as experiments"),
+        ("full", "ours, as experiments"),
+        ("frozen", "peft"),
+    ]
+    title = "MiniLM training step, LoRA r=16 on q, k, v, out"
+    return _measure("train-lora", title, samples, pairs, batches, settings, difference)
+
+
+def qlora(settings: Settings, batches: Sequence[Mapping[str, Tensor]]) -> Measure:
+    build = functools.partial(classifier, quantize=True, device=settings.device)
+    models = {"ours": build("ours")}
+    models["peft"] = build("peft", like=models["ours"])
+    models["ours, as experiments"] = _as_experiments(build("ours"))
+    difference = _check(models, batches[0], settings)
+    samples = _time(models, batches, settings)
+    pairs = [("peft", "ours"), ("peft", "ours, as experiments")]
+    title = "MiniLM training step, QLoRA r=16 on q, k, v, out"
+    return _measure("train-qlora", title, samples, pairs, batches, settings, difference)
+
+
+def _as_experiments(model: nn.Module) -> nn.Module:
+    """What the experiments change about the base, which keeps its meaning: how its dropout masks are drawn."""
+    use_fast_dropout(model)
+    use_fast_attention(model)
+    return model
+
+
+def _check(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], settings: Settings) -> float:
+    tolerance = 1e-3 if settings.device == "cpu" else 5e-2
+    return check_models(models, lambda model: classification_loss(model, batch), tolerance)
+
+
+def _time(models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]], settings: Settings) -> Samples:
+    steps = {name: Step(model, batches) for name, model in models.items()}
+    return interleave(steps, **settings.timing(ROUNDS))
+
+
+def _measure(
+    key: str,
+    title: str,
+    samples: Samples,
+    pairs: Sequence[tuple[str, str]],
+    batches: Sequence[Mapping[str, Tensor]],
+    settings: Settings,
+    difference: float,
+) -> Measure:
+    return Measure(
+        key=key,
+        title=title,
+        unit="s",
+        values=samples.medians(),
+        ratios={f"{above} / {below}": samples.ratio(above, below) for above, below in pairs},
+        setting={
+            "batch": [list(batch["input_ids"].shape) for batch in batches],
+            "r": R,
+            "dropout": DROPOUT,
+            "dtype": "float32" if settings.device == "cpu" else "bfloat16 autocast",
+            "rounds": samples.rounds,
+            "difference": difference,
+        },
+    )
