@@ -14,7 +14,7 @@ import matplotlib
 from .measure import Measure
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot
 
 #: Okabe and Ito's colours, which stay apart for the colour-blind; markers and dashes say the same again.
 STYLES = {

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lora_core.storage import write_whole
 
 from .errors import ExperimentError
 
@@ -56,16 +56,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, a line for each key, whole or not at all."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # a temporary file starts out private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(path, text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -125,7 +125,10 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 def check_new_name(model: nn.Module, name: str) -> None:
     """Refuses a name that can't be a directory and a key of a module, or that is taken."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ParameterDict(), name):
-        raise ConfigError(f"adapter_name must be made of letters, digits, '_' and '-', and be no attribute of torch's ParameterDict, not {name!r}")
+        raise ConfigError(
+            f"adapter_name must be made of letters, digits, '_' and '-', and be no attribute of torch's ParameterDict, "
+            f"not {name!r}"
+        )
     if has_adapters(model) and name in registry_of(model).adapters:
         raise AdapterExistsError(
             f"the model has an adapter {name!r} already; choose another adapter_name or delete_adapter(model, {name!r})"

@@ -234,7 +234,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     if not any(key.endswith(".lora_A.weight") for key in expected):
         problems.append("its target_modules match no layer of this model")
     if problems:
-        raise AdapterFormatError(f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on")
+        raise AdapterFormatError(
+            f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on"
+        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> None:

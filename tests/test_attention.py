@@ -31,7 +31,12 @@ def test_outputs_and_gradients_are_those_of_the_formula_with_the_mask_that_was_d
     module, query, key, value, mask = inputs
     drawn = []
     draw = engine.draw_keep_mask
-    monkeypatch.setattr(engine, "draw_keep_mask", lambda *args: drawn.append(draw(*args)) or (drawn[-1][0].clone(), drawn[-1][1]))
+
+    def remember(*args):
+        drawn.append(draw(*args))
+        return drawn[-1][0].clone(), drawn[-1][1]
+
+    monkeypatch.setattr(engine, "draw_keep_mask", remember)
     result, weights = attention.attention(module, query, key, value, mask, dropout=0.25)
     ((keep, kept),) = drawn
     expected = slow_attention(query, key, value, mask, keep.double(), kept)
@@ -68,6 +73,7 @@ def test_a_model_that_uses_it_evaluates_bit_for_bit_as_before_and_trains():
 
 
 def test_a_model_with_another_attention_is_left_alone():
-    model = BertForSequenceClassification(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, attn_implementation="eager"))
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, attn_implementation="eager")
+    model = BertForSequenceClassification(config)
     assert not attention.use_fast_attention(model)
     assert model.config._attn_implementation == "eager"

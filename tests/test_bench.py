@@ -203,7 +203,7 @@ def test_one_question_again_leaves_the_others_as_they_were(quick, tmp_path):
 
 
 def test_a_measure_survives_the_file(quick):
-    content, path = quick
+    _, path = quick
     for measure in report.measures_of(report.read(path)):
         assert isinstance(measure, Measure)
         assert report.show(measure).startswith(measure.title)

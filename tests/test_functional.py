@@ -223,7 +223,7 @@ def test_gradients_accumulate_over_two_uses_of_one_layer():
 
 
 def test_frozen_linear_is_the_equation_without_an_adapter():
-    tensors, dy = make((2, 3))
+    tensors, _ = make((2, 3))
     x, b = tensors["x"], tensors["b"].requires_grad_()
     assert torch.autograd.gradcheck(lambda x, b: frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype), (x, b))
     y = frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype)

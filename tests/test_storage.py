@@ -423,7 +423,7 @@ def test_an_adapter_name_is_never_a_path(saved, name):
 
 def test_a_model_of_another_width_is_refused(saved):
     model = tiny.Classifier(width=32)
-    with pytest.raises(AdapterFormatError, match="10 wrong shapes|9 wrong shapes"):
+    with pytest.raises(AdapterFormatError, match=r"10 wrong shapes|9 wrong shapes"):
         load_adapter(model, saved)
 
 
