@@ -108,7 +108,7 @@ def experiment(args: argparse.Namespace) -> int:
 
     sentences = data.load(args.data)
     base = models.resolve(args.model)
-    print(f"data: {sentences}\nbase model: {base}", flush=True)
+    print(f"base model: {base}; data: {sentences}", flush=True)
 
     from . import record
     from .train import Job, choose_device, train
