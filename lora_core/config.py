@@ -20,6 +20,12 @@ from typing import Any
 
 from .errors import ConfigError
 
+#: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
+#: SVD of N iterations is "pissa_niter_N"). `initializers.py` says what they are.
+INITIALIZERS = ("gaussian", "orthogonal", "pissa", "olora")
+FROM_WEIGHT = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
+AFTERWARDS = {"eva": "initialize_eva(model, batches)", "loftq": "initialize_loftq(model, dense_weights)"}
+
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
@@ -44,8 +50,11 @@ class LoraConfig:
         modules_to_save: modules trained and saved whole. A module is meant when its path ends with an entry, as bare
             text, which is PEFT's rule: "classifier" means DistilBERT's "pre_classifier" as well.
         use_rslora: scale by lora_alpha / sqrt(r).
-        init_lora_weights: True: A Kaiming-uniform and B zero; False: B random too, so that the adapter changes the
-            model from the start (of use in tests).
+        use_dora: train the magnitude of each row of the weight apart from its direction (DoRA, arXiv 2402.09353).
+        lora_bias: give B a bias, trained from zero; adapted layers need one of their own to be merged.
+        init_lora_weights: where A and B start. True: A Kaiming-uniform and B zero; False: B random too, so that the
+            adapter changes the model from the start (of use in tests); or "gaussian", "orthogonal", "pissa",
+            "pissa_niter_N", "olora" (see `initializers.py`).
         rank_pattern, alpha_pattern: {pattern: value}, an r or lora_alpha of its own for some layers. A pattern
             matches a path that it ends, after a dot or from the start, as a regular expression; the first hit wins.
         layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
@@ -65,7 +74,9 @@ class LoraConfig:
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
     use_rslora: bool = False
-    init_lora_weights: bool = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
@@ -92,9 +103,12 @@ class LoraConfig:
         _check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
             _check_choice("task_type", self.task_type, TASK_TYPES)
-        for name in ("use_rslora", "init_lora_weights"):
+        for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_start()
+        if self.lora_bias and (self.use_dora or self.bias != "none"):
+            raise ConfigError("lora_bias=True goes with neither use_dora nor a bias mode: both would train the same bias")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -107,6 +121,15 @@ class LoraConfig:
         self._freeze_pattern("rank_pattern", check_rank)
         self._freeze_pattern("alpha_pattern", check_alpha)
         self._freeze_layer_indices()
+
+    def _check_start(self) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, bool) or init in INITIALIZERS or (isinstance(init, str) and FROM_WEIGHT.fullmatch(init)):
+            return
+        if init in AFTERWARDS:
+            raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
+        known = ", ".join(map(repr, INITIALIZERS))
+        raise ConfigError(f"init_lora_weights must be True, False, {known} or 'pissa_niter_N', not {init!r}")
 
     def _freeze_names(self, name: str, value: Any) -> None:
         if value is None:
@@ -149,6 +172,20 @@ class LoraConfig:
     def saved_module_patterns(self) -> tuple[str, ...]:
         """`modules_to_save` and the heads that `task_type` adds, without repeats, in order."""
         return tuple(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
+
+    def as_stored(self) -> LoraConfig:
+        """What this adapter is in a file: one that subtracts its start is plain LoRA of rank 2r with the same scaling."""
+        if not (isinstance(self.init_lora_weights, str) and FROM_WEIGHT.fullmatch(self.init_lora_weights)):
+            return self
+        alpha = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=alpha * self.lora_alpha,
+            rank_pattern={key: 2 * value for key, value in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * value for key, value in self.alpha_pattern.items()},
+        )
 
     def rank_for(self, path: str) -> int:
         """The rank of the layer at `path`, after `rank_pattern`."""

@@ -18,11 +18,12 @@ from .errors import AdapterFormatError, ConfigError
 from .layers import LoraConv1D
 from .registry import adapter_layers, find_adapter
 
-#: Fields that PEFT writes and that say nothing about the maths of a plain LoRA adapter.
+#: Fields that PEFT writes and that say nothing about what an adapter with these tensors computes.
 NEUTRAL_FIELDS = frozenset(
     {
         "auto_mapping",
         "ensure_weight_tying",
+        "eva_config",
         "fan_in_fan_out",
         "inference_mode",
         "megatron_core",
@@ -40,7 +41,7 @@ HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva")
 def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The fields of the file for an adapter of `model`."""
     adapter = find_adapter(model, adapter_name)
-    config = adapter.config
+    config = adapter.config.as_stored()
     fields = dataclasses.asdict(config)
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         fields["target_modules"] = adapter.layers
@@ -82,7 +83,8 @@ def config_from_json(path: Path) -> LoraConfig:
     if "target_modules" not in fields or "r" not in fields or "lora_alpha" not in fields:
         raise AdapterFormatError(f"{path}: r, lora_alpha and target_modules must be set")
     try:
-        return LoraConfig(**{key: value for key, value in fields.items() if key in known})
+        # What A and B started from does not matter any more.
+        return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
     except ConfigError as error:
         raise AdapterFormatError(f"{path}: {error}") from None
 

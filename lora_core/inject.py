@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .config import TASK_HEADS, LoraConfig
 from .errors import ConfigError, TargetError
-from .layers import LoraConv1D, LoraLayer, LoraLinear, lora_class
+from .initializers import check_rank_fits
+from .layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
+from .layers.holder import TABLES
 from .nf4 import is_quantized
 from .registry import (
     Adapter,
@@ -77,8 +79,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """Adds an adapter to `model`, in place.
 
     The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
-    wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers') and GPT-2's
-    `Conv1D`.
+    wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers'), GPT-2's `Conv1D`,
+    convolutions without groups, and `nn.Embedding`.
 
     Args:
         model: any module. It is changed, not wrapped.
@@ -119,7 +121,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     head = output_layer(model)
     linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
     targets = select_targets(config, paths, linear, saved, strict)
-    _check_targets(model, modules, targets.paths)
+    _check_targets(model, modules, config, targets.paths)
     for path in saved:
         if any(is_quantized(m) for m in modules[path].modules()):
             raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
@@ -128,7 +130,9 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     return Plan(targets, saved, _trained_biases(model, config, targets.paths, saved))
 
 
-def _check_targets(model: nn.Module, modules: Mapping[str, nn.Module], targets: Sequence[str]) -> None:
+def _check_targets(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Sequence[str]
+) -> None:
     """Raises a TargetError for a module on which an adapter could not take effect."""
     adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
     whole = {path for adapter in adapters for path in adapter.saved_modules}
@@ -136,8 +140,12 @@ def _check_targets(model: nn.Module, modules: Mapping[str, nn.Module], targets: 
         if lora_class(modules[path]) is None:
             raise TargetError(
                 f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
-                "target nn.Linear, 4-bit linear or Conv1D layers"
+                "target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or nn.Embedding layers"
             )
+        kind = lora_class(modules[path])
+        check_rank_fits(config.init_lora_weights, path, kind.matrix_shape(modules[path]), config.rank_for(path))
+        if config.lora_bias and issubclass(kind, LoraEmbedding):
+            raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
             raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
         parent = modules.get(path.rpartition(".")[0], model)
@@ -154,7 +162,7 @@ def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str],
         paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if "bias" in path]
         return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
     if config.bias == "lora_only":
-        return tuple(f"{path}.bias" for path in layers if model.get_submodule(path).bias is not None)
+        return tuple(f"{path}.bias" for path in layers if getattr(model.get_submodule(path), "bias", None) is not None)
     return ()
 
 
@@ -173,7 +181,9 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
             r=config.rank_for(path),
             scaling=config.scaling_for(path),
             dropout=config.lora_dropout,
-            random_B=not config.init_lora_weights,
+            init=config.init_lora_weights,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
     adapter = Adapter(config, found.layers.paths, found.saved_modules, copies, trainable)
     register(model, name, adapter)
@@ -196,7 +206,7 @@ def copied_paths(model: nn.Module, found: Plan) -> list[str]:
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the model's own modules: without the root and without what adapters added."""
     added = {
-        f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in ("lora_A", "lora_B")
+        f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in TABLES
     }
     return {path: m for path, m in model.named_modules() if path and path not in added}
 

@@ -181,11 +181,16 @@ def linear_4bit_class() -> type[nn.Linear]:
 
     class Linear4bit(bitsandbytes().nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-            dtype, result_dtype = compute_dtypes(self, x)
-            y = frozen_linear(x, self.weight, self.bias, self.out_features, dequantizer(self, dtype), dtype)
-            return y.to(result_dtype)
+            return frozen_forward(self, x, self.bias)
 
     return Linear4bit
+
+
+def frozen_forward(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, (..., d_out), with the dequantised weight W of a 4-bit layer."""
+    dtype, result_dtype = compute_dtypes(layer, x)
+    y = frozen_linear(x, layer.weight, bias, layer.out_features, dequantizer(layer, dtype), dtype)
+    return y.to(result_dtype)
 
 
 def replace_forward(model: nn.Module) -> list[nn.Module]:

@@ -109,14 +109,13 @@ def adapter_layers(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Lo
 
 
 def lora_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The A and B of the adapter `name`, layer by layer."""
+    """What the adapter `name` trains on its layers (A, B, ...), layer by layer."""
     for _, layer in adapter_layers(model, find_adapter(model, name)):
-        yield layer.lora_A[name]
-        yield layer.lora_B[name]
+        yield from layer.trained(name)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """All that the adapter `name` trains: its A and B, and its copies of the base's parameters, each once."""
+    """All that the adapter `name` trains: its A, B, ..., and its copies of the base's parameters, each once."""
     yield from lora_parameters(model, name)
     copies = {id(t): t for t in find_adapter(model, name).copies.values() if isinstance(t, nn.Parameter)}
     yield from copies.values()
@@ -160,6 +159,15 @@ def forget(model: nn.Module, name: str) -> None:
         restore_forward(registry.layers_4bit)
         for path, p in model.named_parameters():
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
+
+
+def rename(model: nn.Module, old: str, new: str) -> None:
+    """Gives the adapter `old` the free name `new`; nothing else about it changes, nor about the order of adapters."""
+    for _, layer in adapter_layers(model, find_adapter(model, old)):
+        layer.rename_adapter(old, new)
+    registry = registry_of(model)
+    registry.adapters = {new if name == old else name: adapter for name, adapter in registry.adapters.items()}
+    registry.active = tuple(new if name == old else name for name in registry.active)
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:

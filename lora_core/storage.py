@@ -27,7 +27,7 @@ from .config import LoraConfig
 from .config_file import config_from_json, config_to_json, one_line
 from .errors import AdapterExistsError, AdapterFileMissingError, AdapterFormatError, ConfigError, MergeError
 from .inject import InjectionReport, Plan, attach, copied_paths, describe, plan
-from .layers import lora_class
+from .layers import LoraEmbedding, LoraLayer, lora_class
 from .registry import adapter_layers, check_new_name, find_adapter, get_tensor, has_adapters, registry_of, unwrap
 
 CONFIG_FILE = "adapter_config.json"
@@ -101,6 +101,8 @@ def load_adapter(
         )
     elif any(adapter_name in layer.lora_folded for _, layer in adapter_layers(root, find_adapter(root, adapter_name))):
         raise MergeError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
+    if not found.layers.paths:
+        raise AdapterFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     _check_tensors(tensors, _expected_tensors(root, config, found), directory)
     _check_finite(tensors, str(directory), "not loaded")
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
@@ -114,8 +116,9 @@ def load_adapter(
     adapter = find_adapter(root, adapter_name)
     with torch.no_grad():
         for path, layer in adapter_layers(root, adapter):
-            for part in (layer.lora_A, layer.lora_B):
-                part[adapter_name].data = tensors[_lora_key(path, part is layer.lora_B)].to(part[adapter_name].device)
+            for table, key in _layer_keys(path, type(layer), config).items():
+                parameter = getattr(layer, table)[adapter_name]
+                parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
         for path, copy in adapter.copies.items():
             copy.copy_(tensors[_copy_key(path, adapter.layers)])
     return report
@@ -126,8 +129,12 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     adapter = find_adapter(model, adapter_name)
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
-        tensors[_lora_key(path, False)] = layer.lora_A[adapter_name].detach()
-        tensors[_lora_key(path, True)] = layer.lora_B[adapter_name].detach()
+        A, B = layer.factors(adapter_name)
+        own = {table: getattr(layer, table)[adapter_name] for table in ("lora_magnitude", "lora_bias")
+               if adapter_name in getattr(layer, table)} | {"lora_A": A, "lora_B": B}
+        shapes = layer.file_shapes(layer, len(A))
+        for table, key in _layer_keys(path, type(layer), adapter.config).items():
+            tensors[key] = own[table].detach().view(shapes[table])
     for path, copy in adapter.copies.items():
         tensors[_copy_key(path, adapter.layers)] = copy.detach()
     return tensors
@@ -184,8 +191,17 @@ def write_whole(path: Path, data: bytes) -> None:
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
-def _lora_key(path: str, is_B: bool) -> str:
-    return f"{PREFIX}{path}.lora_{'B' if is_B else 'A'}.weight"
+def _layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
+    """{table of a layer: the key of an adapter's tensor there}."""
+    if issubclass(kind, LoraEmbedding):
+        keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+    else:
+        keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    if config.use_dora:
+        keys["lora_magnitude"] = "lora_magnitude_vector"
+    if config.lora_bias:
+        keys["lora_bias"] = "lora_B.bias"
+    return {table: f"{PREFIX}{path}.{key}" for table, key in keys.items()}
 
 
 def _copy_key(path: str, layers: Collection[str]) -> str:
@@ -198,10 +214,11 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
     """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
     expected = {}
     for path in found.layers.paths:
-        module, r = model.get_submodule(path), config.rank_for(path)
-        d_in, d_out = lora_class(module).lora_shape(module)
-        expected[_lora_key(path, False)] = torch.empty(r, d_in, device="meta")
-        expected[_lora_key(path, True)] = torch.empty(d_out, r, device="meta")
+        module = model.get_submodule(path)
+        kind = lora_class(module)
+        shapes = kind.file_shapes(module, config.rank_for(path))
+        for table, key in _layer_keys(path, kind, config).items():
+            expected[key] = torch.empty(shapes[table], device="meta")
     for path in copied_paths(model, found):
         expected[_copy_key(path, found.layers.paths)] = get_tensor(model, path)
     return expected
@@ -231,8 +248,6 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     ]
     if kinds:
         problems.append(f"{len(kinds)} tensors of a dtype that has no place there ({_listed(kinds)})")
-    if not any(key.endswith(".lora_A.weight") for key in expected):
-        problems.append("its target_modules match no layer of this model")
     if problems:
         raise AdapterFormatError(
             f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on"
@@ -246,10 +261,12 @@ def _check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> N
 
 
 def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan) -> bool:
-    """Whether the adapter `name` of the model has the layers, ranks, scalings and copies of this configuration."""
+    """Whether the adapter `name` of the model is stored with this configuration's layers, tensors, scalings and copies."""
     adapter = find_adapter(model, name)
     return (
-        adapter.layers == found.layers.paths
+        adapter.config.as_stored() is adapter.config  # else the file's tensors hold its start too
+        and (adapter.config.use_dora, adapter.config.lora_bias) == (config.use_dora, config.lora_bias)
+        and adapter.layers == found.layers.paths
         and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
         and all(adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)
         and set(adapter.copies) == set(copied_paths(model, found))

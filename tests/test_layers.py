@@ -41,7 +41,7 @@ def adopt(layer, *names, dropout=0.0, random=True, scaling=0.5):
     """`layer` with active adapters of rank 4, 5, ..., all of their values random unless `random` is false."""
     lora = lora_class(layer).adopt(layer)
     for extra, name in enumerate(names):
-        lora.add_adapter(name, R + extra, scaling + extra, dropout, random_B=random)
+        lora.add_adapter(name, R + extra, scaling + extra, dropout, init=not random)
     lora.activate(names)
     return lora
 

@@ -1,6 +1,9 @@
 """The injected layers: for each kind of base layer, a subclass of it that carries adapters."""
 
-from .base import LoraLayer
-from .linear import LoraConv1D, LoraLinear, lora_class
+from .base import LoraLayer, RowAdapters
+from .conv import LoraConv
+from .embedding import LoraEmbedding
+from .kinds import lora_class
+from .linear import LoraConv1D, LoraLinear
 
-__all__ = ["LoraConv1D", "LoraLayer", "LoraLinear", "lora_class"]
+__all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "RowAdapters", "lora_class"]

@@ -1,112 +1,94 @@
-"""`LoraLayer`: adapters by name on one layer, which of them are active, and the only fold / unfold code.
+"""`LoraLayer`: what adapters do to a layer, in the forward and folded into its weight. The only fold / unfold code.
 
-An injected layer is the base layer itself, given a subclass of its class: same object, same parameters, same state-dict
-keys. So `layer.weight` still works, hooks and tied weights survive, `isinstance(layer, nn.Linear)` holds, and `release`
-gives back exactly what was there.
+Whatever the kind of layer, its weight is also a matrix W of (d_out, d_in), and an adapter adds to it
+
+    D = s B A                                                     LoRA (arXiv 2106.09685, equation 3)
+    D = f (W + s B A) - W,   f = m / |W + s B A| for each row     DoRA (arXiv 2402.09353, equation 5)
+
+Several active adapters add up: each D is worked out from the base alone, so their order does not matter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError
+from ..errors import LoraError, MergeError
+from ..functional import dora_factor, fold_
+from .holder import AdapterHolder
+
+Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
 
 
-class LoraLayer(nn.Module):
-    """What every kind of adapted layer shares. A subclass says how to compute and where a delta goes.
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapters of a batch whose rows use different ones, on one layer; see `mixed_batch`.
+
+    K adapters, the last of which changes nothing; R the largest rank, which the others are padded to with zeros.
 
     Attributes:
-        lora_A: {adapter: A}, (r, d_in).
-        lora_B: {adapter: B}, (d_out, r).
-        lora_scaling: {adapter: the factor before B A}.
-        lora_dropout: {adapter: dropout probability}.
-        lora_active: names of the adapters that the forward applies, in order.
-        lora_folded: names of the adapters that are folded into `weight` now.
+        index: which of the K each of the N rows uses, (N,).
+        A: (K, R, d_in).
+        B: with the scaling in it, (K, d_out, R).
+        factor: DoRA's f, (K, d_out); None if no adapter has one.
+        bias: with the scaling in it, (K, d_out); None likewise.
     """
 
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
+    index: Tensor
+    A: Tensor
+    B: Tensor
+    factor: Tensor | None
+    bias: Tensor | None
+
+
+class LoraLayer(AdapterHolder):
+    """What every kind of adapted layer shares. A subclass says how to multiply, and how its weight is a matrix."""
+
+    bias: Tensor | None
+
+    # --- what a kind of layer says ----------------------------------------------------------------------------------
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> LoraLayer:
-        """Turns `module` into a `cls`, in place; no adapter is on it yet, so it computes what it did."""
-        module.lora_base_class = type(module)
-        module.__class__ = cls
-        module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        module.lora_scaling, module.lora_dropout = {}, {}
-        module.lora_active = module.lora_folded = ()
-        module.lora_unfolded_weight = ()  # (weight, dtype of the folded one): in a tuple it is not registered
-        return module
-
-    def release(self) -> nn.Module:
-        """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped."""
-        self.unfold()
-        self.__class__ = self.lora_base_class
-        for name in ("lora_A", "lora_B", "lora_scaling", "lora_dropout", "lora_active", "lora_folded"):
-            delattr(self, name)
-        del self.lora_unfolded_weight, self.lora_base_class
-        return self
-
-    # --- adapters ---------------------------------------------------------------------------------------------------
-
-    def add_adapter(self, name: str, r: int, scaling: float, dropout: float, random_B: bool = False) -> None:
-        """Adds an adapter: A Kaiming-uniform (a = sqrt(5)), B zero unless `random_B`; not active yet.
-
-        A and B are float32 beside 16-bit and 4-bit weights, where the optimiser needs the precision, else of the
-        weight's dtype.
-        """
-        d_in, d_out = self.lora_shape()
-        dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
-        A = torch.empty(r, d_in, dtype=dtype, device=self.weight.device)
-        B = torch.zeros(d_out, r, dtype=dtype, device=self.weight.device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if random_B:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A, requires_grad=False)
-        self.lora_B[name] = nn.Parameter(B, requires_grad=False)
-        self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
-
-    def delete_adapter(self, name: str) -> None:
-        for table in (self.lora_A, self.lora_B, self.lora_scaling, self.lora_dropout):
-            del table[name]
-
-    def activate(self, names: Iterable[str]) -> None:
-        """Makes the forward apply those of `names` that are on this layer."""
-        self.lora_active = tuple(name for name in names if name in self.lora_scaling)
-
-    def active_products(self) -> list[tuple[Tensor, Tensor, float, float]]:
-        """(A, B, scaling, dropout) for each product that the forward must add.
-
-        Adapters of the same dropout make one product of summed rank, and share its dropout mask.
-        """
-        if len(self.lora_active) == 1:
-            (name,) = self.lora_active
-            return [(self.lora_A[name], self.lora_B[name], self.lora_scaling[name], self._dropout_now(name))]
-        groups: dict[float, list[str]] = {}
-        for name in self.lora_active:
-            groups.setdefault(self._dropout_now(name), []).append(name)
-        return [
-            (
-                torch.cat([self.lora_A[name] for name in names]),
-                torch.cat([self.lora_B[name] * self.lora_scaling[name] for name in names], dim=1),
-                1.0,
-                dropout,
-            )
-            for dropout, names in groups.items()
-        ]
-
-    def _dropout_now(self, name: str) -> float:
-        return self.lora_dropout[name] if self.training else 0.0
-
-    # --- folding ----------------------------------------------------------------------------------------------------
-
-    def lora_shape(self) -> tuple[int, int]:
-        """(d_in, d_out) of the matrix that an adapter updates."""
+    def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
+        """(d_in, d_out) of the weight, as a matrix, of a layer that was adopted or may be."""
         raise NotImplementedError
+
+    @classmethod
+    def file_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """{table: the shape that an adapter's tensors have in PEFT's files}."""
+        d_in, d_out = cls.matrix_shape(layer)
+        return {"lora_A": (r, d_in), "lora_B": (d_out, r), "lora_magnitude": (d_out,), "lora_bias": (d_out,)}
+
+    def as_matrix(self, W: Tensor) -> Tensor:
+        """W, laid out as the layer's weight, as (d_out, d_in): a view."""
+        raise NotImplementedError
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base layer computes, with this bias in place of its own."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+        """scaling * B A dropout(x): what an adapter adds to the output, in plain operations."""
+        raise NotImplementedError
+
+    def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
+        """The base layer's output with the products added."""
+        y = self.base_forward(x, bias)
+        for product in products:
+            y = y + self.product(x, *product)
+        return y
+
+    def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """y with B[n] A[n] x[n] added in row n; A: (N, R, d_in), B: (N, d_out, R)."""
+        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B, 1.0, 0.0))(x, A, B)
+
+    def spread(self, values: Tensor, y: Tensor) -> Tensor:
+        """`values`, one for each output feature (d_out,) and maybe row (N, d_out), in a shape that y broadcasts with."""
+        return values if values.dim() == 1 else values.view(len(values), *(1,) * (y.dim() - 2), -1)
 
     def dense_weight(self) -> Tensor:
         """The weight that this layer computes with: a new tensor, in float32, or float64 if it is that."""
@@ -116,9 +98,78 @@ class LoraLayer(nn.Module):
         """The dtype of the weight once it is dense."""
         return self.weight.dtype
 
-    def add_delta_(self, W: Tensor, name: str) -> None:
-        """Adds the update of an adapter to W, a tensor laid out as the weight, in place."""
-        raise NotImplementedError
+    # --- the forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lora_rows and (rows := self.lora_rows.get(get_ident())):
+            return self._mixed_forward(x, rows)
+        if self.lora_folded or not self.lora_active:
+            return self.base_forward(x, self.bias)
+        if any(name in self.lora_magnitude for name in self.lora_active):
+            return self._dora_forward(x)
+        return self.adapted_forward(x, self._bias_now(), self.active_products())
+
+    def _bias_now(self) -> Tensor | None:
+        """The base's bias with those of the active adapters added."""
+        bias = self.bias
+        for name in self.lora_active:
+            if name in self.lora_bias:
+                own = self.lora_bias[name] * self.lora_scaling[name]
+                bias = own if bias is None else bias + own
+        return bias
+
+    def active_products(self) -> list[Product]:
+        """What the forward must add: adapters of the same dropout make one product of summed rank, and share its mask."""
+        if len(self.lora_active) == 1:
+            (name,) = self.lora_active
+            return [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name))]
+        groups: dict[float, list[str]] = {}
+        for name in self.lora_active:
+            groups.setdefault(self._dropout_now(name), []).append(name)
+        return [(*self.joined_factors(names), 1.0, dropout) for dropout, names in groups.items()]
+
+    def _dropout_now(self, name: str) -> float:
+        return self.lora_dropout[name] if self.training else 0.0
+
+    def _dora_forward(self, x: Tensor) -> Tensor:
+        factors = {name: self.dora_factor(name) for name in self.lora_active if name in self.lora_magnitude}
+        if len(self.lora_active) == 1:  # f (W x + s B A x): one pass over the plain layer's output
+            (factor,) = factors.values()
+            y = self.adapted_forward(x, None, self.active_products())
+            y = y * self.spread(factor.to(y.dtype), y)
+        else:
+            y = self.base_forward(x, None)
+            y = y * self.spread(1 + sum(f.to(y.dtype) - 1 for f in factors.values()), y)
+            for name in self.lora_active:
+                A, B = self.factors(name)
+                B = B * factors[name].to(B.dtype)[:, None] if name in factors else B
+                y = y + self.product(x, A, B, self.lora_scaling[name], self._dropout_now(name))
+        bias = self._bias_now()
+        return y if bias is None else y + self.spread(bias.to(y.dtype), y)
+
+    def dora_factor(self, name: str) -> Tensor:
+        """DoRA's f = m / |W + s B A|, (d_out,), with the norm a constant in the gradient."""
+        with torch.no_grad():
+            V = self.as_matrix(self.dense_weight())
+            fold_(V, *self.factors(name), self.lora_scaling[name])
+        return dora_factor(V, self.lora_magnitude[name])
+
+    def _mixed_forward(self, x: Tensor, rows: RowAdapters) -> Tensor:
+        index = rows.index
+        if len(x) != len(index):
+            raise LoraError(
+                f"a mixed batch of {len(index)} rows reached a layer as an input of {len(x)}; its first dimension must be "
+                "the rows, so this layer can't carry one"
+            )
+        y = self.base_forward(x, None if rows.factor is not None else self.bias)
+        if rows.A.shape[1]:
+            y = self.add_products_by_row(y, x, rows.A[index], rows.B[index])
+        if rows.factor is not None:
+            y = y * self.spread(rows.factor[index].to(y.dtype), y)
+            y = y if self.bias is None else y + self.spread(self.bias.to(y.dtype), y)
+        return y if rows.bias is None else y + self.spread(rows.bias[index].to(y.dtype), y)
+
+    # --- folding ----------------------------------------------------------------------------------------------------
 
     def folded_weight(self, names: Iterable[str]) -> Tensor:
         """The dense weight with those of `names` that are on this layer folded in: float32 or float64, a new tensor.
@@ -126,19 +177,38 @@ class LoraLayer(nn.Module):
         Raises:
             MergeError: the result has NaN or infinite values.
         """
-        W = self.dense_weight()
         names = [name for name in names if name in self.lora_scaling]
+        W = self.dense_weight()
+        base = W.clone() if len(names) > 1 and any(name in self.lora_magnitude for name in names) else None
         for name in names:
-            self.add_delta_(W, name)
+            update = (*(t.detach() for t in self.factors(name)), self.lora_scaling[name])
+            if name not in self.lora_magnitude:
+                fold_(self.as_matrix(W), *update)
+            elif base is None:
+                fold_(self.as_matrix(W), *update, self.lora_magnitude[name].detach())
+            else:
+                V = base.clone()
+                fold_(self.as_matrix(V), *update, self.lora_magnitude[name].detach())
+                W += V.sub_(base)
         if not torch.stack(W.aminmax()).isfinite().all():  # one pass, and NaN comes through
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
     def update_norm(self, names: Iterable[str]) -> float:
-        """Frobenius norm of the sum of the updates of `names`, from their factors: |B A|^2 = sum of (B^T B) * (A A^T)."""
-        A = torch.cat([self.lora_A[name].detach().double() for name in names])  # R d_in, R the summed rank
-        B = torch.cat([self.lora_B[name].detach().double() * self.lora_scaling[name] for name in names], dim=1)  # d_out R
-        return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt().item()
+        """Frobenius norm of the sum of the updates of `names`."""
+        if any(name in self.lora_magnitude for name in names):
+            return self.folded_weight(names).sub_(self.dense_weight()).norm().item()
+        A, B = (factor.detach().double() for factor in self.joined_factors(names))  # R d_in, d_out R; R the summed rank
+        return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt().item()  # |B A|^2 = sum of (B^T B) * (A A^T)
+
+    def _folded_bias(self, names: Iterable[str]) -> nn.Parameter | None:
+        """The bias with those of the adapters added; the layer's own if none has one."""
+        own = [self.lora_bias[name].detach() * self.lora_scaling[name] for name in names if name in self.lora_bias]
+        if not own:
+            return self.bias
+        if self.bias is None:
+            raise MergeError("the adapter has a bias (lora_bias) and the layer has none to fold it into")
+        return nn.Parameter((self.bias.detach().to(own[0].dtype) + sum(own)).to(self.bias.dtype), requires_grad=False)
 
     def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> float:
         """Folds those of `names` that are on this layer into `weight`, cast to `dtype` (None: that of the dense weight).
@@ -150,7 +220,7 @@ class LoraLayer(nn.Module):
             What the cast lost of the update D: |cast(W + D) - (W + D)| / |D|; 0 without a cast.
         """
         names = tuple(name for name in names if name in self.lora_scaling)
-        exact = self.folded_weight(names)
+        exact, bias = self.folded_weight(names), self._folded_bias(names)
         weight = exact.to(dtype or self.dense_dtype())
         lost = 0.0
         if weight.dtype != exact.dtype:
@@ -158,23 +228,28 @@ class LoraLayer(nn.Module):
                 raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
             update = self.update_norm(names)
             lost = exact.sub_(weight).norm().item() / update if update else 0.0
-        self.lora_unfolded_weight = (self.weight, weight.dtype)
+        self.lora_unfolded = (self.weight, self.bias, weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not self.bias:
+            self.bias = bias
         self.lora_folded = names
         return lost
 
     def keep_folded(self) -> None:
         """Makes the folded weight the layer's own; the one before is dropped."""
-        self.lora_unfolded_weight = self.lora_folded = ()
+        self.lora_unfolded = self.lora_folded = ()
 
     def unfold(self) -> None:
-        """Puts back the weight from before `fold`, byte for byte."""
+        """Puts back the weight and bias from before `fold`, byte for byte."""
         if self.lora_folded:
-            (weight, folded_dtype), folded = self.lora_unfolded_weight, self.weight
-            # The model may have been moved or cast while this weight was waiting.
+            (weight, bias, folded_dtype), folded = self.lora_unfolded, self.weight
+            # The model may have been moved or cast while these were waiting.
             if weight.is_floating_point():
                 weight.data = weight.data.to(folded.device, weight.dtype if folded.dtype == folded_dtype else folded.dtype)
             elif weight.device != folded.device:
                 weight = weight.to(folded.device)  # a 4-bit one, with its scales
             self.weight = weight
-            self.lora_unfolded_weight = self.lora_folded = ()
+            if bias is not self.bias:
+                bias.data = bias.data.to(self.bias.device, self.bias.dtype)
+                self.bias = bias
+            self.lora_unfolded = self.lora_folded = ()

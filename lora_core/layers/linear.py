@@ -5,49 +5,60 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import lora_linear, lora_product
-from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, is_quantized, linear_4bit_class
-from .base import LoraLayer
+from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward
+from .base import LoraLayer, Product
 
 
-class LoraLinear(LoraLayer, nn.Linear):
-    """An `nn.Linear` that carries adapters. On 4-bit layers: a subclass of this and of their class."""
+class LinearLayer(LoraLayer):
+    """The products of a linear layer, however it stores its weight."""
 
-    def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-        if self.lora_folded or not self.lora_active:
-            return super().forward(x)
-        first, *more = self.active_products()
-        y = lora_linear(x, self.weight, self.bias, *first)
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+        return lora_product(x, A, B, scaling, dropout)
+
+    def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
+        first, *more = products
+        y = lora_linear(x, self.as_matrix(self.weight), bias, *first)
         for product in more:
             y = y + lora_product(x, *product)
         return y
 
-    def lora_shape(self) -> tuple[int, int]:
-        return self.in_features, self.out_features
+    def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        h = x.reshape(len(x), -1, x.shape[-1]) @ A.to(x.dtype).mT  # N T R
+        return y.view(len(x), -1, y.shape[-1]).baddbmm_(h.to(y.dtype), B.to(y.dtype).mT).view(y.shape)
 
-    def add_delta_(self, W: Tensor, name: str) -> None:  # W: d_out d_in
-        A, B = self.lora_A[name].detach().to(W.dtype), self.lora_B[name].detach().to(W.dtype)
-        W.addmm_(B, A, alpha=self.lora_scaling[name])
+
+class LoraLinear(LinearLayer, nn.Linear):
+    """An `nn.Linear` that carries adapters."""
+
+    @classmethod
+    def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
+        return layer.in_features, layer.out_features
+
+    def as_matrix(self, W: Tensor) -> Tensor:
+        return W
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        return F.linear(x, self.weight, bias)
 
 
 class Lora4bit(LoraLinear):
-    """What a 4-bit linear layer does differently: it computes with the dequantised weight, made anew each time."""
+    """A 4-bit linear layer that carries adapters: it computes with the dequantised weight, made anew each time."""
 
-    def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-        if self.lora_folded:
-            bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-            y = nn.functional.linear(x.to(self.weight.dtype), self.weight, bias)
-            return y.to(compute_dtypes(self, x)[1])
-        if not self.lora_active:
-            return linear_4bit_class().forward(self, x)
-        first, *more = self.active_products()
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        if not self.lora_folded:
+            return frozen_forward(self, x, bias)
+        dtype = self.weight.dtype
+        return F.linear(x.to(dtype), self.weight, None if bias is None else bias.to(dtype)).to(compute_dtypes(self, x)[1])
+
+    def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
+        first, *more = products
         dtype, result_dtype = compute_dtypes(self, x)
-        y = lora_linear(x, self.weight, self.bias, *first, dequantizer(self, dtype), dtype)
+        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype)
         for product in more:
             y = y + lora_product(x.to(dtype), *product)
         return y.to(result_dtype)
@@ -59,42 +70,17 @@ class Lora4bit(LoraLinear):
         return dense_dtype(self)
 
 
-class LoraConv1D(LoraLayer):
+class LoraConv1D(LinearLayer):
     """GPT-2's `Conv1D` with adapters: a linear layer that stores its weight transposed, (d_in, d_out)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-        if self.lora_folded or not self.lora_active:
-            return super().forward(x)
-        first, *more = self.active_products()
-        y = lora_linear(x, self.weight.t(), self.bias, *first)
-        for product in more:
-            y = y + lora_product(x, *product)
-        return y
+    @classmethod
+    def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
+        return tuple(layer.weight.shape)
 
-    def lora_shape(self) -> tuple[int, int]:
-        return tuple(self.weight.shape)
+    def as_matrix(self, W: Tensor) -> Tensor:  # d_in d_out -> d_out d_in
+        return W.t()
 
-    def add_delta_(self, W: Tensor, name: str) -> None:  # W: d_in d_out
-        LoraLinear.add_delta_(self, W.t(), name)
-
-
-def lora_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that carries adapters on layers of `module`'s exact type; None if there is none.
-
-    A subclass of `nn.Linear` that we don't know may have a forward of its own, which ours would replace: it has none.
-    """
-    base = type(module)
-    if issubclass(base, LoraLayer):
-        return base
-    if base is nn.Linear:
-        return LoraLinear
-    if is_quantized(module) and isinstance(module, nn.Linear):
-        return _subclass(Lora4bit, base)
-    if base.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' class, which is not imported here
-        return _subclass(LoraConv1D, base)
-    return None
-
-
-@functools.cache
-def _subclass(kind: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
-    return type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__})
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        if bias is self.bias:
+            return self.lora_base_class.forward(self, x)
+        return F.linear(x, self.weight.t(), bias)

@@ -1,0 +1,33 @@
+"""LoRA on `nn.Embedding`, whose weight is the transpose of a linear layer's: (d_in, d_out), d_in entries of d_out values.
+
+The rows of A^T are looked up where the base looks up its own, and B takes them to d_out. A starts at zero and B at random.
+Dropout does not apply: there is no input to drop. What is tied to the weight (an output layer) keeps the base's values.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import LoraLayer
+
+
+class LoraEmbedding(LoraLayer, nn.Embedding):
+    """An `nn.Embedding` that carries adapters."""
+
+    bias = None
+    zero_A = True
+
+    @classmethod
+    def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
+        return layer.num_embeddings, layer.embedding_dim
+
+    def as_matrix(self, W: Tensor) -> Tensor:  # d_in d_out -> d_out d_in
+        return W.t()
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... -> ... d_out; an embedding has no bias
+        return nn.Embedding.forward(self, x)
+
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+        rows = F.embedding(x, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # ... r
+        return scaling * (rows @ B.t()).to(self.weight.dtype)

@@ -1,0 +1,132 @@
+"""`AdapterHolder`: the adapters of one layer, by name: their tensors, and which of them are active.
+
+An injected layer is the base layer itself, given a subclass of its class: same object, same parameters, same state-dict
+keys. So `layer.weight` still works, hooks and tied weights survive, `isinstance(layer, nn.Linear)` holds, and `release`
+gives back exactly what was there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import fold_
+from ..initializers import start
+
+#: The modules that hold an adapter's tensors on a layer, each by adapter name.
+TABLES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude", "lora_bias")
+
+#: Those that are trained.
+TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
+
+
+class AdapterHolder(nn.Module):
+    """A layer that holds adapters. What they do to it, its subclass `LoraLayer` says.
+
+    Attributes:
+        lora_A: {adapter: A}, (r, d_in).
+        lora_B: {adapter: B}, (d_out, r).
+        lora_A0, lora_B0: {adapter: the values that A and B started from}, for initialisers that start from the weight:
+            such an adapter adds s (B A - B0 A0), so the base is left alone and the start changes nothing.
+        lora_magnitude: {adapter: m of DoRA}, (d_out,).
+        lora_bias: {adapter: bias of B}, (d_out,).
+        lora_scaling: {adapter: s}.
+        lora_dropout: {adapter: probability of dropout on the adapter's input}.
+        lora_active: names of the adapters that the forward applies, in order.
+        lora_folded: names of the adapters that are folded into `weight` now.
+        lora_rows: {thread: the adapters that each row of its batch uses}.
+    """
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    zero_A = False  # whether a new adapter has A zero and B random, instead of the reverse
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> AdapterHolder:
+        """Turns `module` into a `cls`, in place; no adapter is on it yet, so it computes what it did."""
+        module.lora_base_class = type(module)
+        module.__class__ = cls
+        for table in TABLES:
+            setattr(module, table, nn.ParameterDict())
+        module.lora_scaling, module.lora_dropout, module.lora_rows = {}, {}, {}
+        module.lora_active = module.lora_folded = ()
+        module.lora_unfolded = ()  # (weight, bias, dtype of the folded weight): in a tuple they are not registered
+        return module
+
+    def release(self) -> nn.Module:
+        """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped."""
+        self.unfold()
+        self.__class__ = self.lora_base_class
+        plain = ("lora_scaling", "lora_dropout", "lora_rows", "lora_active", "lora_folded", "lora_unfolded", "lora_base_class")
+        for name in (*TABLES, *plain):
+            delattr(self, name)
+        return self
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int,
+        scaling: float,
+        dropout: float,
+        init: bool | str = True,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+    ) -> None:
+        """Adds an adapter, started as `init` says (see `initializers.start`); not active yet.
+
+        Its tensors are float32 beside 16-bit and 4-bit weights, where the optimiser needs the precision, else of the
+        weight's dtype.
+        """
+        d_in, d_out = self.matrix_shape(self)
+        dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
+        empty = torch.empty(0, dtype=dtype, device=self.weight.device)
+        weight = functools.cache(lambda: self.as_matrix(self.dense_weight()))
+        A, B, from_weight = start(init, empty, (d_in, d_out), r, scaling, weight, self.zero_A)
+        tensors = {"lora_A": A, "lora_B": B}
+        if from_weight:
+            tensors |= {"lora_A0": A.clone(), "lora_B0": B.clone()}
+        if lora_bias:
+            tensors["lora_bias"] = empty.new_zeros(d_out)
+        for table, tensor in tensors.items():
+            getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=False)
+        self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
+        if use_dora:
+            V = fold_(weight(), *self.factors(name), scaling)
+            self.lora_magnitude[name] = nn.Parameter(V.norm(dim=1).to(dtype), requires_grad=False)
+
+    def delete_adapter(self, name: str) -> None:
+        for table in TABLES:
+            if name in getattr(self, table):
+                del getattr(self, table)[name]
+        del self.lora_scaling[name], self.lora_dropout[name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        for table in (*(getattr(self, table) for table in TABLES), self.lora_scaling, self.lora_dropout):
+            if old in table:
+                table[new] = table.pop(old)
+        self.lora_active, self.lora_folded = (
+            tuple(new if name == old else name for name in names) for names in (self.lora_active, self.lora_folded)
+        )
+
+    def activate(self, names: Iterable[str]) -> None:
+        """Makes the forward apply those of `names` that are on this layer."""
+        self.lora_active = tuple(name for name in names if name in self.lora_scaling)
+
+    def trained(self, name: str) -> Iterator[nn.Parameter]:
+        """What is trained of an adapter: A, B, and the magnitude and bias if it has them."""
+        return (getattr(self, table)[name] for table in TRAINED if name in getattr(self, table))
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of what an adapter adds: its own, or [A; A0] and [B, -B0], of rank 2r, if its start is subtracted."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        if name in self.lora_A0:
+            A, B = torch.cat([A, self.lora_A0[name]]), torch.cat([B, -self.lora_B0[name]], dim=1)
+        return A, B
+
+    def joined_factors(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """(A, B) of the sum of the products of `names`, of summed rank, with the scalings in B."""
+        pairs = [(*self.factors(name), self.lora_scaling[name]) for name in names]
+        return torch.cat([A for A, _, _ in pairs]), torch.cat([B * s for _, B, s in pairs], dim=1)

@@ -1,0 +1,39 @@
+"""Which layers can carry adapters: from a base layer's class to its subclass that does."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from ..nf4 import is_quantized
+from .base import LoraLayer
+from .conv import LoraConv
+from .embedding import LoraEmbedding
+from .linear import Lora4bit, LoraConv1D, LoraLinear
+
+
+def lora_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that carries adapters on layers of `module`'s exact type; None if there is none.
+
+    A subclass of `nn.Linear` that we don't know may have a forward of its own, which ours would replace: it has none.
+    """
+    base = type(module)
+    if issubclass(base, LoraLayer):
+        return base
+    if base is nn.Linear:
+        return LoraLinear
+    if is_quantized(module) and isinstance(module, nn.Linear):
+        return _subclass(Lora4bit, base)
+    if base.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' class, which is not imported here
+        return _subclass(LoraConv1D, base)
+    if base in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:
+        return _subclass(LoraConv, base)
+    if base is nn.Embedding and module.max_norm is None:  # max_norm rescales rows of the weight as they are read
+        return LoraEmbedding
+    return None
+
+
+@functools.cache
+def _subclass(kind: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
+    return type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__})
