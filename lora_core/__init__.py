@@ -16,6 +16,7 @@ from .adapters import (
     delete_adapter,
     disable_adapters,
     print_trainable_parameters,
+    rename_adapter,
     set_adapter,
     trainable_parameters,
     unload,
@@ -25,6 +26,7 @@ from .dropout import use_fast_dropout
 from .errors import LoraError
 from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
+from .mixed import mixed_batch
 from .nf4 import QuantizationReport, quantize_nf4
 from .storage import load_adapter, save_adapter
 
@@ -44,8 +46,10 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "mixed_batch",
     "print_trainable_parameters",
     "quantize_nf4",
+    "rename_adapter",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",

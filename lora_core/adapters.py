@@ -15,11 +15,13 @@ from .registry import (
     adapter_layers,
     adapter_parameters,
     as_names,
+    check_new_name,
     find_adapter,
     forget,
     has_adapters,
     lora_parameters,
     registry_of,
+    rename,
     unwrap,
 )
 
@@ -50,6 +52,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         activate(model, active)
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Gives the adapter `old` the name `new`: active, trained or folded, it stays what it was.
+
+    Raises:
+        UnknownAdapterError: there is no `old`.
+        AdapterExistsError, ConfigError: `new` is taken, or not a valid name.
+    """
+    find_adapter(model, old)
+    check_new_name(model, new)
+    rename(model, old, new)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

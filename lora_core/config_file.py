@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoraConfig
 from .errors import AdapterFormatError, ConfigError
+from .files import one_line
 from .layers import LoraConv1D
 from .registry import adapter_layers, find_adapter
 
@@ -87,8 +88,3 @@ def config_from_json(path: Path) -> LoraConfig:
         return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
     except ConfigError as error:
         raise AdapterFormatError(f"{path}: {error}") from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of another library, for one of ours."""
-    return " ".join(str(error).split())

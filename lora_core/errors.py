@@ -34,6 +34,14 @@ class AdapterFormatError(LoraError, ValueError):
     """An adapter's files are broken, or say something that the model or this package can't honour."""
 
 
+class WrongBaseError(LoraError, ValueError):
+    """An adapter was made for another base, or on one that was quantised or cast differently."""
+
+
+class MixedBatchError(LoraError, RuntimeError):
+    """A batch can't be run with different adapters for its rows as things stand."""
+
+
 class MergeError(LoraError, RuntimeError):
     """Adapters can't be folded into (or taken out of) the base weights as things stand."""
 

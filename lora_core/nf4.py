@@ -226,14 +226,26 @@ def is_quantized(module: nn.Module) -> bool:
 
 def dequantizer(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A function from the layer's packed weight to the dense one: (d_out, d_in), of `dtype`, a new tensor."""
+    state = _undo_repacking(layer)
+    return lambda packed: bitsandbytes().functional.dequantize_4bit(packed, state).to(dtype)
+
+
+def _undo_repacking(layer: nn.Module) -> Any:
+    """The layer's quantisation state, with its weight packed as it was before a forward of bitsandbytes in eval mode."""
     state = layer.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        # A forward of bitsandbytes in eval mode has repacked the weight; see `linear_4bit_class`.
+    if getattr(state, "packing_format_for_cpu", False):  # see `linear_4bit_class`
         functional, scales = bitsandbytes().functional, state.absmax
         layer.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
         if state.absmax is scales:  # without double quantisation it leaves them transposed, in bfloat16
             state.absmax = scales.t().reshape(-1).float()
-    return lambda packed: bitsandbytes().functional.dequantize_4bit(packed, state).to(dtype)
+    return state
+
+
+def packed_form(layer: nn.Module) -> tuple[str, torch.Size, list[Tensor]]:
+    """(format, shape of the dense weight, [packed values, block scales]) of a 4-bit layer."""
+    state = _undo_repacking(layer)
+    form = f"{state.quant_type}/{state.blocksize}{'/double' if state.nested else ''}"
+    return form, state.shape, [layer.weight.data, state.absmax]
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype:

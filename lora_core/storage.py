@@ -13,19 +13,26 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .config_file import config_from_json, config_to_json, one_line
-from .errors import AdapterExistsError, AdapterFileMissingError, AdapterFormatError, ConfigError, MergeError
+from .config_file import config_from_json, config_to_json
+from .errors import (
+    AdapterExistsError,
+    AdapterFileMissingError,
+    AdapterFormatError,
+    ConfigError,
+    MergeError,
+    WrongBaseError,
+)
+from .files import one_line, read_safetensors, to_safetensors, write_whole
+from .fingerprint import difference, fingerprint
 from .inject import InjectionReport, Plan, attach, copied_paths, describe, plan
 from .layers import LoraEmbedding, LoraLayer, lora_class
 from .registry import adapter_layers, check_new_name, find_adapter, get_tensor, has_adapters, registry_of, unwrap
@@ -34,6 +41,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+FINGERPRINT = "lora_core.fingerprint"  # in the metadata of the weights file, where PEFT does not look
 
 #: What A, B and copies of the base's float tensors may be stored in.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +63,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     tensors = adapter_tensors(model, adapter_name)
     _check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
     config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2, sort_keys=True) + "\n"
-    weights = safetensors.torch.save(_unshared(tensors), metadata={"format": "pt"})
+    adapter = find_adapter(model, adapter_name)
+    mark = fingerprint(adapter_layers(model, adapter), adapter.config.as_stored())
+    weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +76,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", *, trainable: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
+    strict: bool = True,
 ) -> InjectionReport:
     """Reads an adapter that `save_adapter` or PEFT wrote.
 
@@ -78,6 +93,7 @@ def load_adapter(
         directory: the directory with the two files.
         adapter_name: the name that it gets here; it is not in the files.
         trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
+        strict: raise if the file has a fingerprint of its base and this base has another; else warn.
 
     Returns:
         What `inject` reports.
@@ -86,10 +102,11 @@ def load_adapter(
         AdapterFileMissingError: the directory or a file is not there.
         AdapterExistsError: the model has another adapter of that name.
         MergeError: it has this one, and it is folded into the weights now.
+        WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
         AdapterFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
             of another shape or not finite. The message lists them, and the model is as it was.
     """
-    config, tensors = read_adapter(directory)
+    config, tensors, mark = read_adapter(directory)
     root, found = unwrap(model), plan(model, config, strict=False)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
     if not exists:
@@ -105,6 +122,7 @@ def load_adapter(
         raise AdapterFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     _check_tensors(tensors, _expected_tensors(root, config, found), directory)
     _check_finite(tensors, str(directory), "not loaded")
+    _check_base(directory, mark, root, config, found, strict)
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
     if unmatched:
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
@@ -140,8 +158,22 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     return tensors
 
 
-def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of an adapter directory, each checked by itself but not against a model.
+class AdapterFiles(NamedTuple):
+    """What an adapter directory holds.
+
+    Attributes:
+        config: the settings.
+        tensors: {key: tensor}, with PEFT's keys.
+        fingerprint: what it says about its base (see `fingerprint.py`); None if it says nothing.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    fingerprint: Any
+
+
+def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
+    """What an adapter directory holds, each part checked by itself but not against a model.
 
     Raises:
         AdapterFileMissingError, AdapterFormatError: as `load_adapter`.
@@ -156,36 +188,14 @@ def read_adapter(directory: str | os.PathLike) -> tuple[LoraConfig, dict[str, Te
             "load it with peft where you trust it and save it again as safetensors"
         )
     path = _require(directory / WEIGHTS_FILE)
+    tensors, metadata = read_safetensors(path)
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterFormatError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
+        mark = json.loads(metadata.get(FINGERPRINT, "null"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path}: its fingerprint is not JSON: {one_line(error)}") from None
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
-    return config, {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, each in memory of its own, as safetensors wants them: tied tensors are stored once a name."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if memory in seen else tensor.contiguous()
-        seen.add(memory)
-    return result
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all: a temporary one beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
+    return AdapterFiles(config, tensors, mark)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -252,6 +262,23 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         raise AdapterFormatError(
             f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on"
         )
+
+
+def _check_base(source: object, stored: Any, model: nn.Module, config: LoraConfig, found: Plan, strict: bool) -> None:
+    """Raises, or warns, if the stored fingerprint is that of another base."""
+    if stored is None:
+        return
+    layers = [(path, model.get_submodule(path)) for path in found.layers.paths]
+    try:
+        differs = difference(stored, fingerprint(layers, config))
+    except ValueError as error:
+        raise AdapterFormatError(f"{source}: {error}; save the adapter again") from None
+    if differs is None:
+        return
+    message = f"{source} was saved on another base: {differs}"
+    if strict:
+        raise WrongBaseError(f"{message}; load it onto its own base, quantised and cast alike, or pass strict=False")
+    warnings.warn(message, stacklevel=3)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> None:

@@ -12,6 +12,7 @@ ENGINE = ROOT / "lora_core"
 #: Modules of the engine from the bottom up. Each may import only from those before it.
 ORDER = [
     "errors",
+    "files",
     "dropout",
     "functional",
     "config",
@@ -25,9 +26,11 @@ ORDER = [
     "layers.embedding",
     "layers.kinds",
     "layers",
+    "fingerprint",
     "registry",
     "inject",
     "adapters",
+    "mixed",
     "config_file",
     "storage",
     "merge",

@@ -364,8 +364,8 @@ BAD = {
         AdapterFormatError,
         "regular expression",
     ),
-    "DoRA": (lambda d: edit_config(d, use_dora=True), AdapterFormatError, "use_dora=True, which is not supported"),
-    "bias on B": (lambda d: edit_config(d, lora_bias=True), AdapterFormatError, "lora_bias=True"),
+    "DoRA": (lambda d: edit_config(d, use_dora=True), AdapterFormatError, r"4 missing tensors \(.*lora_magnitude_vector"),
+    "bias on B": (lambda d: edit_config(d, lora_bias=True), AdapterFormatError, r"4 missing tensors \(.*lora_B\.bias"),
     "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), AdapterFormatError, "target_parameters"),
     "a new field": (lambda d: edit_config(d, use_magic=1), AdapterFormatError, "use_magic=1"),
     "PiSSA": (

@@ -17,7 +17,7 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraError, MergeError
+from ..errors import MergeError, MixedBatchError
 from ..functional import dora_factor, fold_
 from .holder import AdapterHolder
 
@@ -33,7 +33,7 @@ class RowAdapters:
     Attributes:
         index: which of the K each of the N rows uses, (N,).
         A: (K, R, d_in).
-        B: with the scaling in it, (K, d_out, R).
+        B: transposed, with the scaling in it, (K, R, d_out).
         factor: DoRA's f, (K, d_out); None if no adapter has one.
         bias: with the scaling in it, (K, d_out); None likewise.
     """
@@ -83,8 +83,8 @@ class LoraLayer(AdapterHolder):
         return y
 
     def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """y with B[n] A[n] x[n] added in row n; A: (N, R, d_in), B: (N, d_out, R)."""
-        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B, 1.0, 0.0))(x, A, B)
+        """y with B[n]^T A[n] x[n] added in row n; A: (N, R, d_in), B: (N, R, d_out)."""
+        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, A, B)
 
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         """`values`, one for each output feature (d_out,) and maybe row (N, d_out), in a shape that y broadcasts with."""
@@ -157,9 +157,9 @@ class LoraLayer(AdapterHolder):
     def _mixed_forward(self, x: Tensor, rows: RowAdapters) -> Tensor:
         index = rows.index
         if len(x) != len(index):
-            raise LoraError(
-                f"a mixed batch of {len(index)} rows reached a layer as an input of {len(x)}; its first dimension must be "
-                "the rows, so this layer can't carry one"
+            raise MixedBatchError(
+                f"a mixed batch of {len(index)} rows reached a layer with an input of {tuple(x.shape)}, whose first dimension "
+                "must be the rows"
             )
         y = self.base_forward(x, None if rows.factor is not None else self.bias)
         if rows.A.shape[1]:

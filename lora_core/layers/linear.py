@@ -28,8 +28,8 @@ class LinearLayer(LoraLayer):
         return y
 
     def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        h = x.reshape(len(x), -1, x.shape[-1]) @ A.to(x.dtype).mT  # N T R
-        return y.view(len(x), -1, y.shape[-1]).baddbmm_(h.to(y.dtype), B.to(y.dtype).mT).view(y.shape)
+        h = x.reshape(len(x), -1, x.shape[-1]).to(y.dtype) @ A.to(y.dtype).mT  # N T R
+        return y.view(len(x), -1, y.shape[-1]).baddbmm_(h, B.to(y.dtype)).view(y.shape)
 
 
 class LoraLinear(LinearLayer, nn.Linear):

@@ -1,0 +1,126 @@
+"""A batch whose rows use different adapters, in one forward pass.
+
+    with mixed_batch(model, ["film", "food", None]):      # three rows, the last with the base alone
+        logits = model(**inputs).logits
+
+On each layer the adapters' A and B, padded to one rank, are stacked once; a forward gathers those of its rows and multiplies
+them in one batched product, however many adapters there are (as S-LoRA does on a GPU, arXiv 2311.03285). Heads and other
+modules that the adapters trained whole run with each row's own weights. It holds for the thread that opened it: several
+threads can run one model, each with its own mix.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .errors import MergeError, MixedBatchError
+from .layers import LoraLayer, RowAdapters
+from .registry import Adapter, Registry, adapter_layers, find_adapter, get_tensor, registry_of, unwrap
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """A context in which row n of a batch uses the adapter `names[n]`, or the base alone where that is None.
+
+    For inference, with any kind of adapter: the adapters get no gradients, and the active ones play no part. The first
+    dimension of what every adapted layer reads must be the rows.
+
+    Args:
+        model: a model in eval mode that holds the adapters.
+        names: a name or None for each row of the batches to come.
+
+    Raises:
+        UnknownAdapterError: a name is not on the model.
+        MixedBatchError: the model is in training mode, an adapter trains biases of the base, or this thread is in a
+            mixed batch already; and in the forward, if an input has not as many rows as `names`.
+        MergeError: adapters are folded into the weights now.
+    """
+    if isinstance(names, str) or not names:
+        raise MixedBatchError(f"names must hold an adapter or None for each row of the batch, not {names!r}")
+    root, registry, thread = unwrap(model), registry_of(model), get_ident()
+    chosen = [name for name in dict.fromkeys(names) if name is not None]
+    for name in dict.fromkeys((*chosen, *registry.active)):
+        _refuse_biases(name, find_adapter(root, name))
+    layers = {layer: None for adapter in registry.adapters.values() for _, layer in adapter_layers(root, adapter)}
+    if root.training:
+        raise MixedBatchError("mixed batches are for inference; call model.eval() first")
+    if any(layer.lora_folded for layer in layers):
+        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before a mixed batch")
+    if any(thread in layer.lora_rows for layer in layers):
+        raise MixedBatchError("this thread is in a mixed batch already; leave it before the next")
+
+    index = torch.tensor([len(chosen) if name is None else chosen.index(name) for name in names])
+    with ExitStack() as undo:
+        for layer in layers:
+            layer.lora_rows[thread] = _stack_factors(layer, chosen, index)
+            undo.callback(layer.lora_rows.pop, thread)
+        for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
+            hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
+            undo.callback(root.get_submodule(path).register_forward_hook(hook).remove)
+        yield
+
+
+def _refuse_biases(name: str, adapter: Adapter) -> None:
+    for path in adapter.copies:
+        if not any(path.startswith(f"{module}.") for module in adapter.saved_modules):
+            raise MixedBatchError(f"adapter {name!r} trains {path!r}, a bias of the base, which all rows of a batch share")
+
+
+@torch.no_grad()
+def _stack_factors(layer: LoraLayer, names: Sequence[str], index: Tensor) -> RowAdapters:
+    """What the rows need of the adapters `names` on one layer; those that are not on it change nothing there."""
+    d_in, d_out = layer.matrix_shape(layer)
+    like = next(iter(layer.lora_A.values()))
+    A, B, factor, bias = [], [], [], []
+    for name in names:
+        if name not in layer.lora_scaling:
+            name = None
+        A_, B_ = (like.new_zeros(0, d_in), like.new_zeros(d_out, 0)) if name is None else layer.factors(name)
+        A.append(A_)
+        B.append(B_.t() * (1.0 if name is None else layer.lora_scaling[name]))
+        factor.append(layer.dora_factor(name) if name in layer.lora_magnitude else like.new_ones(d_out))
+        bias.append(layer.lora_bias[name] * layer.lora_scaling[name] if name in layer.lora_bias else like.new_zeros(d_out))
+    return RowAdapters(
+        index.to(like.device),
+        pad_sequence([*A, like.new_zeros(0, d_in)], batch_first=True),
+        pad_sequence([*B, like.new_zeros(0, d_out)], batch_first=True),
+        torch.stack([*factor, like.new_ones(d_out)]) if any(name in layer.lora_magnitude for name in names) else None,
+        torch.stack([*bias, like.new_zeros(d_out)]) if any(name in layer.lora_bias for name in names) else None,
+    )
+
+
+def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """{tensor of the module: (K, ...), that of each adapter, and last the base's own}."""
+    stacked = {}
+    for key in root.get_submodule(module).state_dict():
+        path = f"{module}.{key}"
+        base = registry.originals.get(path, get_tensor(root, path)).detach()
+        own = [registry.adapters[name].copies.get(path, base).detach().to(base) for name in names]
+        stacked[key] = torch.stack([*own, base])
+    return stacked
+
+
+def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thread: int) -> Callable:
+    """A forward hook that runs `module` on each row with that row's tensors, in the thread that asked for it."""
+    template = copy.deepcopy(module)  # its tensors are replaced, and that must not show in other threads
+    template._forward_hooks.clear()
+
+    def run_row(tensors: dict[str, Tensor], *args: Tensor) -> Any:
+        output = torch.func.functional_call(template, tensors, tuple(x[None] for x in args))
+        return output[0]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if get_ident() != thread:
+            return output
+        own = {key: tensor[index.to(tensor.device)] for key, tensor in stacked.items()}
+        return torch.func.vmap(run_row)(own, *args)
+
+    return hook
