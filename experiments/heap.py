@@ -27,7 +27,14 @@ def give_back() -> bool:
 
 
 class GiveBack(TrainerCallback):
-    """Gives free memory back every `STEPS` steps, and before and after each evaluation's larger batches."""
+    """Gives free memory back every `STEPS` steps, and before and after each evaluation's larger batches.
+
+    And before the first step, whose activations are the peak of a short run: quantising has left the dense weights' pages
+    free but still held.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        give_back()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % STEPS == 0 or control.should_evaluate:

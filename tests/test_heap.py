@@ -26,13 +26,14 @@ def test_free_pages_between_blocks_in_use_go_back():
     assert all(block[0] == 1 for block in kept)
 
 
-def test_it_is_done_every_so_many_steps_and_around_evaluations(monkeypatch):
-    calls = []
+def test_it_is_done_before_the_first_step_every_so_many_and_around_evaluations(monkeypatch):
+    calls, step = [], 0
     monkeypatch.setattr(heap, "give_back", lambda: calls.append(step))
     callback = heap.GiveBack()
+    callback.on_train_begin(None, None, None)
     for step in range(1, 2 * heap.STEPS + 2):
         state, control = SimpleNamespace(global_step=step), SimpleNamespace(should_evaluate=step == 7)
         callback.on_step_end(None, state, control)
         if control.should_evaluate:
             callback.on_evaluate(None, state, control)
-    assert calls == [7, 7, heap.STEPS, 2 * heap.STEPS]
+    assert calls == [0, 7, 7, heap.STEPS, 2 * heap.STEPS]
