@@ -18,7 +18,7 @@ from .quiet import quieten
 from .settings import Settings, machine
 
 #: The modules that answer them. Each is imported when it is asked: the libraries take seconds.
-QUESTIONS = ("overhead", "memory", "training", "merging", "loading", "llama")
+QUESTIONS = ("overhead", "memory", "training", "merging", "loading", "mixing", "llama")
 RESULTS = Path(__file__).parent / "results"
 
 

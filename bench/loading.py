@@ -51,6 +51,7 @@ def run(settings: Settings) -> Iterator[Measure]:
         for count in (3,) if key == "7b" else (3, 4 if settings.quick else 100):
             title = f"switch among {count} adapters, {name}"
             yield time_switch(f"switch-{key}-{count}", title, structure, config, count, settings)
+    yield time_growth(small, LoraConfig(r=R, lora_alpha=2 * R, target_modules=DISTILBERT_PROJECTIONS), settings)
 
 
 def time_inject(key: str, title: str, model: nn.Module, config: LoraConfig, settings: Settings) -> Measure:
@@ -100,6 +101,27 @@ def time_switch(key: str, title: str, build: Build, config: LoraConfig, count: i
     mine, other = cycle(names), cycle(names)
     candidates = {"ours": lambda: set_adapter(ours, next(mine)), "peft": lambda: theirs.set_adapter(next(other))}
     return _measure(key, title, candidates, settings)
+
+
+def time_growth(build: Build, config: LoraConfig, settings: Settings) -> Measure:
+    """Switching among many adapters and among few, side by side."""
+    switches = {}
+    for count in (3, 4 if settings.quick else 100):
+        model, names = build(), [f"adapter{i}" for i in range(count)]
+        for name in names:
+            inject(model, config, name)
+        turn = cycle(names)
+        switches[f"{count} adapters"] = lambda model=model, turn=turn: set_adapter(model, next(turn))
+    few, many = switches
+    samples = interleave(switches, **settings.timing(ROUNDS * 3, warmup=2))
+    return Measure(
+        key="switch-growth",
+        title="switch among many adapters or few, DistilBERT-sized",
+        unit="s",
+        values=samples.medians(),
+        ratios={f"{many} / {few}": samples.ratio(many, few)},
+        setting={"r": R, "rounds": samples.rounds},
+    )
 
 
 def _peft_config(config: LoraConfig) -> peft.LoraConfig:

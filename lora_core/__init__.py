@@ -15,15 +15,19 @@ from .adapters import (
     count_parameters,
     delete_adapter,
     disable_adapters,
+    lora_plus_groups,
     print_trainable_parameters,
     rename_adapter,
     set_adapter,
     trainable_parameters,
     unload,
 )
+from .calibrate import EvaReport, LoftqReport, initialize_eva, initialize_loftq
+from .combine import CombineReport, combine_adapters
 from .config import LoraConfig
 from .dropout import use_fast_dropout
 from .errors import LoraError
+from .extract import ExtractReport, extract_adapter
 from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .mixed import mixed_batch
@@ -31,19 +35,28 @@ from .nf4 import QuantizationReport, quantize_nf4
 from .storage import load_adapter, save_adapter
 
 __all__ = [
+    "CombineReport",
+    "EvaReport",
+    "ExtractReport",
     "InjectionReport",
+    "LoftqReport",
     "LoraConfig",
     "LoraError",
     "MergeReport",
     "ParameterCount",
     "QuantizationReport",
     "base_weight_bytes",
+    "combine_adapters",
     "count_parameters",
     "delete_adapter",
     "disable_adapters",
+    "extract_adapter",
+    "initialize_eva",
+    "initialize_loftq",
     "inject",
     "is_merged",
     "load_adapter",
+    "lora_plus_groups",
     "merge_adapter",
     "merge_and_unload",
     "mixed_batch",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from .errors import MergeError
+from .errors import ConfigError, MergeError
+from .layers import LoraLayer
 from .nf4 import parameter_bytes
 from .registry import (
     activate,
@@ -16,6 +19,7 @@ from .registry import (
     adapter_parameters,
     as_names,
     check_new_name,
+    check_not_mixing,
     find_adapter,
     forget,
     has_adapters,
@@ -30,12 +34,18 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     """Makes exactly the adapters `names` active: one, or several whose updates add up.
 
     Their parameters require gradients again (if they were added for training), those of the others do not. The cost
-    does not depend on how many adapters are loaded. Not to be called while another thread runs the model.
+    does not depend on how many adapters are loaded.
+
+    Which adapters are active is a state of the model, not of a thread: a forward that another thread is in would use the
+    old ones on some layers and the new ones on others. So threads that run one model use `mixed_batch`, and while one of
+    them is in it this, like every verb that changes the model's adapters, is refused.
 
     Raises:
         UnknownAdapterError: a name is not on the model; nothing is changed.
         MergeError: adapters are folded into the weights now, or two of `names` train the same tensor.
+        MixedBatchError: a thread is in a mixed batch.
     """
+    check_not_mixing(model)
     activate(model, as_names(names))
 
 
@@ -45,8 +55,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises:
         MergeError: adapters are folded into the weights now.
+        MixedBatchError: a thread is in a mixed batch.
     """
     active = registry_of(model).active
+    check_not_mixing(model)
     activate(model, ())
     try:
         yield
@@ -60,9 +72,11 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     Raises:
         UnknownAdapterError: there is no `old`.
         AdapterExistsError, ConfigError: `new` is taken, or not a valid name.
+        MixedBatchError: a thread is in a mixed batch.
     """
     find_adapter(model, old)
     check_new_name(model, new)
+    check_not_mixing(model)
     rename(model, old, new)
 
 
@@ -72,9 +86,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         UnknownAdapterError: it is not on the model.
         MergeError: adapters are folded into the weights now.
+        MixedBatchError: a thread is in a mixed batch.
     """
     adapter = find_adapter(model, name)
     active = registry_of(model).active
+    check_not_mixing(model)
     activate(model, [other for other in active if other != name])
     for _, layer in adapter_layers(model, adapter):
         if layer.lora_folded:
@@ -141,6 +157,29 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require gradients: what to give to the optimiser."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser, with B's learning rate `ratio` times that of all else that is trained.
+
+    LoRA+ (Hayou et al., arXiv 2402.12354): B starts at zero and needs larger steps than A the wider the model is; the paper
+    tries ratios from 2 to 32. Of an embedding, where A starts at zero, no rate is raised.
+
+        torch.optim.AdamW(lora_plus_groups(model, lr=2e-4))
+
+    Raises:
+        ConfigError: lr or ratio is not a positive number.
+    """
+    for name, value in (("lr", lr), ("ratio", ratio)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a positive number, not {value!r}")
+    layers = {m for m in unwrap(model).modules() if isinstance(m, LoraLayer) and not m.zero_A}
+    fast = {id(p) for layer in layers for p in layer.lora_B.values()}
+    parameters = trainable_parameters(model)
+    return [
+        {"params": [p for p in parameters if id(p) not in fast], "lr": lr},
+        {"params": [p for p in parameters if id(p) in fast], "lr": lr * ratio},
+    ]
 
 
 def base_weight_bytes(model: nn.Module) -> int:

@@ -14,11 +14,13 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .patterns import END, LAYERS, WHOLE, expression_of, matches
 
 #: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
 #: SVD of N iterations is "pissa_niter_N"). `initializers.py` says what they are.
@@ -29,6 +31,9 @@ AFTERWARDS = {"eva": "initialize_eva(model, batches)", "loftq": "initialize_loft
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+#: No layer is so wide; what is larger is a mistake, and too much for a tensor's shape.
+MAX_RANK = 2**20
 
 #: The heads that a task adds to a pretrained model: new, so trained and saved whole (PEFT's lists, by task).
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -111,22 +116,29 @@ class LoraConfig:
             raise ConfigError("lora_bias=True goes with neither use_dora nor a bias mode: both would train the same bias")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
+            form = LAYERS if name == "layers_pattern" else WHOLE
             if isinstance(value, str):
-                _check_regex(name, value)
-            else:
-                self._freeze_names(name, value)
+                _check_regex(name, value, form)
+                continue
+            self._freeze_names(name, value)
+            for entry in (value or ()) if form == LAYERS else ():
+                _check_regex(name, entry, form)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}")
         self._freeze_names("modules_to_save", self.modules_to_save)
         self._freeze_pattern("rank_pattern", check_rank)
         self._freeze_pattern("alpha_pattern", check_alpha)
+        base = self.base_model_name_or_path
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"base_model_name_or_path must be a name or a path, not {base!r}")
+        object.__setattr__(self, "_found", {})  # {(field, path): what its patterns say}
         self._freeze_layer_indices()
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
         if isinstance(init, bool) or init in INITIALIZERS or (isinstance(init, str) and FROM_WEIGHT.fullmatch(init)):
             return
-        if init in AFTERWARDS:
+        if isinstance(init, str) and init in AFTERWARDS:
             raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
         known = ", ".join(map(repr, INITIALIZERS))
         raise ConfigError(f"init_lora_weights must be True, False, {known} or 'pissa_niter_N', not {init!r}")
@@ -147,7 +159,7 @@ class LoraConfig:
         if not isinstance(pattern, Mapping):
             raise ConfigError(f"{name} must be a dictionary of pattern to value, not {pattern!r}")
         for key, value in pattern.items():
-            _check_regex(name, key)
+            _check_regex(name, key, END)
             check(f"{name}[{key!r}]", value)
         object.__setattr__(self, name, dict(pattern))
 
@@ -189,22 +201,28 @@ class LoraConfig:
 
     def rank_for(self, path: str) -> int:
         """The rank of the layer at `path`, after `rank_pattern`."""
-        return _first_match(self.rank_pattern, path, self.r)
+        return self._first_match("rank_pattern", path, self.r)
 
     def scaling_for(self, path: str) -> float:
         """The factor before B A for the layer at `path`, after both patterns."""
-        r, alpha = self.rank_for(path), _first_match(self.alpha_pattern, path, self.lora_alpha)
+        r, alpha = self.rank_for(path), self._first_match("alpha_pattern", path, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def _first_match(self, name: str, path: str, default: Any) -> Any:
+        if (name, path) not in self._found:  # asked for often, and there may be a pattern for each layer
+            hits = (value for pattern, value in getattr(self, name).items() if matches(pattern, path, END))
+            self._found[name, path] = next(hits, default)
+        return self._found[name, path]
 
 
 def check_rank(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{name} must be a positive integer{_bound(value, MAX_RANK)}, not {_shown(value)}")
 
 
 def check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, not {value!r}")
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{name} must be a positive number, not {_shown(value)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -216,17 +234,18 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
-def _check_regex(name: str, pattern: Any) -> None:
+def _shown(value: Any) -> str:
+    return "an integer of more than 19 digits" if isinstance(value, int) and abs(value) >= 10**19 else repr(value)
+
+
+def _bound(value: Any, most: int) -> str:
+    return f" up to {most:,}" if type(value) is int and value > most else ""
+
+
+def _check_regex(name: str, pattern: Any, form: str) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{name} must be a non-empty pattern, not {pattern!r}")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        expression_of(pattern, form)
+    except ValueError as error:
         raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
-
-
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default

@@ -17,6 +17,7 @@ from .config import ALL_LINEAR, LoraConfig
 from .errors import AdapterFormatError, ConfigError
 from .files import one_line
 from .layers import LoraConv1D
+from .patterns import END, LAYERS, WHOLE, refusal
 from .registry import adapter_layers, find_adapter
 
 #: Fields that PEFT writes and that say nothing about what an adapter with these tensors computes.
@@ -35,6 +36,10 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 
+#: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
+MAX_BYTES = 2**20
+MAX_ENTRIES = 10_000
+
 #: Values of `init_lora_weights` that leave the base alone. The others (PiSSA, OLoRA, ...) move part of W into A and B.
 HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva")
 
@@ -46,13 +51,14 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         fields["target_modules"] = adapter.layers
-    return fields | {
+    fields |= {
         "peft_type": "LORA",
         "inference_mode": True,
         "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
         "modules_to_save": config.saved_module_patterns or None,
         "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
     }
+    return dict(sorted(fields.items()))  # and no deeper: the order of patterns has a meaning
 
 
 def config_from_json(path: Path) -> LoraConfig:
@@ -62,7 +68,14 @@ def config_from_json(path: Path) -> LoraConfig:
         AdapterFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise AdapterFormatError(f"{path} can't be read: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise AdapterFormatError(f"{path} is larger than {MAX_BYTES:,} bytes; an adapter's configuration is not")
+    try:
+        fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is not JSON: {one_line(error)}") from None
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
@@ -83,8 +96,25 @@ def config_from_json(path: Path) -> LoraConfig:
         )
     if "target_modules" not in fields or "r" not in fields or "lora_alpha" not in fields:
         raise AdapterFormatError(f"{path}: r, lora_alpha and target_modules must be set")
+    _check_patterns(path, fields)
     try:
         # What A and B started from does not matter any more.
         return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
     except ConfigError as error:
         raise AdapterFormatError(f"{path}: {error}") from None
+
+
+def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
+    """Raises for patterns that would take too long; `LoraConfig` sees to all else about them."""
+    forms = {"target_modules": WHOLE, "exclude_modules": WHOLE, "layers_pattern": LAYERS}
+    forms |= {"rank_pattern": END, "alpha_pattern": END, "modules_to_save": WHOLE}
+    for name, form in forms.items():
+        value = fields.get(name)
+        entries = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
+        if len(entries) > MAX_ENTRIES:
+            raise AdapterFormatError(f"{path}: {name} has {len(entries):,} entries, and {MAX_ENTRIES:,} are allowed")
+        if isinstance(value, list) and form == WHOLE:
+            continue  # names, not patterns
+        for entry in entries:
+            if isinstance(entry, str) and (reason := refusal(entry, form)):
+                raise AdapterFormatError(f"{path}: {name}: the pattern {entry!r} {reason}")

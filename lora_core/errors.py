@@ -6,8 +6,15 @@ and what to do.
 """
 
 
+#: The longest message. What was found may be a megabyte of somebody's file.
+LONGEST = 1_000
+
+
 class LoraError(Exception):
     """The base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(LoraError, ValueError):
@@ -46,6 +53,18 @@ class MergeError(LoraError, RuntimeError):
     """Adapters can't be folded into (or taken out of) the base weights as things stand."""
 
 
+class CheckpointError(LoraError, ValueError):
+    """A base model's files are missing, broken, or not what a header or an index says they are."""
+
+
+class OutputError(LoraError, OSError):
+    """Files can't be written where they should go; what was begun is gone."""
+
+
+class CheckFailedError(LoraError, RuntimeError):
+    """What was made differs from what was trained by more than is allowed."""
+
+
 class QuantizationError(LoraError, ValueError):
     """A model can't be quantised to NF4 as asked."""
 
@@ -56,3 +75,11 @@ class MissingDependencyError(LoraError, ImportError):
 
 class SecondDerivativeError(LoraError, RuntimeError):
     """A gradient of a gradient was asked for, which the fused layers don't have."""
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks, what a terminal would obey, or more than `LONGEST` characters."""
+    line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 5 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -7,12 +7,16 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .errors import AdapterFormatError
+from .errors import AdapterFormatError, ConfigError, OutputError
+
+#: Of a header; an adapter on the experts of the largest models has half of it.
+MAX_HEADER = 25_000_000
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -26,6 +30,26 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a directory, one after the other, each whole; makes the directory if it is not there.
+
+    Raises:
+        ConfigError: a file is in its place.
+        OutputError: it can't be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{directory} can't be made a directory: a file is in its place; choose another") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{directory} can't be made: {getattr(error, 'strerror', None) or error}; choose another") from None
+    try:
+        for name, data in files.items():
+            write_whole(directory / name, data)
+    except OSError as error:
+        raise OutputError(f"{directory} can't be written to: {error.strerror or error}") from None
 
 
 def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -46,11 +70,53 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         AdapterFormatError: the file is broken.
     """
     try:
+        _check_header(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         return safetensors.torch.load_file(path), metadata
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterFormatError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
+
+
+def _check_header(path: Path) -> None:
+    """Raises a ValueError for what the library lets pass: a name that stands there twice, and tensors without end."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"header too large: it says {size:,} bytes, and {MAX_HEADER:,} are allowed")
+        json.loads(file.read(size), object_pairs_hook=no_repeats)
+
+
+def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object in which no name stands twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return result
+
+
+def is_directory(path: Path) -> bool:
+    """Whether `path` is a directory; what can't be a path at all (too long, say) is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file, likewise."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def expanded(reference: str) -> Path:
+    """`reference` as a path, with the home directory in the place of "~"; "~nobody" stays as it is."""
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError:
+        return Path(reference)
 
 
 def one_line(error: Exception) -> str:

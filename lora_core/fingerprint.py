@@ -37,9 +37,20 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
     }
 
 
+def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:
+    """Whether `tensor` holds the values of the layer's own weight, in this dtype or a wider one."""
+    weight = _unfolded(layer).weight.detach()
+    return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
+
+
+def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
+    """The layer, or what holds the base's own weight while adapters are folded in."""
+    folded = isinstance(layer, LoraLayer) and layer.lora_folded
+    return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
+
+
 def _describe(layer: nn.Module) -> str:
-    if isinstance(layer, LoraLayer) and layer.lora_folded:
-        layer = SimpleNamespace(weight=layer.lora_unfolded[0])  # the base's own, without what is folded in
+    layer = _unfolded(layer)
     return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(layer.weight)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from .initializers import check_rank_fits
 from .layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
 from .layers.holder import TABLES
 from .nf4 import is_quantized
+from .patterns import limited
 from .registry import (
     Adapter,
     adapter_parameters,
     check_new_name,
+    check_not_mixing,
     copy_tensor,
     find_adapter,
     get_tensor,
@@ -120,8 +123,9 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
         )
     head = output_layer(model)
     linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
-    targets = select_targets(config, paths, linear, saved, strict)
-    _check_targets(model, modules, config, targets.paths)
+    with limited():
+        targets = select_targets(config, paths, linear, saved, strict)
+        _check_targets(model, modules, config, targets.paths)
     for path in saved:
         if any(is_quantized(m) for m in modules[path].modules()):
             raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
@@ -144,6 +148,8 @@ def _check_targets(
             )
         kind = lora_class(modules[path])
         check_rank_fits(config.init_lora_weights, path, kind.matrix_shape(modules[path]), config.rank_for(path))
+        if not 0 < config.scaling_for(path) < math.inf:
+            raise TargetError(f"target_modules: {path!r} would have a scaling of {config.scaling_for(path)}; check lora_alpha")
         if config.lora_bias and issubclass(kind, LoraEmbedding):
             raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
@@ -157,9 +163,9 @@ def _check_targets(
 
 
 def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str], saved: Sequence[str]) -> tuple[str, ...]:
-    """Paths of the base's biases that `config.bias` trains; "all" means every parameter that has "bias" in its path."""
+    """Paths of the base's biases that `config.bias` trains; "all" means every parameter of that name."""
     if config.bias == "all":
-        paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if "bias" in path]
+        paths = [path for path, _ in model.named_parameters(remove_duplicate=False) if path.rpartition(".")[2] == "bias"]
         return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
     if config.bias == "lora_only":
         return tuple(f"{path}.bias" for path in layers if getattr(model.get_submodule(path), "bias", None) is not None)
@@ -169,6 +175,7 @@ def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str],
 def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainable: bool = True) -> InjectionReport:
     """Puts the adapter `name` on the modules of a plan."""
     model = unwrap(model)
+    check_not_mixing(model)
     if config.bias != "none" and has_adapters(model):
         others = ", ".join(map(repr, registry_of(model).adapters))
         raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")

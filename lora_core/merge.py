@@ -18,7 +18,7 @@ from .adapters import unload
 from .errors import MergeError
 from .layers import LoraLayer
 from .nf4 import is_quantized, to_dense
-from .registry import activate, adapter_layers, as_names, find_adapter, registry_of, unwrap
+from .registry import activate, adapter_layers, as_names, check_not_mixing, find_adapter, registry_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,28 @@ class MergeReport:
 
     Attributes:
         adapters: names of the adapters that were folded in.
-        layers: {path: what casting the sum to the weight's dtype lost, as |cast(W + D) - (W + D)| / |D| in Frobenius
-            norms, with D the update}. Zero in float32; in 16 bits a small update can be lost altogether (1.0).
+        layers: {path: what casting the sum to the weight's dtype, or packing it in 4 bits, lost of the update D, as
+            |cast(W + D) - (W + D)| / |D| in Frobenius norms}. Zero in float32; in 16 bits a small update can be lost
+            altogether (1.0), and 4 bits usually add more error than the update is large.
         dequantized: paths of 4-bit layers that are dense now.
+        requantized: paths of layers that are in 4 bits.
     """
 
     adapters: tuple[str, ...]
     layers: dict[str, float]
     dequantized: tuple[str, ...]
+    requantized: tuple[str, ...] = ()
 
     @property
     def largest_error(self) -> float:
         return max(self.layers.values(), default=0.0)
 
     def __str__(self) -> str:
-        dense = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
+        kinds = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
+        kinds += f"; {len(self.requantized)} layers in 4 bits" if self.requantized else ""
         return (
             f"merged {', '.join(self.adapters)} into {len(self.layers)} layers, "
-            f"losing at most {self.largest_error:.2g} of an update to rounding{dense}"
+            f"losing at most {self.largest_error:.2g} of an update to rounding{kinds}"
         )
 
 
@@ -81,19 +85,27 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def merge_and_unload(
-    model: nn.Module, names: str | Iterable[str] | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    names: str | Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    requantize: bool = False,
 ) -> MergeReport:
     """Folds adapters into the weights for good: plain modules again, no adapter left.
 
     Modules that the adapters trained whole, and biases, keep the trained values. Every 4-bit layer of the model becomes
-    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against. The adapted
-    layers' weights from before are held until all are folded, so that a refusal changes nothing.
+    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against; or, with
+    `requantize`, stays a 4-bit layer. A refusal changes nothing: weights that take the update in their own dtype are read
+    first, to know that nothing can overflow, and then changed in their own memory, so that whatever shares it changes too;
+    the others are held until all are folded.
 
     Args:
         model: a model with adapters. It is changed; the report is what is returned.
         names: the adapters to fold; None: the active ones. The others are dropped.
         dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one takes that from
             before it was packed).
+        requantize: pack the merged weight of a 4-bit layer in 4 bits again, in the format that it had. The report says
+            what that lost.
 
     Raises:
         MergeError: no adapter is active, an adapted weight is tied to another module's, or a merged weight would not be
@@ -107,7 +119,7 @@ def merge_and_unload(
     try:
         _check_not_tied(root, names)
         _check_cast(root, dtype)
-        errors = _fold_all(model, names, dtype)
+        errors = _fold_all(model, names, dtype, packed=requantize, for_good=True)
     except MergeError:
         if merged:
             merge_adapter(model, active)
@@ -117,17 +129,18 @@ def merge_and_unload(
     for name in names:  # the trained copies of heads and biases become the base's own
         registry.originals.update(registry.adapters[name].copies)
     unload(root)
-    dense = {root.get_submodule(path): None for path in quantized}
-    for path in quantized:
+    dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
+    for path in () if requantize else quantized:
         layer = root.get_submodule(path)
-        dense[layer] = dense[layer] or to_dense(layer)
+        if layer not in dense:
+            dense[layer] = to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, dense[layer])
-    if quantized:
+    if dense:
         _forget_quantization(root)
     if dtype is not None:
         root.to(dtype)
-    return MergeReport(names, errors, tuple(quantized))
+    return MergeReport(names, errors, tuple(quantized if dense else ()), tuple(quantized if requantize else ()))
 
 
 def _forget_quantization(root: nn.Module) -> None:
@@ -151,19 +164,36 @@ def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, .
     return chosen
 
 
-def _fold_all(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Makes `names` active and folds them in; {path: what the cast lost}. If one layer refuses, nothing has changed."""
+def _fold_all(
+    model: nn.Module,
+    names: tuple[str, ...],
+    dtype: torch.dtype | None = None,
+    *,
+    packed: bool = False,
+    for_good: bool = False,
+) -> dict[str, float]:
+    """Makes `names` active and folds them in; {path: what the cast lost}. If one layer refuses, nothing has changed.
+
+    4-bit layers are folded into 4-bit weights if `packed`; dense ones in their own memory, where they can be, if `for_good`.
+    """
     active = registry_of(model).active
+    check_not_mixing(model)
     activate(model, names)
-    layers, lost = _layers(model, names), {}
+    layers, lost, certain = _layers(model, names), {}, []
     try:
         for path, layer in layers.items():
-            lost[path] = layer.fold(names, dtype)
+            if for_good and dtype in (None, layer.weight.dtype) and layer.folds_in_place(names):
+                certain.append(layer)
+                lost[path] = 0.0
+                continue
+            lost[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
     except MergeError as error:
         for layer in layers.values():
             layer.unfold()
         activate(model, active)
         raise MergeError(f"{path}: {error}; nothing was merged") from None
+    for layer in certain:
+        layer.fold_in_place(names)
     return lost
 
 

@@ -6,7 +6,7 @@
 On each layer the adapters' A and B, padded to one rank, are stacked once; a forward gathers those of its rows and multiplies
 them in one batched product, however many adapters there are (as S-LoRA does on a GPU, arXiv 2311.03285). Heads and other
 modules that the adapters trained whole run with each row's own weights. It holds for the thread that opened it: several
-threads can run one model, each with its own mix.
+threads can run one model, each with its own mix. Meanwhile the model's adapters can't be changed, by any thread.
 """
 
 from __future__ import annotations
@@ -54,13 +54,20 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         raise MixedBatchError("mixed batches are for inference; call model.eval() first")
     if any(layer.lora_folded for layer in layers):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before a mixed batch")
-    if any(thread in layer.lora_rows for layer in layers):
+    if thread in registry.mixing:
         raise MixedBatchError("this thread is in a mixed batch already; leave it before the next")
 
     index = torch.tensor([len(chosen) if name is None else chosen.index(name) for name in names])
+    groups = [(index == k).nonzero().flatten() for k in range(len(chosen) + 1)]
+    grouped = pad_sequence(groups, batch_first=True)
+    place = torch.empty_like(index)
+    for k, group in enumerate(groups):
+        place[group] = k * grouped.shape[1] + torch.arange(len(group))
     with ExitStack() as undo:
+        registry.mixing.add(thread)
+        undo.callback(registry.mixing.discard, thread)
         for layer in layers:
-            layer.lora_rows[thread] = _stack_factors(layer, chosen, index)
+            layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
             undo.callback(layer.lora_rows.pop, thread)
         for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
             hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
@@ -75,25 +82,26 @@ def _refuse_biases(name: str, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def _stack_factors(layer: LoraLayer, names: Sequence[str], index: Tensor) -> RowAdapters:
+def _stack_factors(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, Tensor, Tensor]) -> RowAdapters:
     """What the rows need of the adapters `names` on one layer; those that are not on it change nothing there."""
     d_in, d_out = layer.matrix_shape(layer)
     like = next(iter(layer.lora_A.values()))
-    A, B, factor, bias = [], [], [], []
-    for name in names:
-        if name not in layer.lora_scaling:
-            name = None
-        A_, B_ = (like.new_zeros(0, d_in), like.new_zeros(d_out, 0)) if name is None else layer.factors(name)
-        A.append(A_)
-        B.append(B_.t() * (1.0 if name is None else layer.lora_scaling[name]))
-        factor.append(layer.dora_factor(name) if name in layer.lora_magnitude else like.new_ones(d_out))
-        bias.append(layer.lora_bias[name] * layer.lora_scaling[name] if name in layer.lora_bias else like.new_zeros(d_out))
+    here = [name if name in layer.lora_scaling else None for name in (*names, None)]
+    nothing = like.new_zeros(0, d_in), like.new_zeros(d_out, 0)
+    pairs = [nothing if name is None else layer.factors(name) for name in here]
+    scaling = like.new_tensor([layer.lora_scaling.get(name, 0.0) for name in here])
+
+    def each(table: nn.ParameterDict, value: Callable[[str], Tensor], otherwise: Tensor) -> Tensor | None:
+        if not any(name in table for name in here):
+            return None
+        return torch.stack([value(name) if name in table else otherwise for name in here])
+
     return RowAdapters(
-        index.to(like.device),
-        pad_sequence([*A, like.new_zeros(0, d_in)], batch_first=True),
-        pad_sequence([*B, like.new_zeros(0, d_out)], batch_first=True),
-        torch.stack([*factor, like.new_ones(d_out)]) if any(name in layer.lora_magnitude for name in names) else None,
-        torch.stack([*bias, like.new_zeros(d_out)]) if any(name in layer.lora_bias for name in names) else None,
+        *(tensor.to(like.device) for tensor in rows),
+        pad_sequence([A for A, _ in pairs], batch_first=True),
+        pad_sequence([B.t() for _, B in pairs], batch_first=True).mul_(scaling[:, None, None]),
+        each(layer.lora_magnitude, layer.dora_factor, like.new_ones(d_out)),
+        each(layer.lora_bias, lambda name: layer.lora_bias[name] * layer.lora_scaling[name], like.new_zeros(d_out)),
     )
 
 

@@ -117,7 +117,7 @@ def quantize_nf4(
     quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
     for path, module in chosen.items():
         if module not in quantized:
-            quantized[module] = _to_4bit(module, compute_dtype, double_quant, block_size)
+            quantized[module] = to_4bit(module, compute_dtype, double_quant, block_size)
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, quantized[module])
     return QuantizationReport(
@@ -134,7 +134,8 @@ def _named(path: str, names: set[str]) -> bool:
     return any(path == n or path.startswith(f"{n}.") for n in names)
 
 
-def _to_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None, double_quant: bool, block_size: int) -> nn.Module:
+def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None, double_quant: bool, block_size: int) -> nn.Module:
+    """A 4-bit layer in the place of `linear`, on its device; compute_dtype None: the weight's."""
     weight, bias = linear.weight, linear.bias
     layer = linear_4bit_class()(
         linear.in_features,
@@ -246,6 +247,25 @@ def packed_form(layer: nn.Module) -> tuple[str, torch.Size, list[Tensor]]:
     state = _undo_repacking(layer)
     form = f"{state.quant_type}/{state.blocksize}{'/double' if state.nested else ''}"
     return form, state.shape, [layer.weight.data, state.absmax]
+
+
+def packed_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """{"weight": packed values, "weight.absmax": ...}: what a file holds for a 4-bit layer, by transformers' names."""
+    state = _undo_repacking(layer).as_dict(packed=True)
+    return {"weight": layer.weight.data} | {f"weight.{name}": tensor for name, tensor in state.items()}
+
+
+def repack(layer: nn.Module, W: Tensor) -> nn.Parameter:
+    """W, (d_out, d_in), packed as the weight of the 4-bit `layer` is: a parameter for it. The layer is left alone."""
+    state = layer.weight.quant_state
+    packed = bitsandbytes().nn.Params4bit(
+        W.to(dense_dtype(layer)),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+    )
+    return packed.to(W.device)
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype:

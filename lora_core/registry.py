@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import get_ident
 
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .errors import AdapterExistsError, ConfigError, MergeError, UnknownAdapterError
+from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, UnknownAdapterError
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 
@@ -50,6 +51,7 @@ class Registry:
         originals: {tensor path: the base's own tensor}, of every path that an adapter has a copy of.
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
         layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
+        mixing: threads that are in a mixed batch.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Registry:
     originals: dict[str, Tensor] = field(default_factory=dict)
     trainable_before: frozenset[str] = frozenset()
     layers_4bit: list[nn.Module] = field(default_factory=list)
+    mixing: set[int] = field(default_factory=set)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -87,6 +90,17 @@ def registry_of(model: nn.Module) -> Registry:
 
 def has_adapters(model: nn.Module) -> bool:
     return _ATTRIBUTE in unwrap(model).__dict__
+
+
+def check_not_mixing(model: nn.Module) -> None:
+    """Refuses to change the adapters of a model that a thread, maybe this one, is running a mixed batch on.
+
+    Raises:
+        MixedBatchError: a mixed batch is open.
+    """
+    if has_adapters(model) and (open_in := registry_of(model).mixing):
+        where = "this thread" if get_ident() in open_in else "another thread"
+        raise MixedBatchError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
 
 
 def find_adapter(model: nn.Module, name: str) -> Adapter:
@@ -123,10 +137,10 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """Refuses a name that can't be a directory and a key of a module, or that is taken."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ParameterDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]{0,127}", name) or hasattr(nn.ParameterDict(), name):
         raise ConfigError(
-            f"adapter_name must be made of letters, digits, '_' and '-', and be no attribute of torch's ParameterDict, "
-            f"not {name!r}"
+            f"adapter_name must be made of letters, digits, '_' and '-', at most 128, and be no attribute of torch's "
+            f"ParameterDict, not {name!r}"
         )
     if has_adapters(model) and name in registry_of(model).adapters:
         raise AdapterExistsError(

@@ -12,39 +12,37 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_files import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, PREFIX, WEIGHTS_FILE, read_adapter
 from .config import LoraConfig
-from .config_file import config_from_json, config_to_json
+from .config_file import config_to_json
 from .errors import (
     AdapterExistsError,
-    AdapterFileMissingError,
     AdapterFormatError,
-    ConfigError,
     MergeError,
     WrongBaseError,
 )
-from .files import one_line, read_safetensors, to_safetensors, write_whole
-from .fingerprint import difference, fingerprint
+from .files import to_safetensors, write_all
+from .fingerprint import difference, fingerprint, is_weight_of
 from .inject import InjectionReport, Plan, attach, copied_paths, describe, plan
 from .layers import LoraEmbedding, LoraLayer, lora_class
-from .registry import adapter_layers, check_new_name, find_adapter, get_tensor, has_adapters, registry_of, unwrap
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
-FINGERPRINT = "lora_core.fingerprint"  # in the metadata of the weights file, where PEFT does not look
-
-#: What A, B and copies of the base's float tensors may be stored in.
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .registry import (
+    adapter_layers,
+    check_new_name,
+    check_not_mixing,
+    find_adapter,
+    get_tensor,
+    has_adapters,
+    registry_of,
+    unwrap,
+)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -59,20 +57,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         UnknownAdapterError: it is not on the model.
         AdapterFormatError: it has NaN or infinite values; nothing is written.
         ConfigError: `directory` is a file.
+        OutputError: it can't be made or written to; each file is as it was or whole.
     """
     tensors = adapter_tensors(model, adapter_name)
     _check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
-    config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2, sort_keys=True) + "\n"
+    config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2) + "\n"
     adapter = find_adapter(model, adapter_name)
     mark = fingerprint(adapter_layers(model, adapter), adapter.config.as_stored())
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"{directory} can't be made a directory: a file is in its place; choose another") from None
-    write_whole(directory / WEIGHTS_FILE, weights)
-    write_whole(directory / CONFIG_FILE, config.encode())
+    write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
 
 
 def load_adapter(
@@ -102,10 +95,12 @@ def load_adapter(
         AdapterFileMissingError: the directory or a file is not there.
         AdapterExistsError: the model has another adapter of that name.
         MergeError: it has this one, and it is folded into the weights now.
+        MixedBatchError: a thread is in a mixed batch.
         WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
         AdapterFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
             of another shape or not finite. The message lists them, and the model is as it was.
     """
+    check_not_mixing(model)
     config, tensors, mark = read_adapter(directory)
     root, found = unwrap(model), plan(model, config, strict=False)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
@@ -120,6 +115,8 @@ def load_adapter(
         raise MergeError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
     if not found.layers.paths:
         raise AdapterFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
+    own = {f"{PREFIX}{path}.base_layer.weight": path for path in found.layers.paths}  # PEFT adds it for some embeddings
+    tensors = {k: t for k, t in tensors.items() if k not in own or not is_weight_of(root.get_submodule(own[k]), t)}
     _check_tensors(tensors, _expected_tensors(root, config, found), directory)
     _check_finite(tensors, str(directory), "not loaded")
     _check_base(directory, mark, root, config, found, strict)
@@ -147,55 +144,14 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     adapter = find_adapter(model, adapter_name)
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
-        A, B = layer.factors(adapter_name)
-        own = {table: getattr(layer, table)[adapter_name] for table in ("lora_magnitude", "lora_bias")
-               if adapter_name in getattr(layer, table)} | {"lora_A": A, "lora_B": B}
-        shapes = layer.file_shapes(layer, len(A))
+        factors = dict(zip(("lora_A", "lora_B"), layer.factors(adapter_name), strict=True))
+        shapes = layer.file_shapes(layer, len(factors["lora_A"]))
         for table, key in _layer_keys(path, type(layer), adapter.config).items():
-            tensors[key] = own[table].detach().view(shapes[table])
+            tensor = factors[table] if table in factors else getattr(layer, table)[adapter_name]
+            tensors[key] = tensor.detach().view(shapes[table])
     for path, copy in adapter.copies.items():
         tensors[_copy_key(path, adapter.layers)] = copy.detach()
     return tensors
-
-
-class AdapterFiles(NamedTuple):
-    """What an adapter directory holds.
-
-    Attributes:
-        config: the settings.
-        tensors: {key: tensor}, with PEFT's keys.
-        fingerprint: what it says about its base (see `fingerprint.py`); None if it says nothing.
-    """
-
-    config: LoraConfig
-    tensors: dict[str, Tensor]
-    fingerprint: Any
-
-
-def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
-    """What an adapter directory holds, each part checked by itself but not against a model.
-
-    Raises:
-        AdapterFileMissingError, AdapterFormatError: as `load_adapter`.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise AdapterFileMissingError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
-    config = config_from_json(_require(directory / CONFIG_FILE))
-    if not (directory / WEIGHTS_FILE).exists() and (directory / LEGACY_WEIGHTS_FILE).exists():
-        raise AdapterFormatError(
-            f"{directory} holds {LEGACY_WEIGHTS_FILE}, a pickle, which can run code and is not read; "
-            "load it with peft where you trust it and save it again as safetensors"
-        )
-    path = _require(directory / WEIGHTS_FILE)
-    tensors, metadata = read_safetensors(path)
-    try:
-        mark = json.loads(metadata.get(FINGERPRINT, "null"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: its fingerprint is not JSON: {one_line(error)}") from None
-    # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
-    tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
-    return AdapterFiles(config, tensors, mark)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -203,10 +159,8 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
 
 def _layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
     """{table of a layer: the key of an adapter's tensor there}."""
-    if issubclass(kind, LoraEmbedding):
-        keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-    else:
-        keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    form = "lora_embedding_{}" if issubclass(kind, LoraEmbedding) else "lora_{}.weight"
+    keys = {"lora_A": form.format("A"), "lora_B": form.format("B")}
     if config.use_dora:
         keys["lora_magnitude"] = "lora_magnitude_vector"
     if config.lora_bias:
@@ -302,9 +256,3 @@ def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan
 
 def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
-
-
-def _require(path: Path) -> Path:
-    if not path.is_file():
-        raise AdapterFileMissingError(f"{path} is not there; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return path

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from .config import ALL_LINEAR, LoraConfig
 from .errors import TargetError
+from .patterns import END, LAYERS, matches
 
 #: What the heads of pretrained models are called. They are trained whole or not at all; never quantised.
 HEAD_NAMES = ("classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "embed_out")
@@ -56,9 +57,9 @@ def select_targets(
         chosen = [p for p in free if p in linear and not is_head(p)]
         hits = {ALL_LINEAR: len(chosen)}
     else:
-        matches = match_patterns("target_modules", targets, free, strict)
-        hits = {pattern: len(found) for pattern, found in matches.items()}
-        matched = set().union(*matches.values())
+        found = match_patterns("target_modules", targets, free, strict)
+        hits = {pattern: len(hit) for pattern, hit in found.items()}
+        matched = set().union(*found.values())
         chosen = [p for p in free if p in matched]
     if config.exclude_modules is not None:
         excluded = set().union(*match_patterns("exclude_modules", config.exclude_modules, paths, strict).values())
@@ -74,7 +75,7 @@ def select_targets(
         )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            if not any(re.match(rf"(.*\.)?({pattern})$", p) for p in chosen):
+            if not any(matches(pattern, p, END) for p in chosen):
                 raise TargetError(
                     f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{_closest(pattern, chosen)}"
                 )
@@ -90,13 +91,13 @@ def match_patterns(
         TargetError: `strict`, and a pattern matches no path; names `field`, the pattern and the closest module names.
     """
     if isinstance(patterns, str):
-        matches = {patterns: [p for p in paths if re.fullmatch(patterns, p)]}
+        hits = {patterns: [p for p in paths if matches(patterns, p)]}
     else:
-        matches = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
-    for pattern, found in matches.items():
+        hits = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
+    for pattern, found in hits.items():
         if strict and not found:
             raise TargetError(f"{field}: {pattern!r} matched no module{_closest(pattern, paths)}")
-    return matches
+    return hits
 
 
 def match_saved_modules(patterns: Iterable[str], optional: Collection[str], paths: Sequence[str]) -> tuple[str, ...]:
@@ -108,12 +109,13 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
     Raises:
         TargetError: another pattern matches nothing.
     """
-    found: list[str] = []
+    found: set[str] = set()
+    optional = set(optional)
     for pattern in patterns:
         hits = [p for p in paths if p.endswith(pattern)]
         if not hits and pattern not in optional:
             raise TargetError(f"modules_to_save: {pattern!r} matched no module{_closest(pattern, paths)}")
-        found += hits
+        found.update(hits)
     return tuple(p for p in paths if p in found and not any(p.startswith(f"{outer}.") for outer in found))
 
 
@@ -123,15 +125,12 @@ def in_selected_layer(config: LoraConfig, path: str) -> bool:
         return True
     lists = config.layers_pattern
     if lists is None:
-        patterns = [r".*?\.[^.]*\.(?P<layer>\d+)\."]  # any list, but not one at the top of the model
+        found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)]  # any list, but not one at the top of the model
     else:
-        patterns = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in ((lists,) if isinstance(lists, str) else lists)]
-    for pattern in patterns:
-        # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
-        match = re.match(pattern, path)
-        if match:
-            return int(match["layer"]) in config.layers_to_transform
-    return False
+        found = (matches(name, path, LAYERS) for name in ((lists,) if isinstance(lists, str) else lists))
+    # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
+    match = next(filter(None, found), None)
+    return match is not None and int(match["layer"]) in config.layers_to_transform
 
 
 def output_layer(model: object) -> object | None:

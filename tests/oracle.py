@@ -50,3 +50,100 @@ def assert_within_rounding(actual, expected, bound, roundings):
     error = (actual.detach().double() - expected).abs()
     allowed = roundings * (info.eps * bound + info.tiny)
     assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what {roundings} roundings explain"
+
+
+# --- updates into one update, value by value --------------------------------------------------------------------------
+
+
+def combined(updates, method, density=1.0, majority="total", seed=0):
+    """Weighted float64 updates of one shape into one: the definitions of TIES and DARE, one value after the other."""
+    if method in ("linear", "cat", "svd"):
+        return sum(updates)
+    generator = torch.Generator().manual_seed(seed)
+    columns = []
+    for update in updates:
+        values = update.flatten().tolist()
+        if method.startswith("dare"):
+            draws = torch.rand(update.shape, dtype=torch.float64, generator=generator).flatten().tolist()
+            values = [v / density if draw < density else 0.0 for v, draw in zip(values, draws, strict=True)]
+        else:
+            kept = sorted((abs(v) for v in values), reverse=True)[: max(1, round(density * len(values)))]
+            values = [v if abs(v) >= kept[-1] else 0.0 for v in values]
+        columns.append(values)
+    merge = (lambda row: _elect(row, majority)) if method.endswith("ties") else sum
+    return torch.tensor([merge(row) for row in zip(*columns, strict=True)], dtype=torch.float64).view(updates[0].shape)
+
+
+def _elect(row, majority):
+    votes = row if majority == "total" else [(v > 0) - (v < 0) for v in row]
+    chosen = [v for v in row if v * sum(votes) > 0]
+    return sum(chosen) / len(chosen) if chosen else 0.0
+
+
+def truncation(D, r):
+    """(share of |D|^2 that the best approximation of rank r keeps, Frobenius norm of what it misses), in float64."""
+    squares = torch.linalg.svdvals(D.double()) ** 2
+    total = float(squares.sum())
+    return (float(squares[:r].sum()) / total if total else 1.0), float(squares[r:].sum()) ** 0.5
+
+
+# --- any kind of layer ------------------------------------------------------------------------------------------------
+#
+# A layer computes apply(x, M) + b, where M is its weight as a matrix of (d_out, d_in): one row for each output feature.
+
+
+def apply_linear(x, M):
+    return torch.einsum("...i,oi->...o", x, M)
+
+
+def apply_embedding(ids, M):
+    return M.transpose(0, 1)[ids]
+
+
+def convolution(layer):
+    """apply(x, M) of a convolution with the geometry of `layer`, whose rows of M are kernels."""
+    size = layer.kernel_size
+
+    def apply(x, M):
+        padding = layer.padding
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(layer.dilation, size, strict=True)]
+            pads = [(total // 2, total - total // 2) for total in totals]
+        else:
+            pads = [(p, p) for p in padding]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = torch.nn.functional.pad(x, [p for pair in reversed(pads) for p in pair], mode=mode)
+        convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[len(size) - 1]
+        kernel = M.reshape(len(M), layer.in_channels, *size)
+        return convolve(x, kernel, stride=layer.stride, dilation=layer.dilation)
+
+    return apply
+
+
+def update_matrices(W, updates):
+    """(M, [N, ...]): with these adapters a layer of weight W computes apply(x, M) + the sum of apply(dropout(x), N).
+
+    Each update is a dictionary: A, B, s; A0 and B0 if what it started from is subtracted; m for DoRA, whose norms are
+    constants: f = m / |W + D| for each row, and f (W + D) in place of W + D.
+    """
+    M, parts = W, []
+    for update in updates:
+        D = update["s"] * torch.matmul(update["B"], update["A"])
+        if "A0" in update:
+            D = D - update["s"] * torch.matmul(update["B0"], update["A0"])
+        if "m" in update:
+            norm = (W + D).detach().square().sum(1).sqrt()
+            f = torch.where(norm == 0, 0 * update["m"], update["m"] / norm)
+            M, D = M + (f - 1)[:, None] * W, f[:, None] * D
+        parts.append(D)
+    return M, parts
+
+
+def adapted_layer(apply, x, W, b, updates):
+    """What a layer with these active adapters computes, without dropout. `bias` of an update is multiplied by its s."""
+    M, parts = update_matrices(W, updates)
+    y = apply(x, M + sum(parts, torch.zeros_like(M)))
+    for bias in [b, *(u["s"] * u["bias"] for u in updates if "bias" in u)]:
+        if bias is not None:
+            y = y + bias.reshape(-1, *(1,) * (y.dim() - 2)) if apply.__name__ == "apply" else y + bias
+    return y

@@ -15,16 +15,19 @@ from lora_core import (
     delete_adapter,
     disable_adapters,
     inject,
+    lora_plus_groups,
     merge_adapter,
     print_trainable_parameters,
     quantize_nf4,
+    rename_adapter,
     save_adapter,
     set_adapter,
     trainable_parameters,
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import MergeError, TargetError, UnknownAdapterError
+from lora_core.errors import AdapterExistsError, ConfigError, MergeError, TargetError, UnknownAdapterError
+from lora_core.registry import registry_of
 
 X = tiny.batch()
 
@@ -392,3 +395,61 @@ def test_the_printed_line(capsys):
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert all(f"{n:,}" in line for n in (count.trainable, count.adapter, count.total))
+
+
+# --- rename, LoRA+ ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["active", "idle", "folded"])
+def test_rename_changes_the_name_and_nothing_else(state):
+    model = tiny.classifier()
+    for name in ("a", "b", "c"):
+        inject(model, LoraConfig(target_modules=["q"], modules_to_save=["classifier"], use_dora=True), name)
+        tiny.randomize(model, name)
+    set_adapter(model, "c" if state == "idle" else "b")
+    x = tiny.batch()
+    if state == "folded":
+        merge_adapter(model)
+    y, trainable = model(x), [id(p) for p in trainable_parameters(model)]
+    rename_adapter(model, "b", "new")
+    assert torch.equal(model(x), y) and [id(p) for p in trainable_parameters(model)] == trainable
+    assert list(registry_of(model).adapters) == ["a", "new", "c"]
+    if state == "folded":
+        unmerge_adapter(model)
+    set_adapter(model, "new")
+    if state != "idle":
+        torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)
+    delete_adapter(model, "new")
+    assert not any("new" in key or key[-2:] == ".b" for key in model.state_dict())
+
+
+def test_rename_refusals():
+    model = tiny.classifier()
+    for name in ("a", "b"):
+        inject(model, LoraConfig(target_modules=["q"]), name)
+    before = tiny.snapshot(model)
+    for old, new, error in (("c", "d", UnknownAdapterError), ("a", "b", AdapterExistsError), ("a", "x.y", ConfigError)):
+        with pytest.raises(error):
+            rename_adapter(model, old, new)
+    assert tiny.snapshot(model) == before
+
+
+def test_lora_plus_gives_B_a_larger_rate_and_everything_a_group():
+    model = tiny.classifier()
+    inject(model, LoraConfig(target_modules=["q", "v"], use_dora=True, modules_to_save=["classifier"]))
+    slow, fast = lora_plus_groups(model, lr=1e-3, ratio=8)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert slow["lr"] == 1e-3 and fast["lr"] == 8e-3
+    assert {names[id(p)].split(".")[-2] for p in fast["params"]} == {"lora_B"} and len(fast["params"]) == 4
+    assert {id(p) for p in (*slow["params"], *fast["params"])} == {id(p) for p in trainable_parameters(model)}
+    torch.optim.AdamW([slow, fast])
+    for bad in ({"lr": 0}, {"lr": 1e-3, "ratio": -1}, {"lr": float("nan")}):
+        with pytest.raises(ConfigError, match="positive"):
+            lora_plus_groups(model, **bad)
+
+
+def test_lora_plus_leaves_embeddings_at_the_common_rate():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    inject(model, LoraConfig(r=2, target_modules=["0", "1"]))
+    slow, fast = lora_plus_groups(model, lr=1.0)
+    assert [p.shape for p in fast["params"]] == [(8, 2)] and len(slow["params"]) == 3

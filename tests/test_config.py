@@ -19,8 +19,9 @@ REFUSED = [
     *[("lora_dropout", value, "[0, 1)") for value in (1, 1.0, 1.5, -0.1, "0.1", True, None, NAN)],
     *[("bias", value, "'none', 'all', 'lora_only'") for value in ("None", "", None, True, ["all"])],
     *[("task_type", value, "'SEQ_CLS'") for value in ("seq_cls", "", 3)],
-    *[("use_rslora", value, "True or False") for value in (1, None, "yes")],
-    *[("init_lora_weights", value, "'olora'") for value in (1, None, "pisa", "pissa_niter_0", "pissa_niter_")],
+    *[(field, value, "True or False") for field in ("use_rslora", "use_dora", "lora_bias") for value in (1, None, "yes")],
+    *[("init_lora_weights", value, "'olora'") for value in (1, None, "pisa", "PiSSA", "", ["pissa"], 0, "corda")],
+    *[("init_lora_weights", f"pissa_niter_{n}", "'pissa_niter_N'") for n in ("0", "", "-1", "1.5", "04", "4x", "4\n")],
     *[("init_lora_weights", value, f"initialize_{value}(") for value in ("eva", "loftq")],
     *[("target_modules", value, "list of module names") for value in ([1], [""], 3, {"q": 1}, [None])],
     *[("exclude_modules", value, "list of module names") for value in ([1], [""], 3)],
@@ -62,6 +63,39 @@ def test_the_message_shows_the_value(field, value):
     with pytest.raises(ConfigError) as caught:
         LoraConfig(**{field: value})
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("other", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}], ids=str)
+def test_a_bias_of_b_goes_with_no_other_that_trains_it(other):
+    with pytest.raises(ConfigError, match="lora_bias=True goes with neither use_dora nor a bias mode"):
+        LoraConfig(lora_bias=True, **other)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "olora", "pissa_niter_1", "pissa_niter_16"])
+def test_starts_that_there_are(init):
+    assert LoraConfig(init_lora_weights=init).init_lora_weights == init
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_a_start_from_nothing_is_stored_as_it_is(init):
+    config = LoraConfig(r=4, init_lora_weights=init, rank_pattern={"q": 2}, use_dora=True)
+    assert config.as_stored() is config
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_start_from_the_weight_is_stored_at_twice_the_rank_and_the_same_scaling(init, use_rslora):
+    patterns = {"rank_pattern": {"q": 2, "v": 3}, "alpha_pattern": {"v": 5, "k": 7}}
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=use_rslora, init_lora_weights=init, target_modules=["q"], bias="all", **patterns
+    )
+    stored = config.as_stored()
+    assert stored.init_lora_weights is True and stored.as_stored() is stored
+    for path in ("x.q", "x.v", "x.k", "x.o"):  # a pattern for the rank, for both, for alpha, for neither
+        assert stored.rank_for(path) == 2 * config.rank_for(path)
+        assert stored.scaling_for(path) == pytest.approx(config.scaling_for(path), rel=1e-15)
+    changed = {f.name for f in dataclasses.fields(LoraConfig) if getattr(stored, f.name) != getattr(config, f.name)}
+    assert changed == {"init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_core import functional
-from lora_core.functional import frozen_linear, lora_linear
+from lora_core.functional import dora_factor, fold_, frozen_linear, lora_linear
 
 D_IN, D_OUT, R, SCALING = 13, 7, 3, 0.75
 
@@ -228,6 +228,37 @@ def test_frozen_linear_is_the_equation_without_an_adapter():
     assert torch.autograd.gradcheck(lambda x, b: frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype), (x, b))
     y = frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype)
     assert torch.equal(y, torch.nn.functional.linear(x, tensors["W"], b))
+
+
+# --- folding and DoRA's factor ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("adapter", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-it-is", "transposed-view"])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["plain", "dora"])
+def test_fold_is_in_place_and_in_the_dtype_of_the_weight(magnitude, transposed, adapter, dtype):
+    tensors, _ = make(())
+    W, A, B = tensors["W"].to(dtype), tensors["A"].detach().to(adapter), tensors["B"].detach().to(adapter)
+    W = W.t().contiguous().t() if transposed else W
+    m = torch.arange(1, D_OUT + 1).to(adapter) if magnitude else None
+    update = {"A": A.double(), "B": B.double(), "s": SCALING} | ({"m": m.double()} if magnitude else {})
+    M, parts = oracle.update_matrices(W.double().clone(), [update])
+    assert fold_(W, A, B, SCALING, m) is W and W.dtype == dtype
+    # Sums of 3 and 13 terms of size 10 at most, in the dtype of W.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(adapter).eps if adapter == torch.float32 and magnitude else 0)
+    torch.testing.assert_close(W.double(), M + parts[0], rtol=0, atol=160 * eps)
+
+
+def test_the_norm_in_doras_factor_is_a_constant_in_the_gradient():
+    V = make(())[0]["W"].requires_grad_()
+    m = torch.arange(1.0, D_OUT + 1).double().requires_grad_()
+    f = dora_factor(V, m)
+    f.sum().backward()
+    norm = V.detach().square().sum(1).sqrt()
+    assert V.grad is None
+    torch.testing.assert_close(f.detach(), m.detach() / norm, rtol=1e-14, atol=0)
+    torch.testing.assert_close(m.grad, 1 / norm, rtol=1e-14, atol=0)
 
 
 # --- autocast, checkpointing, compilers -------------------------------------------------------------------------------

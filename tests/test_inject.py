@@ -54,10 +54,9 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(dtype, quantized, tokens):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_fresh_adapter_changes_no_bit_of_a_transformer(architecture):
-    model = tiny.build(architecture)
+    model = tiny.build(architecture).requires_grad_(False)  # for frozen weights torch has other kernels of convolutions
     before = tiny.logits(model)
-    task = "SEQ_CLS" if architecture in tiny.CLASSIFIERS else "CAUSAL_LM"
-    injected(model, target_modules=tiny.projections(architecture), task_type=task)
+    injected(model, target_modules=tiny.projections(architecture), task_type=tiny.task_type(architecture))
     assert torch.equal(tiny.logits(model), before)
 
 
@@ -136,20 +135,42 @@ def test_distilbert_trains_exactly_this_many_parameters(r, expected):
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"target_modules": "all-linear"}, {"bias": "all"}, {"bias": "lora_only"}, {"layers_to_transform": [1]}],
-    ids=lambda s: ",".join(map(str, s.values())) or "projections",
+    [{}, {"target_modules": "all-linear"}, {"bias": "all"}, {"bias": "lora_only"}, {"layers_to_transform": [1]}]
+    + [{"use_dora": True}, {"use_dora": True, "target_modules": "all-linear", "bias": "all"}, {"lora_bias": True}]
+    + [{"use_dora": True, "rank_pattern": {r".*1\..*": 2}, "embeddings": True}],
+    ids=lambda s: ",".join(f"{key}={value}" for key, value in s.items()) or "projections",
 )
 def test_counts_are_pefts(architecture, settings):
     peft = pytest.importorskip("peft")
-    task = "SEQ_CLS" if architecture in tiny.CLASSIFIERS else "CAUSAL_LM"
-    settings = {"r": 4, "target_modules": tiny.projections(architecture), "task_type": task, **settings}
+    settings = {
+        "r": 4,
+        "target_modules": tiny.projections(architecture),
+        "task_type": tiny.task_type(architecture),
+        **settings,
+    }
     if architecture == "distilbert":  # peft wants to adapt its pre_classifier and to train it whole, and fails
         settings["exclude_modules"] = ["pre_classifier"]
+    if architecture in ("vit", "convnet"):  # whose head no task type names
+        settings["modules_to_save"] = ["classifier"]
+    if architecture == "convnet" and settings.get("lora_bias"):
+        settings["target_modules"].remove("embedding")
+    if settings.pop("embeddings", False) and architecture in tiny.EMBEDDINGS:
+        settings["target_modules"] = {*settings["target_modules"], tiny.EMBEDDINGS[architecture]}
     ours = injected(tiny.build(architecture), **settings)
     theirs = peft.get_peft_model(tiny.build(architecture), peft.LoraConfig(**settings))
-    assert count_parameters(ours).trainable == theirs.get_nb_trainable_parameters()[0]
+    counted, (trainable, _) = count_parameters(ours), theirs.get_nb_trainable_parameters()
+    assert counted.trainable == trainable == sum(p.numel() for p in trainable_parameters(ours))
+    assert counted.adapter == sum(p.numel() for name, p in theirs.named_parameters() if "lora_" in name)
     carriers = [name for name, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert [name for name, m in ours.named_modules() if isinstance(m, LoraLayer)] == carriers
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_a_start_subtracts_is_not_trained(init):
+    model = injected(tiny.classifier(), init_lora_weights=init)
+    assert count_parameters(model).trainable == 4 * 4 * (64 + 64)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"layers.{i}.{layer}.lora_{part}.default" for i in (0, 1) for layer in Q_V for part in "AB"}
 
 
 @pytest.mark.parametrize(
@@ -190,11 +211,19 @@ def quantized():
     return model
 
 
+def grouped():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+
+
+def embedded():
+    return nn.Sequential(nn.Embedding(20, 8))
+
+
 REFUSALS = {
     "misspelt target": (tiny.classifier, {"target_modules": ["qq"]}, TargetError, "matched no module"),
     "one of two misspelt": (tiny.classifier, {"target_modules": ["q", "vv"]}, TargetError, "'vv' matched no module"),
     "no target": (tiny.classifier, {"target_modules": None}, TargetError, "target_modules is not set"),
-    "not a linear layer": (tiny.classifier, {"target_modules": ["norm"]}, TargetError, "LayerNorm.*can't carry"),
+    "not a layer that can": (tiny.classifier, {"target_modules": ["norm"]}, TargetError, "LayerNorm.*can't carry"),
     "a container": (tiny.classifier, {"target_modules": ["layers"]}, TargetError, "ModuleList.*can't carry"),
     "a subclass": (own_forward, {}, TargetError, "'layers.0.q' is a OwnForward"),
     "misspelt module to save": (tiny.classifier, {"modules_to_save": ["head"]}, TargetError, "modules_to_save: 'head'"),
@@ -202,6 +231,32 @@ REFUSALS = {
     "misspelt rank pattern": (tiny.classifier, {"rank_pattern": {"k": 2}}, TargetError, "rank_pattern: 'k'"),
     "no head": (lambda: tiny.classifier().layers[0], {"task_type": "SEQ_CLS"}, TargetError, "no head called 'classifier'"),
     "tied module to save": (tied_head, {"modules_to_save": ["0.out"]}, TargetError, "tied to 'layers.1.out.weight'"),
+    "a grouped convolution": (grouped, {"target_modules": ["0"]}, TargetError, "'0' is a Conv2d, which can't carry.*groups"),
+    "a bias of an embedding": (embedded, {"target_modules": ["0"], "lora_bias": True}, TargetError, "'0' is an embedding"),
+    "PiSSA of too high a rank": (
+        tiny.classifier,
+        {"rank_pattern": {r"layers\.1\.v": 65}, "init_lora_weights": "pissa"},
+        ConfigError,
+        r"'pissa' needs a rank of at most 64 on layers\.1\.v, not 65",
+    ),
+    "randomised PiSSA of too high a rank": (
+        tiny.classifier,
+        {"r": 65, "init_lora_weights": "pissa_niter_2"},
+        ConfigError,
+        "at most 64",
+    ),
+    "OLoRA of too high a rank": (
+        embedded,
+        {"target_modules": ["0"], "r": 9, "init_lora_weights": "olora"},
+        ConfigError,
+        "at most 8",
+    ),
+    "orthogonal of an odd rank": (
+        tiny.classifier,
+        {"rank_pattern": {"v": 3}, "init_lora_weights": "orthogonal"},
+        ConfigError,
+        r"even rank, not 3 \(layers\.0\.v\)",
+    ),
     "4-bit module to save": (quantized, {"modules_to_save": ["layers.0.out"]}, TargetError, "4-bit and can't be trained"),
 }
 

@@ -211,11 +211,36 @@ def test_a_deep_copy_is_independent():
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv2d(1, 1, 1), nn.Bilinear(2, 2, 2), nn.Identity()],
+    [
+        nn.LayerNorm(4),
+        nn.Bilinear(2, 2, 2),
+        nn.Identity(),
+        nn.Embedding(3, 4, max_norm=1.0),  # rescales the weight as it reads it
+        nn.EmbeddingBag(3, 4),
+        nn.Conv2d(2, 2, 1, groups=2),  # its kernel is no matrix
+        nn.ConvTranspose2d(1, 1, 1),
+        nn.LazyConv2d(1, 1),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_other_modules_have_no_class(module):
     assert lora_class(module) is None
+
+
+@pytest.mark.parametrize("base", [nn.Conv2d, nn.Embedding])
+def test_a_subclass_that_is_not_known_has_no_class(base):
+    assert lora_class(type("Own", (base,), {})(2, 3, *((1,) if base is nn.Conv2d else ()))) is None
+
+
+def test_each_kind_of_layer_has_one_class_that_is_a_subclass_of_its_own():
+    for make in (
+        lambda: nn.Conv1d(2, 2, 1),
+        lambda: nn.Conv2d(2, 2, 1),
+        lambda: nn.Conv3d(2, 2, 1),
+        lambda: nn.Embedding(2, 2),
+    ):
+        assert lora_class(make()) is lora_class(make()) and issubclass(lora_class(make()), (LoraLayer, type(make())))
+        assert issubclass(lora_class(make()), type(make()))
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_has_no_class():

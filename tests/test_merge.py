@@ -339,3 +339,70 @@ def test_unloading_while_merged_gives_the_base_back():
     unload(model)
     assert torch.equal(model(X), tiny.classifier()(X))
     assert type(model.layers[0].q) is nn.Linear
+
+
+# --- in the weight's own memory ---------------------------------------------------------------------------------------
+
+
+def addresses(model):
+    return {path: p.data_ptr() for path, p in model.named_parameters() if "lora" not in path}
+
+
+def test_merging_for_good_changes_float32_weights_in_their_own_memory():
+    model = tiny.randomize(injected(tiny.classifier()))
+    before, x = addresses(model), tiny.batch()
+    y = model(x)
+    merge_and_unload(model)
+    assert addresses(model) == before
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_is_cast_is_not_touched_before_all_of_it_is_known(dtype):
+    model = tiny.randomize(injected(tiny.classifier()))
+    values = {path: (p, p.detach().clone()) for path, p in model.named_parameters() if "lora" not in path}
+    merge_and_unload(model, dtype=dtype)
+    assert all(torch.equal(p.float(), value) for path, (p, value) in values.items() if path.endswith("q.weight"))
+
+
+def injected(model, **settings):
+    inject(model, LoraConfig(**{"r": 4, "target_modules": ["q", "v"], **settings}))
+    return model
+
+
+@pytest.mark.parametrize("size", [1e18, 1e19, 1e22])
+def test_a_bound_never_lets_an_overflow_through(size):
+    """Factors whose product is near the largest float32, or above: either the exact sum is finite, or nothing changes."""
+    model = injected(tiny.classifier(), r=1, lora_alpha=1)
+    layer = model.layers[1].v
+    layer.lora_A["default"].data.fill_(size)
+    layer.lora_B["default"].data.fill_(size)
+    before = tiny.snapshot(model)
+    if size**2 < torch.finfo(torch.float32).max:
+        merge_and_unload(model)
+        assert layer.weight.isfinite().all() and layer.weight.max() > 1e35
+    else:
+        with pytest.raises(MergeError, match=r"layers\.1\.v"):
+            merge_and_unload(model)
+        assert tiny.snapshot(model) == before
+
+
+def test_signs_that_cancel_are_not_refused_for_the_bound():
+    """The bound of a rank-2 update whose two parts cancel is above the largest float32; the sum itself is not, and is made."""
+    model = injected(tiny.classifier(), r=2, lora_alpha=2)
+    layer = model.layers[0].q
+    layer.lora_A["default"].data.fill_(1.6e19)
+    layer.lora_B["default"].data[:] = torch.tensor([1.6e19, -1.6e19])
+    assert not layer.folds_in_place(["default"])
+    merge_and_unload(model)
+    assert layer.weight.isfinite().all()
+
+
+def test_a_convolution_in_channels_last_is_merged():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3)).to(memory_format=torch.channels_last)
+    tiny.randomize(injected(model, target_modules=["0"]))
+    x = torch.randn(2, 3, 6, 6)
+    y = model(x)
+    merge_and_unload(model)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)

@@ -496,3 +496,15 @@ def test_an_inactive_adapter_can_be_saved(tmp_path):
 def test_a_model_without_layers_to_adapt_is_refused(saved):
     with pytest.raises(AdapterFormatError, match="match no layer"):
         load_adapter(nn.Sequential(nn.Linear(2, 2)), saved)
+
+
+def test_the_order_of_patterns_survives(tmp_path):
+    """The first hit wins, so a file with sorted patterns would be another adapter."""
+    model = tiny.classifier()
+    patterns = {"layers.0.v": 2, "0.v": 3, "v": 5}
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=["v"], rank_pattern=patterns, alpha_pattern=patterns))
+    save_adapter(tiny.randomize(model), tmp_path)
+    again = tiny.classifier()
+    load_adapter(again, tmp_path)
+    assert [layer.v.lora_A["default"].shape[0] for layer in again.layers] == [2, 5]
+    assert torch.equal(again(tiny.batch()), model(tiny.batch()))

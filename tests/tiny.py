@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -9,7 +10,43 @@ from torch import nn
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 
-#: name: (configuration, model class, names of the four attention projections)
+
+class ConvBlock(nn.Module):
+    """A layer of each kind that is not an embedding, in a residual block: N 8 T -> N 8 T."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d, self.conv2d = nn.Conv1d(8, 8, 3, padding=1), nn.Conv2d(1, 8, (8, 3), padding=(0, 1))
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.conv1d(x))
+        x = x + self.conv2d(x[:, None]).squeeze(2)  # N 1 8 T -> N 8 1 T -> N 8 T
+        return x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ConvNet(nn.Module):
+    """Token ids -> embedding -> a strided convolution -> blocks -> 3 logits, without transformers."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.embedding = nn.Embedding(config.vocab_size, 8, padding_idx=7)
+        self.body.stem = nn.Conv1d(8, 8, 2, stride=2, bias=False)
+        self.body.layers = nn.ModuleList([ConvBlock(), ConvBlock()])
+        self.body.norm = nn.BatchNorm1d(8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, input_ids):
+        x = self.body.stem(self.body.embedding(input_ids).transpose(1, 2))
+        for layer in self.body.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.classifier(self.body.norm(x).mean(2)))
+
+
+#: name: (configuration, model class, names of the four attention projections, or of as many other layers)
 ARCHITECTURES = {
     "bert": (
         transformers.BertConfig(**SMALL),
@@ -36,10 +73,33 @@ ARCHITECTURES = {
         transformers.LlamaForCausalLM,
         ["q_proj", "k_proj", "v_proj", "o_proj"],
     ),
+    "t5": (
+        transformers.T5Config(
+            d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=99, decoder_start_token_id=0, dropout_rate=0.0
+        ),
+        transformers.T5ForConditionalGeneration,
+        ["q", "k", "v", "o"],
+    ),
+    "vit": (
+        transformers.ViTConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        transformers.ViTForImageClassification,
+        ["q_proj", "v_proj", "o_proj", "patch_embeddings.projection"],
+    ),
+    "convnet": (SimpleNamespace(vocab_size=99), ConvNet, ["conv1d", "conv2d", "mix", "embedding"]),
 }
 CLASSIFIERS = ("bert", "distilbert", "roberta")
 
-#: Token ids for every one of them; none is a padding or end token.
+#: {architecture: its embedding layers}. Those of GPT-2 and T5 are tied to the output layer.
+EMBEDDINGS = {
+    **dict.fromkeys(("bert", "distilbert", "roberta"), "word_embeddings"),
+    **dict.fromkeys(("llama", "t5"), "embed_tokens"),
+    "gpt2": "wte",
+    "convnet": "embedding",
+}
+
+#: Token ids for every one of them; none is a padding or end token, but for the convolutional net's.
 TOKENS = torch.arange(5, 5 + 3 * 8).view(3, 8)
 
 
@@ -59,9 +119,24 @@ def projections(architecture):
     return list(ARCHITECTURES[architecture][2])
 
 
+def task_type(architecture):
+    """What the model does, as a configuration says it; None where that would name no head that it has."""
+    others = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+    return "SEQ_CLS" if architecture in CLASSIFIERS else others.get(architecture)
+
+
+def inputs(model, tokens=TOKENS):
+    """What one of these models takes, wrapped or not: three rows."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.sin(torch.arange(3.0 * 3 * 8 * 8)).view(3, 3, 8, 8)}
+    if hasattr(model, "decoder"):
+        return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+    return {"input_ids": tokens}
+
+
 def logits(model, tokens=TOKENS):
     with torch.no_grad():
-        return model(input_ids=tokens).logits
+        return model(**inputs(model, tokens)).logits
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, MixedBatchError
-from ..functional import dora_factor, fold_
+from ..functional import distance, dora_factor, fold_
 from .holder import AdapterHolder
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
@@ -28,10 +28,13 @@ Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
 class RowAdapters:
     """The adapters of a batch whose rows use different ones, on one layer; see `mixed_batch`.
 
-    K adapters, the last of which changes nothing; R the largest rank, which the others are padded to with zeros.
+    K adapters, the last of which changes nothing; R the largest rank, which the others are padded to with zeros; M the
+    most rows that one adapter has, which the others are padded to with row 0.
 
     Attributes:
         index: which of the K each of the N rows uses, (N,).
+        grouped: the rows of each adapter, (K, M).
+        place: where each row is in `grouped`, flattened, (N,).
         A: (K, R, d_in).
         B: transposed, with the scaling in it, (K, R, d_out).
         factor: DoRA's f, (K, d_out); None if no adapter has one.
@@ -39,6 +42,8 @@ class RowAdapters:
     """
 
     index: Tensor
+    grouped: Tensor
+    place: Tensor
     A: Tensor
     B: Tensor
     factor: Tensor | None
@@ -82,9 +87,10 @@ class LoraLayer(AdapterHolder):
             y = y + self.product(x, *product)
         return y
 
-    def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """y with B[n]^T A[n] x[n] added in row n; A: (N, R, d_in), B: (N, R, d_out)."""
-        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, A, B)
+    def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
+        """y with each row's product added to it."""
+        own = rows.A[rows.index], rows.B[rows.index]  # N R d_in, N R d_out
+        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, *own)
 
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         """`values`, one for each output feature (d_out,) and maybe row (N, d_out), in a shape that y broadcasts with."""
@@ -149,10 +155,12 @@ class LoraLayer(AdapterHolder):
 
     def dora_factor(self, name: str) -> Tensor:
         """DoRA's f = m / |W + s B A|, (d_out,), with the norm a constant in the gradient."""
-        with torch.no_grad():
-            V = self.as_matrix(self.dense_weight())
-            fold_(V, *self.factors(name), self.lora_scaling[name])
-        return dora_factor(V, self.lora_magnitude[name])
+        return dora_factor(self.direction(name), self.lora_magnitude[name])
+
+    @torch.no_grad()
+    def direction(self, name: str) -> Tensor:
+        """W + s B A of one adapter, (d_out, d_in), a new tensor in float32 or float64."""
+        return fold_(self.as_matrix(self.dense_weight()), *self.factors(name), self.lora_scaling[name])
 
     def _mixed_forward(self, x: Tensor, rows: RowAdapters) -> Tensor:
         index = rows.index
@@ -163,7 +171,7 @@ class LoraLayer(AdapterHolder):
             )
         y = self.base_forward(x, None if rows.factor is not None else self.bias)
         if rows.A.shape[1]:
-            y = self.add_products_by_row(y, x, rows.A[index], rows.B[index])
+            y = self.add_products_by_row(y, x, rows)
         if rows.factor is not None:
             y = y * self.spread(rows.factor[index].to(y.dtype), y)
             y = y if self.bias is None else y + self.spread(self.bias.to(y.dtype), y)
@@ -201,14 +209,17 @@ class LoraLayer(AdapterHolder):
         A, B = (factor.detach().double() for factor in self.joined_factors(names))  # R d_in, d_out R; R the summed rank
         return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt().item()  # |B A|^2 = sum of (B^T B) * (A A^T)
 
-    def _folded_bias(self, names: Iterable[str]) -> nn.Parameter | None:
+    def folded_bias(self, names: Iterable[str]) -> nn.Parameter | None:
         """The bias with those of the adapters added; the layer's own if none has one."""
         own = [self.lora_bias[name].detach() * self.lora_scaling[name] for name in names if name in self.lora_bias]
         if not own:
             return self.bias
         if self.bias is None:
             raise MergeError("the adapter has a bias (lora_bias) and the layer has none to fold it into")
-        return nn.Parameter((self.bias.detach().to(own[0].dtype) + sum(own)).to(self.bias.dtype), requires_grad=False)
+        bias = self.bias.detach().to(own[0].dtype) + sum(own)
+        if not bias.isfinite().all():
+            raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite biases")
+        return nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
 
     def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> float:
         """Folds those of `names` that are on this layer into `weight`, cast to `dtype` (None: that of the dense weight).
@@ -220,20 +231,43 @@ class LoraLayer(AdapterHolder):
             What the cast lost of the update D: |cast(W + D) - (W + D)| / |D|; 0 without a cast.
         """
         names = tuple(name for name in names if name in self.lora_scaling)
-        exact, bias = self.folded_weight(names), self._folded_bias(names)
+        exact, bias = self.folded_weight(names), self.folded_bias(names)
         weight = exact.to(dtype or self.dense_dtype())
         lost = 0.0
         if weight.dtype != exact.dtype:
             if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
                 raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
             update = self.update_norm(names)
-            lost = exact.sub_(weight).norm().item() / update if update else 0.0
+            lost = distance(exact, weight) / update if update else 0.0
         self.lora_unfolded = (self.weight, self.bias, weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not self.bias:
             self.bias = bias
         self.lora_folded = names
         return lost
+
+    def folds_in_place(self, names: Iterable[str]) -> bool:
+        """Whether the updates of `names` can be added to the weight's own values, with nothing to refuse.
+
+        They can to a dense weight that is summed in its own dtype, if |W| + s |B| |A| shows that no sum overflows: W is read
+        once, and no copy is made that would tell.
+        """
+        W, names = self.weight, [name for name in names if name in self.lora_scaling]
+        plain = not any(name in self.lora_magnitude or name in self.lora_bias for name in names)
+        if W.dtype not in (torch.float32, torch.float64) or not plain or not W.is_contiguous():
+            return False
+        largest = torch.stack(W.detach().aminmax()).abs().max().double()
+        for name in names:
+            A, B = (factor.detach().abs().double() for factor in self.factors(name))
+            largest += abs(self.lora_scaling[name]) * (B.amax(0) @ A.amax(1))  # of each rank the largest product
+        return bool(largest < torch.finfo(W.dtype).max)  # no, if anything is NaN
+
+    def fold_in_place(self, names: Iterable[str]) -> None:
+        """Adds the updates of `names` to the weight's own values, for good; see `folds_in_place`."""
+        for name in names:
+            if name in self.lora_scaling:
+                A, B = self.factors(name)
+                fold_(self.as_matrix(self.weight.data), A.detach(), B.detach(), self.lora_scaling[name])
 
     def keep_folded(self) -> None:
         """Makes the folded weight the layer's own; the one before is dropped."""

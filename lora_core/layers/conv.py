@@ -37,7 +37,7 @@ class LoraConv(LoraLayer):
         return super().dense_weight().contiguous()  # in channels_last it would have no view as a matrix
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # N channels *size -> N d_out *size
-        return self._conv_forward(x, self.weight, bias)
+        return self._conv_forward(x, self.weight, None if bias is None else bias.to(self.weight.dtype))
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         kernel = A.to(x.dtype).view(len(A), self.in_channels, *self.kernel_size)

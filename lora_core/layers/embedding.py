@@ -6,6 +6,7 @@ Dropout does not apply: there is no input to drop. What is tied to the weight (a
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,4 +31,5 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         rows = F.embedding(x, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # ... r
-        return scaling * (rows @ B.t()).to(self.weight.dtype)
+        dtype = torch.promote_types(rows.dtype, self.weight.dtype)  # there is no input whose dtype would decide
+        return scaling * (rows.to(dtype) @ B.to(dtype).t()).to(self.weight.dtype)

@@ -7,13 +7,11 @@ gives back exactly what was there.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import fold_
 from ..initializers import start
 
 #: The modules that hold an adapter's tensors on a layer, each by adapter name.
@@ -83,8 +81,9 @@ class AdapterHolder(nn.Module):
         d_in, d_out = self.matrix_shape(self)
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=dtype, device=self.weight.device)
-        weight = functools.cache(lambda: self.as_matrix(self.dense_weight()))
-        A, B, from_weight = start(init, empty, (d_in, d_out), r, scaling, weight, self.zero_A)
+        A, B, from_weight = start(
+            init, empty, (d_in, d_out), r, scaling, lambda: self.as_matrix(self.dense_weight()), self.zero_A
+        )
         tensors = {"lora_A": A, "lora_B": B}
         if from_weight:
             tensors |= {"lora_A0": A.clone(), "lora_B0": B.clone()}
@@ -94,8 +93,14 @@ class AdapterHolder(nn.Module):
             getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=False)
         self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
         if use_dora:
-            V = fold_(weight(), *self.factors(name), scaling)
-            self.lora_magnitude[name] = nn.Parameter(V.norm(dim=1).to(dtype), requires_grad=False)
+            self.lora_magnitude[name] = nn.Parameter(empty.new_empty(d_out), requires_grad=False)
+            self.reset_magnitude(name)
+
+    @torch.no_grad()
+    def reset_magnitude(self, name: str) -> None:
+        """Makes DoRA's m, if the adapter has one, the norms |W + s B A| as they are: its factor f is then 1."""
+        if name in self.lora_magnitude:
+            self.lora_magnitude[name].copy_(self.direction(name).norm(dim=1))
 
     def delete_adapter(self, name: str) -> None:
         for table in TABLES:

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import lora_linear, lora_product
-from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward
-from .base import LoraLayer, Product
+from ..functional import distance, lora_linear, lora_product
+from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward, repack
+from .base import LoraLayer, Product, RowAdapters
 
 
 class LinearLayer(LoraLayer):
@@ -27,9 +29,16 @@ class LinearLayer(LoraLayer):
             y = y + lora_product(x, *product)
         return y
 
-    def add_products_by_row(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        h = x.reshape(len(x), -1, x.shape[-1]).to(y.dtype) @ A.to(y.dtype).mT  # N T R
-        return y.view(len(x), -1, y.shape[-1]).baddbmm_(h, B.to(y.dtype)).view(y.shape)
+    def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
+        x3 = x.to(y.dtype).reshape(len(x), -1, x.shape[-1])  # N T d_in
+        y3 = y.view(len(x), -1, y.shape[-1])  # N T d_out
+        A, B = rows.A.to(y.dtype), rows.B.to(y.dtype)
+        if rows.grouped.numel() * x3.shape[1] < len(x) * A.shape[1]:
+            # Few tokens: sort the rows by adapter, which moves fewer vectors than giving each row its A and B.
+            K, M = rows.grouped.shape
+            h = x3[rows.grouped.view(-1)].view(K, -1, x3.shape[-1]) @ A.mT  # K MT R
+            return y3.add_((h @ B).view(K * M, -1, y3.shape[-1])[rows.place]).view(y.shape)
+        return y3.baddbmm_(x3 @ A[rows.index].mT, B[rows.index]).view(y.shape)
 
 
 class LoraLinear(LinearLayer, nn.Linear):
@@ -68,6 +77,16 @@ class Lora4bit(LoraLinear):
 
     def dense_dtype(self) -> torch.dtype:
         return dense_dtype(self)
+
+    def fold_packed(self, names: Iterable[str]) -> float:
+        """`fold` into a 4-bit weight of the same format; returns what packing lost of the update, in the same measure."""
+        names = tuple(name for name in names if name in self.lora_scaling)
+        exact, bias = self.folded_weight(names), self.folded_bias(names)
+        update, before = self.update_norm(names), (self.weight, self.bias, torch.uint8)
+        self.weight = repack(self, exact)
+        lost = distance(exact, dequantize(self)) / update if update else 0.0
+        self.bias, self.lora_unfolded, self.lora_folded = bias, before, names
+        return lost
 
 
 class LoraConv1D(LinearLayer):

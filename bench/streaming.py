@@ -1,0 +1,55 @@
+"""One merge over a checkpoint's files, in a process that does nothing else; `merging.py` starts it.
+
+    python -m bench.streaming ours BASE ADAPTER OUTPUT
+
+Prints {"seconds": ..., "peak": bytes}: of the merge, files read and written, and the most memory that the process held,
+less what it held before any library was there. peft loads the base with transformers, merges and saves it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(candidate: str, base: str, adapter: str, output: str) -> None:
+    before = _status("VmRSS")
+    merge = {"ours": _ours, "peft": _peft}[candidate](base, adapter, output)
+    start = time.perf_counter()
+    merge()
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": _status("VmHWM") - before}))
+
+
+def _ours(base: str, adapter: str, output: str):
+    from lora_core.heap import keep_freed_memory
+    from lora_core.stream import merge_checkpoint
+
+    keep_freed_memory()  # as the command does
+    return lambda: merge_checkpoint(base, [adapter], output)
+
+
+def _peft(base: str, adapter: str, output: str):
+    import peft
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+    def merge() -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+
+    return merge
+
+
+def _status(field: str) -> int:
+    """A size from Linux's record of this process, in bytes; 0 elsewhere."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
