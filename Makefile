@@ -1,5 +1,7 @@
 # make sst2    install what it takes and train: a pretrained model learns sentiment with LoRA in 4 bits
+# make compare train with every method of the study, then draw tables and figures
 # make test    install the test tools too and run every test
+# make test-slow the tests that take minutes or gigabytes
 # make bench   the same, and measure speed and memory against other libraries
 # make clean   remove the virtual environment and what the tools left
 #
@@ -11,14 +13,20 @@ ARGS ?=
 BIN := .venv/bin
 PINS := constraints.txt setup.py pyproject.toml
 
-.PHONY: sst2 test bench clean
+.PHONY: sst2 compare test test-slow bench clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
 	$(BIN)/python -m experiments.sst2 --method qlora $(ARGS)
 
+compare: .venv/.installed-all
+	$(BIN)/python -m experiments.compare $(ARGS)
+
 test: .venv/.installed-all
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.installed-all
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: .venv/.installed-all
 	$(BIN)/python -m bench $(ARGS)
@@ -33,7 +41,7 @@ bench: .venv/.installed-all
 	touch $@
 
 .venv/.installed-all: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,test,compare,bench]'
 	touch $@ .venv/.installed
 
 clean:

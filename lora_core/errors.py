@@ -49,6 +49,10 @@ class MixedBatchError(LoraError, RuntimeError):
     """A batch can't be run with different adapters for its rows as things stand."""
 
 
+class ShardedError(LoraError, RuntimeError):
+    """The model is spread over processes, and what was asked for needs it whole."""
+
+
 class MergeError(LoraError, RuntimeError):
     """Adapters can't be folded into (or taken out of) the base weights as things stand."""
 

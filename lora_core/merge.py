@@ -19,6 +19,7 @@ from .errors import MergeError
 from .layers import LoraLayer
 from .nf4 import is_quantized, to_dense
 from .registry import activate, adapter_layers, as_names, check_not_mixing, find_adapter, registry_of, unwrap
+from .sharding import refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def _fold_all(
     """
     active = registry_of(model).active
     check_not_mixing(model)
+    refuse_sharded(model, "merging")
     activate(model, names)
     layers, lost, certain = _layers(model, names), {}, []
     try:

@@ -233,7 +233,10 @@ def dequantizer(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tens
 
 def _undo_repacking(layer: nn.Module) -> Any:
     """The layer's quantisation state, with its weight packed as it was before a forward of bitsandbytes in eval mode."""
-    state = layer.weight.quant_state
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        message = "a 4-bit weight has lost its scales; shard with fully_shard(..., ignored_params=packed_parameters(model))"
+        raise QuantizationError(message)
     if getattr(state, "packing_format_for_cpu", False):  # see `linear_4bit_class`
         functional, scales = bitsandbytes().functional, state.absmax
         layer.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)

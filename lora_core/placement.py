@@ -1,0 +1,192 @@
+"""Which tensor of a base each name of an adapter means, and what the merged checkpoint's config.json says.
+
+An adapter names the layers of the model that it was trained on; a checkpoint may have been saved from another model around
+the same backbone. So names may differ by a prefix (all of them by the same one), heads come and go with the task, and tied
+weights stand in the file once:
+
+    adapter of BertForSequenceClassification     bert.encoder.layer.0.attention.self.query
+    checkpoint of BertModel                           encoder.layer.0.attention.self.query.weight
+
+Some models of transformers 5 (ViT) have other names in memory than in their files; only transformers knows which, so their
+adapters find no base here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import MergeError, WrongBaseError
+from .targets import match_saved_modules, select_targets
+from .updates import AdapterUpdates
+
+#: {task: how the class of a model for it is called}, for the tasks that bring a head.
+CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_CLASS = re.compile(r"(\w+?)(Model|LMHeadModel|For[A-Z]\w*)")
+_LANGUAGE_MODEL = re.compile(r"\w+(LMHeadModel|ForCausalLM|ForConditionalGeneration)")
+_OTHERWISE_TIED = re.compile(r"\w+(ForMaskedLM|ForPreTraining)")
+_LABELS = re.compile(r"(?:.*\.)?(?:classifier|score|qa_outputs)(?:\.out_proj)?\.weight")
+
+#: What input embeddings are called, and the output layer that is tied to them.
+EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_in)\.weight")
+OUTPUT_LAYER = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the merged checkpoint holds.
+
+    Attributes:
+        names: {name of a tensor in it: name of the base's tensor that it is, or is made from}.
+        added: names of tensors that only the adapters have.
+        config: its config.json, but for what the dtype and 4-bit weights change there.
+    """
+
+    names: dict[str, str]
+    added: tuple[str, ...]
+    config: dict[str, Any]
+
+    def modules(self) -> list[str]:
+        """Paths of the modules with a weight."""
+        return [name.removesuffix(".weight") for name in (*self.names, *self.added) if name.endswith(".weight")]
+
+
+def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
+    """Matches the adapters' names with the base's.
+
+    Raises:
+        WrongBaseError: the base lacks a layer that an adapter updates, or has one that an adapter should update and
+            does not.
+        MergeError: two adapters have a tensor of their own for the same path, or tied weights can't be told apart.
+    """
+    layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
+    copies = _copies(adapters)
+    names = _prefixed(base, layers, adapters)
+    config, backbone = _config(base, adapters), _common_root(layers)
+    if config.get("architectures") != base.config.get("architectures") and backbone:
+        # Another task's heads have no place beside the adapter's: transformers would call them unexpected.
+        names = {name: source for name, source in names.items() if name in copies or name.startswith(f"{backbone}.")}
+    names, config = _untied(names, config, {f"{path}.weight" for path in layers} | copies.keys(), base)
+    missing = [path for path in layers if f"{path}.weight" not in names]
+    if missing:
+        raise WrongBaseError(
+            f"{base.directory} has no weight for {missing[0]!r} and {len(missing) - 1} more of the adapter's {len(layers)} "
+            "layers; use the base it was trained on"
+        )
+    placement = Placement(names, tuple(name for name in copies if name not in names), config)
+    for adapter in adapters:
+        _check_complete(placement, base, adapter)
+    return placement
+
+
+def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
+    owners: dict[str, AdapterUpdates] = {}
+    for adapter in adapters:
+        for name in adapter.copies:
+            if name in owners:
+                raise MergeError(
+                    f"{owners[name].directory} and {adapter.directory} both have a {name!r} of their own; "
+                    "merge one of them, or train the second on the merged model"
+                )
+            owners[name] = adapter
+    return owners
+
+
+def _prefixed(base: Checkpoint, layers: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
+    """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off."""
+    known = [path for path in layers if f"{path}.weight" != OUTPUT_LAYER]  # a tied one is not in the files
+    if all(f"{path}.weight" in base.tensors for path in known):
+        return {name: name for name in base.tensors}
+    first = known[0]
+    for at in (i for i, letter in enumerate(first) if letter == "."):
+        prefix = first[: at + 1]
+        if all(p.startswith(prefix) and f"{p.removeprefix(prefix)}.weight" in base.tensors for p in known):
+            return {f"{prefix}{name}": name for name in base.tensors}
+    for name in base.tensors:
+        if name.endswith(f".{first}.weight"):
+            prefix = name.removesuffix(f"{first}.weight")
+            if all(f"{prefix}{path}.weight" in base.tensors for path in known):
+                return {n.removeprefix(prefix): n for n in base.tensors if n.startswith(prefix)}
+    missing = next(path for path in known if f"{path}.weight" not in base.tensors)
+    raise WrongBaseError(
+        f"{base.directory} has no weight for the layer {missing!r} of {adapters[0].directory}, with or without a prefix; "
+        f"its tensors are called like {max(base.tensors, key=len, default='')!r}; use the base it was trained on, and for a "
+        "model whose tensors transformers renames as it loads them, merge_and_unload"
+    )
+
+
+def _common_root(layers: Sequence[str]) -> str | None:
+    """The module at the top that holds all the layers."""
+    roots = {path.partition(".")[0] for path in layers if f"{path}.weight" != OUTPUT_LAYER}
+    return roots.pop() if len(roots) == 1 else None
+
+
+def _config(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> dict[str, Any]:
+    config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+    for adapter in adapters:
+        suffix, classes = CLASSES.get(adapter.config.task_type or ""), config.get("architectures")
+        if suffix and classes and (match := _CLASS.fullmatch(str(classes[0]))) and match[2] != suffix:
+            config["architectures"] = [match[1] + suffix]
+        rows = label_rows([adapter])
+        if suffix and rows and rows != _label_count(config):
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+    return config
+
+
+def label_rows(adapters: Sequence[AdapterUpdates]) -> int | None:
+    """How many labels the adapters' own head tells apart; None if they have none."""
+    copies = (pair for adapter in adapters for pair in adapter.copies.items())
+    return next((len(tensor) for name, tensor in copies if _LABELS.fullmatch(name)), None)
+
+
+def _label_count(config: Mapping[str, Any]) -> int:
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # transformers' own default
+
+
+def _untied(
+    names: dict[str, str], config: dict[str, Any], touched: Collection[str], base: Checkpoint
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """With the input embeddings and the output layer apart, if they were tied and the adapters change one of them.
+
+    An adapter changes the layer that it is on, and no other: so it was trained, and so the merged model computes.
+    """
+    model = str((config.get("architectures") or [""])[0])
+    embeddings = next((name for name in names if EMBEDDINGS.fullmatch(name)), None)
+    apart = OUTPUT_LAYER in names and config.get("tie_word_embeddings") is not True
+    if touched.isdisjoint({embeddings, OUTPUT_LAYER}) or apart or config.get("tie_word_embeddings") is False:
+        return names, config
+    if embeddings is None or _OTHERWISE_TIED.fullmatch(model):
+        raise MergeError(
+            f"{base.directory}: the adapter changes weights that a {model} ties to others, whose names are not known here; "
+            "untie them first"
+        )
+    if not _LANGUAGE_MODEL.fullmatch(model):
+        return names, config
+    return {**names, OUTPUT_LAYER: names.get(OUTPUT_LAYER, names[embeddings])}, config | {"tie_word_embeddings": False}
+
+
+def _check_complete(placement: Placement, base: Checkpoint, adapter: AdapterUpdates) -> None:
+    """Raises a WrongBaseError if the base has a layer that the configuration targets and the adapter has nothing for."""
+    modules = placement.modules()
+    above = {".".join(path.split(".")[:n]) for path in modules for n in range(1, path.count(".") + 2)}
+    saved = match_saved_modules(adapter.config.saved_module_patterns, adapter.config.saved_module_patterns, sorted(above))
+    wide = [path for path in modules if len(_shape(placement, base, f"{path}.weight")) > 1]
+    targets = select_targets(adapter.config, wide, wide, saved, strict=False)
+    if absent := [path for path in targets.paths if path not in adapter.layers]:
+        raise WrongBaseError(
+            f"{adapter.directory} has nothing for {absent[0]!r} and {len(absent) - 1} more of the base's layers, which its "
+            "target_modules mean; use the base it was trained on"
+        )
+
+
+def _shape(placement: Placement, base: Checkpoint, name: str) -> tuple[int, ...]:
+    return base.tensors[placement.names[name]].shape if name in placement.names else ()
