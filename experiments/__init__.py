@@ -2,4 +2,5 @@
 
     python -m experiments.sst2 --method qlora
     python -m experiments.predict --adapter DIR "I absolutely loved this product!"
+    python -m experiments.compare      every method; python -m experiments.sweep looks for settings
 """

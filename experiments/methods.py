@@ -1,16 +1,18 @@
 """The methods under comparison, and the schedule that they all train on. Frozen, and free of torch.
 
-A method is a few settings of one recipe: which projections of the attention carry adapters of which rank, and whether
-the base lies in 4 bits. A new one is a line in `METHODS`.
+A method is a few settings of one recipe: what is trained, which projections of the attention carry adapters of which
+rank, and whether the base lies in 4 bits. A new one is a line in `METHODS`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .errors import ExperimentError
 
 ATTENTION = ("query", "key", "value", "output")
+NOTHING, HEAD, ADAPTER, EVERYTHING = "nothing", "head", "adapter", "everything"
 
 
 @dataclass(frozen=True)
@@ -19,30 +21,53 @@ class Method:
 
     Attributes:
         name, summary: what it is called, and what it is in half a line.
-        adapt: whether anything is trained at all.
-        quantize: whether the base's linear layers are held in NF4.
+        trains: NOTHING, the HEAD alone, an ADAPTER and the head, or EVERYTHING.
+        learning_rate: the peak of the schedule, unless another is asked for. What starts from pretrained weights takes
+            smaller steps than what starts from zero.
+        quantize: whether the base's linear layers are held in NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314).
         r, lora_alpha, lora_dropout: of the adapters (Hu et al., "LoRA", arXiv 2106.09685).
+        bias: which of the base's biases are trained too: "none", "lora_only" (those of adapted layers) or "all".
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
+        use_dora: train the magnitude of each output apart from its direction (Liu et al., "DoRA", arXiv 2402.09353).
         roles: the attention projections that carry adapters; `models.projections` turns them into names.
         target_modules: names to use instead of roles.
     """
 
     name: str
     summary: str
-    adapt: bool = True
+    trains: str = ADAPTER
+    learning_rate: float = 5e-4
     quantize: bool = False
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.1
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
     roles: tuple[str, ...] = ATTENTION
     target_modules: tuple[str, ...] | None = None
 
+    @property
+    def adapts(self) -> bool:
+        """Whether there is an adapter."""
+        return self.trains == ADAPTER
 
+
+#: In the order in which tables and figures show them.
 METHODS = {
     method.name: method
     for method in (
-        Method("base", "no training: the pretrained model with an untrained head", adapt=False),
+        Method("base", "no training: the pretrained model with an untrained head", trains=NOTHING),
+        Method("head-only", "only the classification head is trained", trains=HEAD, learning_rate=1e-2),
+        Method("full", "full fine-tuning: every parameter is trained", trains=EVERYTHING, learning_rate=5e-5),
         Method("lora", "LoRA of rank 16 on the four attention projections"),
         Method("qlora", "the same on a base in 4-bit NF4", quantize=True),
+        Method("low-rank", "LoRA of rank 4", r=4, lora_alpha=16),
+        Method("high-rank", "LoRA of rank 32", r=32, lora_alpha=64),
+        Method("query-only", "LoRA of rank 16 on the query projection alone", roles=("query",)),
+        Method("bias", "LoRA that trains the adapted layers' biases too; --bias all: every bias", bias="lora_only"),
+        Method("rslora", "LoRA scaled by alpha / sqrt(rank)", use_rslora=True),
+        Method("dora", "LoRA with a trained magnitude for each output", use_dora=True),
     )
 }
 
@@ -72,9 +97,9 @@ class Schedule:
                 raise ExperimentError(f"{name} must be at least 1, not {value}")
         if not 0 <= self.warmup < 1:
             raise ExperimentError(f"warmup must be a share of the steps in [0, 1), not {self.warmup}")
-        if not self.learning_rate > 0:
-            raise ExperimentError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if not (self.weight_decay >= 0 and self.max_grad_norm >= 0):
-            raise ExperimentError("weight_decay and max_grad_norm must not be negative")
+        if not 0 < self.learning_rate < math.inf:
+            raise ExperimentError(f"learning_rate must be a number above 0, not {self.learning_rate}")
+        if not (0 <= self.weight_decay < math.inf and self.max_grad_norm >= 0):
+            raise ExperimentError("weight_decay and max_grad_norm must be numbers that are not negative")
         if not 0 <= self.seed < 2**32:
             raise ExperimentError(f"seed must lie in [0, 2^32), not {self.seed}")

@@ -1,7 +1,9 @@
-"""Say whether texts are positive or negative, with an adapter trained by experiments.sst2.
+"""Say whether texts are positive or negative, with what experiments.sst2 trained.
 
     python -m experiments.predict --adapter DIR "I absolutely loved this product!"
     python -m experiments.predict --adapter DIR < texts.txt     one text a line
+    python -m experiments.predict --model RUN/model "dull"      a model that was trained without an adapter
+    python -m experiments.predict --merged DIR "a delight"      what `lora_core merge` made; model.pt2 in it is run if there
 
 Prints label, probability and text, separated by tabs, in the order given.
 """
@@ -12,17 +14,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_core.files import is_file
+
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 
 BATCH = 32
+MAX_CHARACTERS = 100_000  # of a text
 
 
 def parser() -> Parser:
     """The command line of the prediction."""
     p = Parser(__doc__, prog="python -m experiments.predict")
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter/ directory of a run")
-    p.add_argument("--model", help="the base model, if it is not where the adapter's file says")
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter/ directory of a run")
+    p.add_argument("--model", help="the base, if it is not where the adapter's file says; alone: the model/ of a run")
+    p.add_argument("--merged", type=Path, metavar="DIR", help="a merged checkpoint, exported by experiments.export or not")
     p.add_argument("texts", nargs="*", metavar="TEXT", help="texts to judge; without any, each line of standard input")
     return p
 
@@ -48,21 +54,55 @@ def read_texts(given: Sequence[str]) -> list[str]:
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise ExperimentError(f"{kind} {number} is empty; every {kind} must have something to judge")
+        if len(text) > MAX_CHARACTERS:
+            raise ExperimentError(f"{kind} {number} has {len(text):,} characters, and {MAX_CHARACTERS:,} are allowed; cut it")
     return texts
 
 
 class Predictor:
-    """A base model with a trained adapter, on the base as it was trained: in NF4 for a QLoRA adapter."""
+    """A base model with a trained adapter, on the base as it was trained (in NF4 for a QLoRA adapter); or, without an
+    adapter, a model that was trained itself.
 
-    def __init__(self, adapter: Path, model: str | None = None) -> None:
+    Raises:
+        ExperimentError: neither is given, or what is given is not of a run.
+    """
+
+    def __init__(self, adapter: Path | None, model: str | None = None, merged: Path | None = None) -> None:
         import torch
+
+        from . import models, record
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if merged is not None:
+            if adapter is not None or model is not None:
+                raise ExperimentError("--merged needs neither --adapter nor --model: everything is in its directory")
+            from .export import load_merged
+
+            self.model, self.tokenizer, self.max_length, self.device = load_merged(merged, self.device)
+            return
+        if adapter is not None:
+            self._load(adapter, model)
+        elif model is None:
+            raise ExperimentError(
+                "give --adapter, the adapter/ directory of a run, or --model, its model/ directory, or --merged"
+            )
+        else:
+            base = models.resolve(model)
+            classifier = models.load_classifier(base)
+            if classifier.new:
+                raise ExperimentError(f"model: {model!r} has no trained head for two labels; name an adapter with --adapter")
+            self.model, self.tokenizer = classifier.model, classifier.tokenizer
+            self.max_length = record.AdapterNote.read(base.directory).max_length
+        self.model.to(self.device).eval()
+
+    def _load(self, adapter: Path, model: str | None) -> None:
         from transformers import AutoTokenizer
 
         from lora_core import load_adapter, quantize_nf4
 
         from . import models, record
 
-        if not (adapter / "adapter_config.json").is_file():
+        if not is_file(adapter / "adapter_config.json"):
             raise ExperimentError(
                 f"--adapter: {str(adapter)!r} has no adapter_config.json; give the adapter/ directory of a run"
             )
@@ -76,9 +116,7 @@ class Predictor:
             quantize_nf4(self.model, skip=classifier.keep)
         load_adapter(self.model, adapter)
         if (adapter / "tokenizer_config.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(self.device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(adapter, **models.LOCAL)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
         """The label of each text and its probability."""
@@ -97,18 +135,19 @@ class Predictor:
             yield LABELS[int(row.argmax())], float(row.max())
 
 
-def predict(adapter: Path, model: str | None, given: Sequence[str]) -> None:
+def predict(adapter: Path | None, model: str | None, merged: Path | None, given: Sequence[str]) -> None:
     """Print label, probability and text for each text."""
     texts = read_texts(given)
-    for (label, probability), text in zip(Predictor(adapter, model)(texts), texts, strict=True):
+    for (label, probability), text in zip(Predictor(adapter, model, merged)(texts), texts, strict=True):
         print(f"{label}\t{probability:.3f}\t{text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return run(lambda: predict(args.adapter, args.model, args.texts))
+    return run(lambda: predict(args.adapter, args.model, args.merged, args.texts))
 
 
 if __name__ == "__main__":
-    leave_out_unused()
+    if not any(argument.startswith("--merged") for argument in sys.argv):  # an exported program needs some of them
+        leave_out_unused()
     sys.exit(main())

@@ -3,6 +3,7 @@
     OUTPUT/metrics.json                 every number of the run; written last, so it marks a finished run
     OUTPUT/adapter/                     the adapter in PEFT's format, with the tokenizer
     OUTPUT/adapter/experiment.json      what predict must know of the run: `AdapterNote`
+    OUTPUT/model/                       instead, where no adapter holds what was trained: the whole model, and the same note
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.storage import write_whole
+from lora_core.files import write_whole
 
 from .errors import ExperimentError
 
 METRICS = "metrics.json"
 ADAPTER = "adapter"
+MODEL = "model"
 NOTE = "experiment.json"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "tokenizers", "numpy")
 #: What makes two runs the same run.
@@ -31,7 +33,7 @@ IDENTITY = ("method", "base_model", "data", "hyperparameters", "seed")
 
 @dataclass(frozen=True)
 class AdapterNote:
-    """How the adapter's base was used in training: in NF4 or not, and how many tokens of a sentence it read."""
+    """How the adapter's base, or the model, was used in training: in NF4 or not, and how many tokens of a sentence it read."""
 
     quantize: bool = False
     max_length: int = 128
@@ -80,7 +82,11 @@ def finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         ExperimentError: `output` holds the results of another run, or is no directory.
     """
-    if output.exists() and not output.is_dir():
+    try:
+        taken = output.exists() and not output.is_dir()
+    except OSError as error:  # a name that is too long, say
+        raise ExperimentError(f"--output-dir: {str(output)!r} can't be used: {error.strerror or error}") from None
+    if taken:
         raise ExperimentError(f"--output-dir: {str(output)!r} is a file; name a directory")
     path = output / METRICS
     if not path.exists():
@@ -109,5 +115,11 @@ def versions() -> dict[str, str]:
 
 def peak_rss_mb() -> float:
     """The most memory that this process has held so far, in MiB."""
+    try:
+        # Not getrusage: what that counts outlives an exec, and a run started by a larger process would begin with its peak.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return round(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024, 1)
+    except (OSError, StopIteration):
+        pass
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -5,7 +5,11 @@
     python -m experiments.sst2 --method qlora --train-samples 1000 --epochs 1     a first look, in seconds
 
 Without a network it uses a model and sentences that come as Python packages (pip install 'lora-core[offline]').
-Each run leaves OUTPUT/metrics.json and OUTPUT/adapter/; the same run is not done twice.
+Each run leaves OUTPUT/metrics.json and OUTPUT/adapter/ (OUTPUT/model/ for a method without an adapter); the same run is
+not done twice. One that is stopped goes on with --resume as if it had not been:
+
+    python -m experiments.sst2 --method lora --save-steps 100 --resume
+    torchrun --nproc-per-node 2 -m experiments.sst2 --method lora     several processes, each with a share of every batch
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,30 +25,28 @@ from typing import Any
 
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
-from .methods import METHODS, Method, Schedule
+from .flags import AUTO, checkpoint_flags, names, schedule_flags, schedule_of, source_flags
+from .methods import METHODS, NOTHING, Method
+from .parallel import Processes, first_prints
+from .stopping import Stopped
+
+ADAPTER_FLAGS = ("--rank", "--alpha", "--dropout", "--target-modules", "--bias")
 
 
 def parser() -> Parser:
     """The command line of this experiment."""
-    usual = Schedule()
     p = Parser(__doc__, prog="python -m experiments.sst2", usage="%(prog)s [--method METHOD] [options]")
     methods = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
     p.add_argument("--method", choices=METHODS, metavar="METHOD", default="qlora", help=methods)
 
     what = p.add_argument_group("what to train on what")
-    what.add_argument(
-        "--model", default="auto", help="auto (distilbert-base-uncased, else packaged), packaged, a Hub name or a directory"
-    )
-    what.add_argument(
-        "--data", default="auto", help="auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
-    )
+    source_flags(what)
     what.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="where the results go; one of its own under runs/ if not given"
     )
     what.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output directory")
-    what.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one")
     what.add_argument(
-        "--report-to", type=_names, default=(), metavar="NAMES", help="loggers of the Trainer, such as tensorboard or wandb"
+        "--report-to", type=names, default=(), metavar="NAMES", help="loggers of the Trainer, such as tensorboard or wandb"
     )
 
     adapter = p.add_argument_group("the adapter; what is not given, the method decides")
@@ -51,32 +54,13 @@ def parser() -> Parser:
     adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank")
     adapter.add_argument("--dropout", type=float, metavar="P", help="chance that an adapter's input is zeroed in training")
     adapter.add_argument(
-        "--target-modules", type=_names, metavar="NAMES", help="layers to adapt, comma-separated: query,value"
+        "--target-modules", type=names, metavar="NAMES", help="layers to adapt, comma-separated: query,value"
     )
+    adapter.add_argument("--bias", choices=("none", "lora_only", "all"), help="which of the base's biases are trained too")
 
-    schedule = p.add_argument_group("the schedule")
-    for field, kind, text in (
-        ("epochs", int, "times that each sentence is seen"),
-        ("batch_size", int, "sentences in a step"),
-        ("learning_rate", float, "peak learning rate of AdamW"),
-        ("weight_decay", float, "decoupled weight decay"),
-        ("warmup", float, "share of the steps in which the learning rate rises; then it falls to 0"),
-        ("max_grad_norm", float, "gradients are clipped to this norm; 0 for no clipping"),
-        ("max_length", int, "tokens of a sentence that are read"),
-        ("train_samples", int, "train on so many sentences, drawn at random"),
-        ("max_steps", int, "stop after so many steps"),
-        ("seed", int, "of the head, the adapters, the order and the dropout"),
-    ):
-        flag = "--" + field.replace("_", "-")
-        schedule.add_argument(flag, type=kind, default=getattr(usual, field), metavar="N" if kind is int else "X", help=text)
+    schedule_flags(p.add_argument_group("the schedule"))
+    checkpoint_flags(p.add_argument_group("stopping and going on"))
     return p
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of names")
-    return names
 
 
 def chosen_method(args: argparse.Namespace) -> Method:
@@ -86,11 +70,12 @@ def chosen_method(args: argparse.Namespace) -> Method:
         "lora_alpha": args.alpha,
         "lora_dropout": args.dropout,
         "target_modules": args.target_modules,
+        "bias": args.bias,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     method = METHODS[args.method]
-    if changes and not method.adapt:
-        raise ExperimentError(f"--method {method.name} has no adapter; leave out --rank, --alpha, --dropout, --target-modules")
+    if changes and not method.adapts:
+        raise ExperimentError(f"--method {method.name} has no adapter; leave out {', '.join(ADAPTER_FLAGS)}")
     return dataclasses.replace(method, **changes)
 
 
@@ -100,32 +85,90 @@ def default_output(plan: dict[str, Any]) -> Path:
     return Path("runs", re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower())
 
 
-def experiment(args: argparse.Namespace) -> int:
+#: What `beginning` says besides the step to go on from.
+FINISHED, ANEW = 0, 1
+
+
+def beginning(args: argparse.Namespace, output: Path, plan: dict[str, Any], settings: dict[str, Any]) -> int:
+    """FINISHED, ANEW, or ANEW plus the step of the checkpoint to go on from; prints what it is to be.
+
+    Raises:
+        ExperimentError: the output directory holds another run, or the checkpoint is of one.
+    """
+    from . import checkpoints, record
+
+    directory = output / checkpoints.CHECKPOINTS
+    if args.resume:
+        found = checkpoints.newest(directory) if args.resume == AUTO else checkpoints.read(Path(args.resume))
+        if found:
+            checkpoints.check_same(found, settings)
+            print(f"going on from step {found.step}: {found.path}", flush=True)
+            return ANEW + found.step
+    if not args.overwrite and (metrics := record.finished(output, plan)):
+        print(f"{output} holds this very run already: accuracy {metrics['accuracy']:.1%}; pass --overwrite to do it again")
+        return FINISHED
+    if args.resume:
+        print("no checkpoint to go on from: starting anew")
+    elif not args.overwrite and checkpoints.any_in(directory):
+        raise ExperimentError(
+            f"--output-dir: {str(output)!r} holds checkpoints of a run that was not finished; pass --resume to go on, or "
+            "--overwrite to start anew"
+        )
+    return ANEW
+
+
+def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[str]) -> int:
     """Resolve, print what was chosen, train, print what came out."""
-    schedule = Schedule(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Schedule)})
     method = chosen_method(args)
+    schedule = schedule_of(args, method)
+    if args.resume and args.overwrite:
+        raise ExperimentError("--resume goes on and --overwrite starts anew; leave one out")
     from . import data, models  # after the flags have been checked: what follows takes seconds to import
 
     sentences = data.load(args.data)
     base = models.resolve(args.model)
     print(f"base model: {base}; data: {sentences}", flush=True)
 
-    from . import record
+    from . import checkpoints, record
     from .train import Job, choose_device, train
 
-    job = Job(method, schedule, base, sentences, choose_device(args.device), args.report_to)
-    plan = job.plan()
+    saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
+    job = Job(method, schedule, base, sentences, choose_device(args.device), args.report_to, processes)
+    plan, settings = job.plan(), job.settings()
     output = args.output_dir or default_output(plan)
-    if not args.overwrite and (metrics := record.finished(output, plan)):
-        print(f"{output} holds this very run already: accuracy {metrics['accuracy']:.1%}; pass --overwrite to do it again")
+    processes.join(job.device)
+    processes.agree({**settings, "output": str(output)})
+    begin = processes.first_decides(lambda: beginning(args, output, plan, settings))
+    if begin == FINISHED:
         return 0
-    metrics = train(job, output)
+    resume = None
+    if begin > ANEW:
+        place = checkpoints.place(output / checkpoints.CHECKPOINTS, begin - ANEW)
+        resume = checkpoints.read(place if args.resume == AUTO else Path(args.resume))
+    try:
+        metrics = train(job, output, saving, resume)
+    except Stopped as stop:
+        if not stop.outcome:
+            raise
+        raise Stopped(stop.signal, f"{stop.outcome}; go on with: {command_to_go_on(argv, output, processes)}") from None
     print(summary(metrics))
     print(f"results: {output / record.METRICS}")
-    if method.adapt:
-        adapter = output / record.ADAPTER
-        print(f'try it: python -m experiments.predict --adapter {adapter} "I absolutely loved this product!"')
+    if method.trains != NOTHING:
+        trained = f"--adapter {output / record.ADAPTER}" if method.adapts else f"--model {output / record.MODEL}"
+        print(f'try it: python -m experiments.predict {trained} "I absolutely loved this product!"')
     return 0
+
+
+def command_to_go_on(argv: Sequence[str], output: Path, processes: Processes) -> str:
+    """The command that goes on with the run of `argv`: the same, in its output directory, with --resume."""
+    text = "\0".join(["", *argv, ""])
+    kept = re.sub(r"\0--(overwrite|resume(=[^\0]*|\0[^\0-][^\0]*)?)(?=\0)", "", text).split("\0")[1:-1]
+    launcher = "python"
+    if processes.count > 1:
+        launcher = f"torchrun --nproc-per-node {processes.local_count}"
+        launcher += f" --nnodes {processes.count // processes.local_count}" if processes.count > processes.local_count else ""
+    where = [] if any(a.partition("=")[0] == "--output-dir" for a in kept) else ["--output-dir", str(output)]
+    return f"{launcher} -m experiments.sst2 {shlex.join([*kept, *where, '--resume'])}"
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -139,8 +182,11 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    return run(lambda: experiment(args))
+    processes = Processes.here()
+    with first_prints(processes):
+        return run(lambda: experiment(args, processes, argv), interrupted="nothing new was saved")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
     plan -> load -> quantise (qlora) -> inject -> train on transformers.Trainer -> OUTPUT/adapter, OUTPUT/metrics.json
 
+What is trained without an adapter is saved as a whole model, OUTPUT/model.
+
 Loading and tokenising stand outside the measured time; so does evaluation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,26 @@ import torch
 from transformers import set_seed
 
 from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_nf4, save_adapter, use_fast_dropout
+from lora_core.adapters import ParameterCount
+from lora_core.config import ALL_LINEAR
+from lora_core.probe import save_probe
+from lora_core.targets import is_head
 
-from . import record
+from . import checkpoints, record
 from .attention import use_fast_attention
 from .batches import TokenisedTexts
+from .checkpoints import Checkpoint, Saving
 from .data import SentimentData, Split
 from .errors import ExperimentError
-from .methods import Method, Schedule
+from .methods import EVERYTHING, HEAD, NOTHING, Method, Schedule
 from .models import BaseModel, Classifier, load_classifier, projections
+from .parallel import Processes
+from .resumable import Course
+from .stopping import note_signals
 from .trainer import SentimentTrainer, training_arguments
+
+#: Validation sentences that an adapter carries with the logits it gave for them, for `python -m lora_core verify`.
+PROBES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +52,12 @@ class Job:
     data: SentimentData
     device: str = "cpu"
     report_to: tuple[str, ...] = ()
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the layers to adapt."""
-        if not self.method.adapt:
+        if not self.method.adapts:
             return ()
         return self.method.target_modules or projections(self.base, self.method.roles)
 
@@ -57,6 +72,7 @@ class Job:
         schedule = dataclasses.asdict(self.schedule)
         seed = schedule.pop("seed")
         adapter = {key: getattr(self.method, key) for key in ("quantize", "r", "lora_alpha", "lora_dropout")}
+        adapter |= variants(self.method)
         return {
             "method": self.method.name,
             "base_model": {"name": self.base.name, "source": self.base.source, "why": self.base.why, **shape},
@@ -69,12 +85,21 @@ class Job:
             },
             "hyperparameters": {
                 **schedule,
-                **(adapter if self.method.adapt else {}),
+                **(adapter if self.method.adapts else {}),
                 "target_modules": self.targets,
                 "precision": "bf16" if self.bf16 else "fp32",
             },
             "seed": seed,
         }
+
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs end with the same weights, bit for bit: what a checkpoint must share with what goes on."""
+        plan = self.plan()
+        found = {key: {k: v for k, v in plan[key].items() if k not in ("why", "source")} for key in ("base_model", "data")}
+        sentences = hashlib.sha256("\n".join(self.data.train.texts).encode() + self.data.train.labels.tobytes()).hexdigest()
+        found["data"]["sha256"] = sentences[:16]
+        plan = {key: plan[key] for key in record.IDENTITY} | found
+        return {**plan, "processes": self.processes.count, "device": self.device}
 
 
 def choose_device(wanted: str = "auto") -> str:
@@ -89,11 +114,12 @@ def choose_device(wanted: str = "auto") -> str:
     return wanted if wanted != "auto" else "cuda" if available else "cpu"
 
 
-def train(job: Job, output: Path) -> dict[str, Any]:
-    """Run `job`; returns its metrics, which are in `output`/metrics.json by then.
+def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoint | None = None) -> dict[str, Any]:
+    """Run `job`, from the start or from a checkpoint; returns its metrics, which are in `output`/metrics.json by then.
 
     Raises:
         LoraError: a setting does not fit the model or the data, or the loss is no longer a number.
+        Stopped: a signal came; a checkpoint was written.
     """
     plan, schedule = job.plan(), job.schedule
     train_split = _sample(job.data.train, schedule)
@@ -111,15 +137,20 @@ def train(job: Job, output: Path) -> dict[str, Any]:
         for split in (train_split, job.data.validation)
     )
 
-    with _directory(output):
+    course = Course(output / checkpoints.CHECKPOINTS, saving or Saving(), job.settings(), resume, job.processes)
+    first = job.processes.first
+    with _directory(output) if first else nullcontext(), note_signals(course.noted):
+        if first and resume is None:
+            checkpoints.prune(course.directory, 0)
         trainer = SentimentTrainer(
             model,
             training_arguments(schedule, len(train_set), output, job.device, job.bf16, job.report_to),
             train_set,
             validation_set,
             title=job.method.name,
+            course=course,
         )
-        outcome = trainer.run(adapt=job.method.adapt)
+        outcome = trainer.run(learn=job.method.trains != NOTHING)
         metrics = {
             **{key: plan[key] for key in ("method", "base_model", "data")},
             **{key: outcome[key] for key in ("accuracy", "f1", "loss")},
@@ -128,26 +159,51 @@ def train(job: Job, output: Path) -> dict[str, Any]:
             "adapter_parameters": counts.adapter,
             "trainable_percent": round(counts.trainable_percent, 4),
             "base_weight_bytes": base_weight_bytes(model),
-            "peak_rss_mb": record.peak_rss_mb(),
-            "peak_cuda_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if job.device == "cuda" else None,
+            "peak_rss_mb": outcome["peak_rss_mb"],
+            "peak_cuda_mb": outcome["peak_cuda_mb"] if job.device == "cuda" else None,
             **{key: outcome[key] for key in ("train_seconds", "examples_per_second")},
             **{key: plan[key] for key in ("hyperparameters", "seed")},
             "versions": record.versions(),
-            "device": torch.cuda.get_device_name() if job.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "device": _device(job),
             **{key: outcome[key] for key in ("accuracy_by_epoch", "loss_history")},
         }
-        (output / record.METRICS).unlink(missing_ok=True)  # from here on the old adapter and its numbers part
-        if job.method.adapt:
-            directory = output / record.ADAPTER
-            save_adapter(model, directory)
-            classifier.tokenizer.save_pretrained(directory)
-            record.AdapterNote(job.method.quantize, schedule.max_length).write(directory)
-        record.write_json(output / record.METRICS, metrics)
+        if first:
+            _write(job, output, metrics, classifier, validation_set)
+            checkpoints.prune(course.directory, 0)
     return metrics
 
 
+def _write(job: Job, output: Path, metrics: dict[str, Any], classifier: Classifier, validation_set: TokenisedTexts) -> None:
+    """Writes what was trained, and last the metrics: they say that the run is finished."""
+    model, max_length = classifier.model, job.schedule.max_length
+    (output / record.METRICS).unlink(missing_ok=True)  # from here on the old adapter and its numbers part
+    if job.method.trains != NOTHING:
+        directory = output / (record.ADAPTER if job.method.adapts else record.MODEL)
+        save = save_adapter if job.method.adapts else type(model).save_pretrained
+        save(model, directory)
+        if job.method.adapts:
+            probe = validation_set[range(min(PROBES, len(validation_set)))]
+            inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
+            save_probe(model, directory, inputs, job.data.validation.texts[:PROBES])
+        classifier.tokenizer.model_max_length = max_length  # whoever uses the result reads as much of a text
+        classifier.tokenizer.save_pretrained(directory)
+        record.AdapterNote(job.method.quantize, max_length).write(directory)
+    record.write_json(output / record.METRICS, metrics)
+
+
+def _device(job: Job) -> str:
+    each = torch.cuda.get_device_name() if job.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return each if job.processes.count == 1 else f"{job.processes.count} processes, each on {each}"
+
+
+def variants(method: Method) -> dict[str, Any]:
+    """The settings in which `method` is not plain LoRA, by their names in `LoraConfig`."""
+    settings = {"bias": method.bias, "use_rslora": method.use_rslora, "use_dora": method.use_dora}
+    return {name: value for name, value in settings.items() if value not in (False, "none")}
+
+
 def prepare(classifier: Classifier, job: Job) -> None:
-    """Quantise the base and put the adapters on it, as the method says; prints what was done."""
+    """Quantise the base, put the adapters on it and freeze the rest, as the method says; prints what was done."""
     method, model = job.method, classifier.model
     if method.quantize:
         report = quantize_nf4(model, skip=classifier.keep, compute_dtype=torch.bfloat16 if job.bf16 else None)
@@ -155,26 +211,40 @@ def prepare(classifier: Classifier, job: Job) -> None:
         # The weights' file stays mapped, and what was read of it in memory, while one tensor of it is in use.
         for parameter in (p for p in model.parameters() if p.is_floating_point()):
             parameter.data = parameter.data.clone()
-    if not method.adapt:
-        model.requires_grad_(False)
+    if not method.adapts:
+        _unfreeze(model, method.trains)
         return
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.lora_alpha,
         lora_dropout=method.lora_dropout,
-        target_modules=list(job.targets),
+        target_modules=ALL_LINEAR if job.targets == (ALL_LINEAR,) else list(job.targets),
         task_type="SEQ_CLS",
         base_model_name_or_path=job.base.reference,
+        **variants(method),
     )
     inject(model, config)
     for name in classifier.new:
         if not any(p.requires_grad for p in model.get_submodule(name).parameters()):
             print(f"note: the checkpoint has no weights for {name!r}; it stays random, since it is not part of the head")
     counts = count_parameters(model)
-    print(
-        f"training {counts.trainable:,} of {counts.total:,} parameters ({counts.trainable_percent:.2f} %): "
-        f"{counts.adapter:,} in LoRA, {counts.trainable - counts.adapter:,} in the head"
-    )
+    rest = "the head" if method.bias == "none" else "biases and the head"
+    print(f"{_training(counts)}: {counts.adapter:,} in LoRA, {counts.trainable - counts.adapter:,} in {rest}")
+
+
+def _unfreeze(model: Any, trains: str) -> None:
+    """Leave gradients to what is trained where there is no adapter: nothing, the head or everything."""
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad = trains == EVERYTHING or (trains == HEAD and is_head(path))
+    counts = count_parameters(model)
+    if trains == HEAD and not counts.trainable:
+        raise ExperimentError("method: no head is known by its name in this model, so there is nothing to train; take another")
+    if trains != NOTHING:
+        print(f"{_training(counts)}: {trains}")
+
+
+def _training(counts: ParameterCount) -> str:
+    return f"training {counts.trainable:,} of {counts.total:,} parameters ({counts.trainable_percent:.3g} %)"
 
 
 def _sample(split: Split, schedule: Schedule) -> Split:

@@ -1,4 +1,4 @@
-"""transformers.Trainer, fitted to this work: like-length batches, one progress bar, nothing computed that nobody reads."""
+"""The Trainer, fitted to this work: like-length batches, one progress bar, nothing computed that nobody reads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from .batches import TokenisedTexts, batches
 from .errors import ExperimentError
 from .heap import GiveBack
 from .methods import Schedule
+from .resumable import Course, ResumableTrainer
 
 EVAL_BATCH = 64
 LOSS_POINTS = 100
@@ -40,9 +42,10 @@ def training_arguments(
         eval_strategy="epoch",
         save_strategy="no",
         logging_steps=max(1, steps // LOSS_POINTS),
-        # Looking at each step's loss would make a GPU wait for it; the end of the run looks once.
         logging_nan_inf_filter=False,
         average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         report_to=list(report_to) or "none",
         seed=schedule.seed,
         use_cpu=device == "cpu",
@@ -51,70 +54,93 @@ def training_arguments(
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise it would spread each batch over all GPUs of the machine
     return arguments
 
 
-class SentimentTrainer(Trainer):
+class SentimentTrainer(ResumableTrainer):
     """A Trainer for two-label sentences. `run` trains (or only evaluates) and returns the numbers."""
 
     def __init__(
-        self, model: Any, arguments: TrainingArguments, train: TokenisedTexts, validation: TokenisedTexts, title: str
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        train: TokenisedTexts,
+        validation: TokenisedTexts,
+        title: str,
+        course: Course,
     ) -> None:
+        data = {"train_dataset": train, "eval_dataset": validation, "compute_metrics": accuracy_and_f1}
         try:
-            super().__init__(model, arguments, train_dataset=train, eval_dataset=validation, compute_metrics=accuracy_and_f1)
+            super().__init__(model, arguments, course=course, **data)
         except (ValueError, RuntimeError, ImportError) as error:
             if not arguments.report_to:
                 raise
             # a logger's name or its package; anything else would fail without loggers too
             raise ExperimentError(f"--report-to: {error}") from None
         self.remove_callback(PrinterCallback)
-        self.progress = Progress(title, len(train))
+        self.progress = Progress(title, len(train), shown=course.processes.first)
         self.add_callback(self.progress)
-        self.add_callback(GiveBack())
+        self.heap, self.weight = GiveBack(), 1.0
+        self.add_callback(self.heap)
+        if course.processes.count > 1:
+            self.model_accepts_loss_kwargs = False  # every model's loss is then the mean over the rows that it is given
+            set_seed(arguments.seed + course.processes.rank)  # other dropout masks in each process
 
     def get_train_dataloader(self) -> DataLoader:
-        return batches(self.train_dataset, self.args.train_batch_size, seed=self.args.seed)
+        loader = batches(self.train_dataset, self.args.train_batch_size, seed=self.args.seed)
+        if self.course.resume:
+            loader.batch_sampler.pass_over(self.course.resume.step // len(loader))
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: TokenisedTexts | None = None) -> DataLoader:
         return batches(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        inputs, self.weight = self.course.processes.share(inputs)
+        self.heap.before_batch(inputs["input_ids"].numel())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, *args, **kwargs)
+        return loss * self.weight if model.training and self.course.processes.count > 1 else loss
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the estimate walks over every parameter at every step, and nothing here reads it
 
-    def run(self, adapt: bool = True) -> dict[str, Any]:
-        """Train and evaluate each epoch; with `adapt` False, only evaluate.
+    def run(self, learn: bool = True) -> dict[str, Any]:
+        """Train and evaluate each epoch; with `learn` False, only evaluate.
 
         Returns:
             accuracy, f1 and loss on the validation set after the last epoch; accuracy_by_epoch; train_seconds without
             the evaluations; examples_per_second; loss_history, [step, mean training loss since the last point].
 
         Raises:
-            ExperimentError: the loss is not a number any more.
+            Stopped, ExperimentError: as `fit`.
         """
-        seconds = 0.0
         try:
-            if adapt:
-                seconds = self.train().metrics["train_runtime"]
+            if learn:
+                self.fit()
             else:
                 self.evaluate()
         finally:
             self.progress.close()
         history = self.state.log_history
         evaluations = [entry for entry in history if "eval_loss" in entry]
-        if adapt:
-            seconds -= sum(entry["eval_runtime"] for entry in evaluations)
+        seconds = self.seconds if learn else 0.0
         seen = (self.state.epoch or 0) * len(self.train_dataset)
         last = evaluations[-1]
         return {
             "accuracy": round(last["eval_accuracy"], 6),
             "f1": round(last["eval_f1"], 6),
             "loss": round(last["eval_loss"], 6),
-            "accuracy_by_epoch": [round(entry["eval_accuracy"], 6) for entry in evaluations] if adapt else [],
+            "accuracy_by_epoch": [round(entry["eval_accuracy"], 6) for entry in evaluations] if learn else [],
             "train_seconds": round(seconds, 2),
-            "examples_per_second": round(seen / seconds, 1) if adapt else None,
+            "examples_per_second": round(seen / seconds, 1) if learn else None,
             "loss_history": [[entry["step"], round(entry["loss"], 4)] for entry in history if "loss" in entry],
+            **self.peaks,
         }
 
 
@@ -129,27 +155,25 @@ def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
 class Progress(TrainerCallback):
     """One bar over the whole run, in examples, with the training loss; a line after each evaluation."""
 
-    def __init__(self, title: str, examples: int) -> None:
-        self.title, self.examples, self.bar = title, examples, None
+    def __init__(self, title: str, examples: int, shown: bool = True) -> None:
+        self.title, self.examples, self.shown, self.bar = title, examples, shown, None
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         self.examples_per_step = self.examples / len(train_dataloader)
         # A bar in a log file would be a line every time; there, twice a minute is enough.
         interval = 0.2 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=round(state.max_steps * self.examples_per_step), desc=self.title, unit="ex", mininterval=interval
-        )
+        total, done = (round(steps * self.examples_per_step) for steps in (state.max_steps, state.global_step))
+        bar = {"desc": self.title, "unit": "ex", "mininterval": interval, "disable": not self.shown}
+        self.bar = tqdm(total=total, initial=done, **bar)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(round(state.global_step * self.examples_per_step) - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
-            check_finite(logs["loss"])
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        check_finite(metrics["eval_loss"])
         when = f"epoch {state.epoch:.4g} of {args.num_train_epochs:g}" if self.bar is not None else "untrained"
         numbers = {name: metrics[f"eval_{name}"] for name in ("accuracy", "f1", "loss")}
         tqdm.write(f"{when}: accuracy {numbers['accuracy']:.1%}, F1 {numbers['f1']:.3f}, loss {numbers['loss']:.3f}")
@@ -159,8 +183,3 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-
-def check_finite(loss: float) -> None:
-    """Stop a run that learns nothing any more; asked at each of the loss history's points and at each evaluation."""
-    if not math.isfinite(loss):
-        raise ExperimentError(f"the loss is {loss}: training diverged; lower --learning-rate")

@@ -36,6 +36,7 @@ def runs(tmp_path_factory, small_data) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("runs")
     common = ["--model", "packaged", "--data", str(small_data), "--epochs", "2", "--max-length", "64", "--device", "cpu"]
-    for method in ("base", "lora", "qlora"):
+    methods = ("base", "head-only", "full", "lora", "qlora")
+    for method in methods:
         assert main(["--method", method, "--output-dir", str(root / method), *common]) == 0
-    return {method: root / method for method in ("base", "lora", "qlora")}
+    return {method: root / method for method in methods}

@@ -26,14 +26,22 @@ def test_free_pages_between_blocks_in_use_go_back():
     assert all(block[0] == 1 for block in kept)
 
 
-def test_it_is_done_before_the_first_step_every_so_many_and_around_evaluations(monkeypatch):
-    calls, step = [], 0
+def test_it_is_done_every_so_many_steps_and_around_evaluations(monkeypatch):
+    calls = []
     monkeypatch.setattr(heap, "give_back", lambda: calls.append(step))
     callback = heap.GiveBack()
-    callback.on_train_begin(None, None, None)
     for step in range(1, 2 * heap.STEPS + 2):
         state, control = SimpleNamespace(global_step=step), SimpleNamespace(should_evaluate=step == 7)
         callback.on_step_end(None, state, control)
         if control.should_evaluate:
             callback.on_evaluate(None, state, control)
-    assert calls == [0, 7, 7, heap.STEPS, 2 * heap.STEPS]
+    assert calls == [7, 7, heap.STEPS, 2 * heap.STEPS]
+
+
+def test_it_is_done_before_the_first_batch_and_every_large_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "give_back", lambda: calls.append(tokens))
+    callback = heap.GiveBack()
+    for tokens in (900, 100, 299, 301, 1200, 350, 450):
+        callback.before_batch(tokens)
+    assert calls == [900, 301, 1200, 450]

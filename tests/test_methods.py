@@ -17,8 +17,26 @@ def test_lora_and_qlora_differ_in_the_base_alone():
     assert dataclasses.replace(lora, name="qlora", summary=qlora.summary, quantize=True) == qlora
 
 
-def test_the_base_trains_nothing():
-    assert not METHODS["base"].adapt and not METHODS["base"].quantize
+def test_each_method_is_lora_but_for_what_its_name_says():
+    lora = METHODS["lora"]
+    differences = {
+        "low-rank": {"r": 4, "lora_alpha": 16},
+        "high-rank": {"r": 32, "lora_alpha": 64},
+        "query-only": {"roles": ("query",)},
+        "bias": {"bias": "lora_only"},
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+    }
+    for name, changes in differences.items():
+        found = METHODS[name]
+        assert found == dataclasses.replace(lora, name=name, summary=found.summary, **changes)
+
+
+def test_what_is_trained_without_an_adapter():
+    trains = {name: method.trains for name, method in METHODS.items() if not method.adapts}
+    assert trains == {"base": "nothing", "head-only": "head", "full": "everything"}
+    # Pretrained weights are moved by smaller steps than new ones.
+    assert METHODS["full"].learning_rate < METHODS["lora"].learning_rate < METHODS["head-only"].learning_rate
 
 
 def test_every_method_is_listed_under_its_name():
@@ -56,5 +74,5 @@ def test_a_schedule_that_makes_no_sense_is_refused_by_name(field, value):
 
 def test_the_flags_need_no_transformers():
     # --help and a misspelt flag are answered from here; they must not wait seconds for it
-    code = "import sys, experiments.methods, experiments.command, experiments.sst2; sys.exit('transformers' in sys.modules)"
+    code = "import sys, experiments.sst2, experiments.compare, experiments.sweep; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -125,6 +125,20 @@ def test_empty_or_unreadable_input_is_refused(call, runs, argv, stdin, says):
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
-def test_the_adapter_is_required(call):
-    code, _, err = call("fine")
-    assert code == 2 and err.startswith("error: the following arguments are required: --adapter")
+def test_a_whole_model_needs_no_adapter(call, runs):
+    code, out, err = call("--model", runs["full"] / "model", *TEXTS)
+    assert code == 0 and not err
+    assert [text for *_, text in parse(out)] == TEXTS
+    assert predict.Predictor(None, str(runs["full"] / "model")).max_length == 64  # as it was trained
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["fine"], "give --adapter, the adapter/ directory of a run, or --model, its model/ directory"),
+        (["--model", "packaged", "fine"], "model: 'packaged' has no trained head for two labels; name an adapter"),
+    ],
+)
+def test_something_trained_is_required(call, argv, says):
+    code, out, err = call(*argv)
+    assert code == 2 and not out and err.startswith(f"error: {says}") and err.count("\n") == 1

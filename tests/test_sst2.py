@@ -9,6 +9,7 @@ import torch
 
 from experiments import sst2 as command
 from experiments import train
+from experiments.flags import schedule_of
 from experiments.methods import Schedule
 
 
@@ -52,22 +53,27 @@ def test_the_documented_command_works_as_a_process_of_its_own(small_data, tmp_pa
 def test_help_names_every_method_and_default(call):
     code, out, err = call("--help")
     assert code == 0 and not err
-    for text in ("base: no training", "lora: LoRA of rank 16", "qlora: the same", "(default: 0.0005)", "(default: 0)"):
+    for text in ("base: no training", "lora: LoRA of rank 16", "qlora: the same", "(default: 0.06)", "(default: 0)"):
         assert text in " ".join(out.split())
 
 
 def test_every_part_of_the_schedule_has_a_flag():
     args = vars(command.parser().parse_args([]))
-    assert {name: args[name] for name in vars(Schedule())} == vars(Schedule())
+    assert {name: args[name] for name in vars(Schedule())} == vars(Schedule()) | {"learning_rate": None}
+
+
+@pytest.mark.parametrize(("argv", "rate"), [([], 5e-4), (["--method", "full"], 5e-5), (["--learning-rate", "1e-3"], 1e-3)])
+def test_the_learning_rate_is_the_method_s_unless_another_is_asked_for(argv, rate):
+    args = command.parser().parse_args(argv)
+    assert schedule_of(args, command.chosen_method(args)).learning_rate == rate
 
 
 def test_flags_change_the_method():
-    args = command.parser().parse_args(
-        ["--method", "lora", "--rank", "4", "--alpha", "8", "--dropout", "0", "--target-modules", "query, value"]
-    )
+    numbers = ("--rank", "4", "--alpha", "8", "--dropout", "0")
+    args = command.parser().parse_args(["--method", "lora", *numbers, "--target-modules", "query, value", "--bias", "all"])
     method = command.chosen_method(args)
     assert (method.r, method.lora_alpha, method.lora_dropout) == (4, 8, 0)
-    assert method.target_modules == ("query", "value")
+    assert method.target_modules == ("query", "value") and method.bias == "all"
 
 
 LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu")
@@ -83,6 +89,8 @@ LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu")
         (["--target-modules", "query,,value"], "'query,,value' is no comma-separated list of names"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--method", "base", "--rank", "4"], "--method base has no adapter; leave out --rank"),
+        (["--method", "full", "--bias", "all"], "--method full has no adapter; leave out --rank"),
+        (["--bias", "some"], "argument --bias: invalid choice: 'some'"),
         (["--data", "nowhere"], "'nowhere' is no directory"),
         (["--data", "packaged", "--model", "./nowhere"], "'./nowhere' is no directory and no name of the Hub"),
         ([*LOAD, "--train-samples", "97"], "train_samples is 97, and there are 96 training sentences; ask for fewer"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import EvalPrediction
 from experiments import record
 from experiments.data import read_tsv
 from experiments.errors import ExperimentError
+from experiments.models import resolve
 from experiments.predict import Predictor
 from experiments.trainer import accuracy_and_f1
 
@@ -29,7 +32,7 @@ def metrics_of(output):
     return json.loads((output / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["base", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["base", "head-only", "full", "lora", "qlora"])
 def test_the_metrics_have_every_key_and_sound_values(runs, method, small_data):
     m = metrics_of(runs[method])
     assert list(m) == KEYS
@@ -58,6 +61,48 @@ def test_the_base_trains_nothing(runs):
     assert not (runs["base"] / "adapter").exists()
 
 
+@pytest.mark.parametrize(("method", "trained"), [("head-only", HEAD), ("full", MINILM + HEAD)])
+def test_without_an_adapter_the_head_or_everything_is_trained(runs, method, trained):
+    from safetensors.torch import load_file
+
+    m = metrics_of(runs[method])
+    assert (m["trainable_parameters"], m["adapter_parameters"], m["total_parameters"]) == (trained, 0, MINILM + HEAD)
+    assert m["hyperparameters"]["target_modules"] == [] and "r" not in m["hyperparameters"]
+    assert not (runs[method] / "adapter").exists()
+    before = load_file(resolve("packaged").directory / "model.safetensors")
+    after = load_file(runs[method] / "model" / "model.safetensors")
+    moved = {name for name in before if f"bert.{name}" in after and before[name].ne(after[f"bert.{name}"]).any()}
+    assert bool(moved) is (method == "full")
+    assert after["classifier.weight"].shape == (2, 384)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("bias", {"bias": "lora_only"}), ("rslora", {"use_rslora": True}), ("dora", {"use_dora": True}), ("lora", {})],
+)
+def test_variants_reach_the_adapter_s_file_and_the_record(tmp_path, small_data, method, settings):
+    from experiments.sst2 import main
+
+    argv = ["--method", method, "--model", "packaged", "--data", str(small_data), "--max-steps", "1", "--device", "cpu"]
+    assert main([*argv, "--output-dir", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    usual = {"bias": "none", "use_rslora": False, "use_dora": False}
+    assert {name: config[name] for name in usual} == usual | settings
+    recorded = metrics_of(tmp_path)["hyperparameters"]
+    assert {name: recorded[name] for name in usual if name in recorded} == settings
+    ((label, probability),) = Predictor(tmp_path / "adapter")(["dull"])  # and it loads again
+    assert label in ("negative", "positive") and 0.5 <= probability <= 1
+
+
+def test_every_linear_layer_can_be_meant(tmp_path, small_data):
+    from experiments.sst2 import main
+
+    argv = ["--method", "lora", "--rank", "1", "--target-modules", "all-linear", "--model", "packaged", "--max-steps", "1"]
+    assert main([*argv, "--data", str(small_data), "--device", "cpu", "--output-dir", str(tmp_path)]) == 0
+    layers = 6 * (4 * (384 + 384) + 2 * (384 + 1536)) + 2 * 384  # the pooler is linear too
+    assert metrics_of(tmp_path)["adapter_parameters"] == layers
+
+
 def test_the_base_weights_weigh_what_their_format_says(runs):
     dense = 4 * (MINILM + HEAD)
     assert metrics_of(runs["base"])["base_weight_bytes"] == dense
@@ -79,11 +124,13 @@ def test_each_epoch_is_evaluated_and_the_last_one_counts(runs, method):
     assert m["examples_per_second"] == pytest.approx(2 * 96 / m["train_seconds"], rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_saved_adapter_is_the_trained_one(runs, method, small_data):
+@pytest.mark.parametrize("method", ["head-only", "full", "lora", "qlora"])
+def test_what_is_saved_is_what_was_trained(runs, method, small_data):
     m = metrics_of(runs[method])
     split = read_tsv(small_data / "dev.tsv")
-    labels, probabilities = zip(*Predictor(runs[method] / "adapter")(split.texts), strict=True)
+    adapter, model = runs[method] / "adapter", runs[method] / "model"
+    predictor = Predictor(adapter) if adapter.exists() else Predictor(None, str(model))
+    labels, probabilities = zip(*predictor(split.texts), strict=True)
     right = (np.array(labels) == "positive") == split.labels
     likelihood = np.where(right, probabilities, np.subtract(1, probabilities))
     assert right.mean() == pytest.approx(m["accuracy"], abs=1e-6)
@@ -131,6 +178,20 @@ def test_accuracy_and_f1_are_scikit_learns():
 
 def test_f1_without_any_positive_is_zero():
     assert accuracy_and_f1(EvalPrediction(np.array([[1.0, 0.0]]), np.array([0]))) == {"accuracy": 1.0, "f1": 0.0}
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_of_a_process_is_its_own():
+    # What getrusage says outlives an exec: without care, a run started by a large process begins with that one's peak.
+    code = "from experiments.record import peak_rss_mb; print(peak_rss_mb())"
+    parent = (
+        "import subprocess, sys; block = bytearray(b'1') * (1 << 30); "
+        f"sys.exit(subprocess.run([sys.executable, '-c', {code!r}]).returncode)"
+    )
+    peak = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
+    assert 20 < float(peak) < 900
 
 
 # --- the files --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Closed forms: how many parameters a method trains on an encoder, and what a base weighs, from its sizes alone.
+
+    adapters    layers * sum over targets of r (d_in + d_out)         and d_out more for DoRA's magnitudes
+    NF4 weight  n / 2 bytes, n / 64 scales of a byte, a float32 for each 256 of them (rounded up) and one for their offset
+
+Nothing here looks at a model: what a run has counted is held against it (`expected.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .models import PROJECTIONS
+
+LABELS = 2
+BLOCK, SCALES = 64, 256  # NF4's values to a scale, and scales to a scale of their own
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a BERT or a DistilBERT, as in its config.json. A BERT has segments and a pooler, a DistilBERT neither,
+    but a dense layer before its classifier."""
+
+    model_type: str
+    layers: int
+    width: int
+    feed_forward: int
+    vocabulary: int
+    positions: int
+    segments: int = 0
+
+    @property
+    def linear(self) -> list[tuple[int, int, int]]:
+        """(how many, d_in, d_out) of the linear layers below the head: those that NF4 takes."""
+        w, ff, n = self.width, self.feed_forward, self.layers
+        pooler = [(1, w, w)] if self.model_type == "bert" else []
+        return [(4 * n, w, w), (n, w, ff), (n, ff, w), *pooler]
+
+    @property
+    def head(self) -> int:
+        """Parameters of the classification head."""
+        before = self.width**2 + self.width if self.model_type == "distilbert" else 0
+        return before + self.width * LABELS + LABELS
+
+    @property
+    def biases(self) -> int:
+        """Biases below the head, those of the layer norms (one after the embeddings, two a layer) included."""
+        return sum(n * d_out for n, _, d_out in self.linear) + self.width * (1 + 2 * self.layers)
+
+    @property
+    def body(self) -> int:
+        """Parameters below the head: embeddings, weights, biases, and the norms' scales."""
+        embeddings = (self.vocabulary + self.positions + self.segments) * self.width
+        weights = sum(n * d_in * d_out for n, d_in, d_out in self.linear)
+        return embeddings + weights + self.biases + self.width * (1 + 2 * self.layers)
+
+    @property
+    def quantized(self) -> int:
+        """Weights that NF4 takes."""
+        return sum(n * d_in * d_out for n, d_in, d_out in self.linear)
+
+    @property
+    def quantized_bytes(self) -> int:
+        """What those weigh in NF4 with double quantisation."""
+        return sum(n * _nf4_bytes(d_in * d_out) for n, d_in, d_out in self.linear)
+
+    def base_bytes(self, quantize: bool) -> int:
+        """What the base with its head weighs: float32, but for what is quantised."""
+        dense = 4 * (self.body + self.head)
+        return dense - 4 * self.quantized + self.quantized_bytes if quantize else dense
+
+
+def _nf4_bytes(weights: int) -> int:
+    blocks = math.ceil(weights / BLOCK)
+    return weights // 2 + blocks + 4 * math.ceil(blocks / SCALES) + 4
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: those in A and B (and DoRA's magnitudes), all that are trained, and all that the model then holds."""
+
+    adapter: int
+    trained: int
+    total: int
+
+
+def counted(architecture: Architecture, trains: str, settings: dict[str, Any]) -> Counts | None:
+    """What a method must come to.
+
+    Args:
+        architecture: of the base.
+        trains: "nothing", "head", "adapter" or "everything".
+        settings: r, target_modules, bias and use_dora of the adapter; more is ignored.
+
+    Returns:
+        None where a target is not one of the four attention projections.
+    """
+    a, dense = architecture, architecture.body + architecture.head
+    if trains != "adapter":
+        return Counts(0, {"nothing": 0, "head": a.head, "everything": dense}[trains], dense)
+    targets = settings["target_modules"]
+    if not set(targets) <= set(PROJECTIONS[a.model_type].values()):
+        return None
+    layers = a.layers * len(targets)  # each width x width
+    adapter = layers * (settings["r"] * 2 * a.width + (a.width if settings.get("use_dora") else 0))
+    biases = {"none": 0, "lora_only": layers * a.width, "all": a.biases}[settings.get("bias", "none")]
+    # Head and biases are trained as copies; the base's own wait aside.
+    trained = adapter + biases + a.head
+    return Counts(adapter, trained, dense + trained)

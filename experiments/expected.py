@@ -1,0 +1,167 @@
+"""The numbers that a run must reach, each with where it comes from, and the check.
+
+    judge(measured.read(directory))        a row for each expectation: met, NOT MET, or not run
+
+Four kinds. The study's published accuracies are a floor for its own base, data and length of training. peft's runs
+(`expected.json`, with the settings they were made with) may lie above ours by no more than the 95 % interval of two
+binomials. What is trained must beat the larger class, by the same interval. Counts and bytes are exact: `counts.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .counts import Architecture, counted
+from .measured import Run, margin, percent
+from .methods import METHODS, NOTHING
+
+MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
+FILE = Path(__file__).with_name("expected.json")
+#: A run that has seen fewer sentences than this is a trial, and may have learned nothing.
+TRIAL = 10_000
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One expectation and what became of it."""
+
+    what: str
+    expected: str
+    found: str
+    source: str
+    verdict: str
+
+
+@functools.cache
+def known() -> dict[str, Any]:
+    """expected.json."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def architectures() -> dict[str, Architecture]:
+    """{base: its sizes}, of the bases whose counts are known."""
+    return {name: Architecture(**sizes) for name, sizes in known()["architectures"].items()}
+
+
+def judge(runs: Sequence[Run]) -> list[Judgement]:
+    """Every expectation, judged on the runs that it speaks of."""
+    return [*_published(runs), *_peft(runs), *_majority(runs), *_consistent(runs), *_exact(runs)]
+
+
+# --- accuracies -------------------------------------------------------------------------------------------------------
+
+
+def _published(runs: Sequence[Run]) -> Iterator[Judgement]:
+    table = known()["published"]
+    for row in table["rows"]:
+        if METHODS[row["method"]].trains == NOTHING:
+            continue  # an untrained head says whatever its random numbers say
+
+        def meant(run: Run, row: dict = row) -> bool:
+            b = run.budget
+            enough = b.train >= table["train"] and b.epochs >= table["epochs"] and b.max_steps is None
+            return (b.base, b.data, run.label) == (table["base"], table["data"], row["method"]) and enough
+
+        yield _accuracy(
+            f"{row['method']}, {table['data']} x {table['epochs']}, {table['base']}",
+            filter(meant, runs),
+            lambda run, row=row: row["accuracy"],
+            f"at least {percent(row['accuracy'])}",
+            f"published: {table['source']}",
+        )
+
+
+def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
+    table = known()["peft"]
+    for row in table["rows"]:
+        if METHODS[row["method"]].trains == NOTHING:
+            continue
+
+        def meant(run: Run, row: dict = row) -> bool:
+            same = (run["method"], run["base_model"]["name"]) == (row["method"], table["base"])
+            data = all(run["data"][key] == row[key] for key in ("train", "validation")) and run["data"]["name"] == row["data"]
+            full = all(run.settings.get(key) == value for key, value in row["settings"].items())
+            return same and data and full and run.settings["max_steps"] is None
+
+        yield _accuracy(
+            f"{row['method']}, {row['data']} x {row['settings']['epochs']}, {Path(table['base']).name}",
+            filter(meant, runs),
+            lambda run, row=row: row["accuracy"] - margin(run["accuracy"], row["accuracy"], row["validation"]),
+            f"{percent(row['accuracy'])}, less the interval",
+            table["source"],
+        )
+
+
+def _majority(runs: Sequence[Run]) -> Iterator[Judgement]:
+    table = known()["majority"]
+    for row in table["rows"]:
+        share, n = row["larger"] / row["validation"], row["validation"]
+
+        def meant(run: Run, row: dict = row) -> bool:
+            b = run.budget
+            trained = METHODS[run["method"]].trains != NOTHING if run["method"] in METHODS else False
+            seen = b.train * b.epochs >= TRIAL and b.max_steps is None
+            return (b.data, b.validation) == (row["data"], row["validation"]) and trained and seen
+
+        yield _accuracy(
+            f"whatever is trained, {row['data']}",
+            filter(meant, runs),
+            lambda run, share=share, n=n: share + margin(run["accuracy"], share, n),
+            f"above {percent(share)} by the interval",
+            table["source"],
+        )
+
+
+def _accuracy(what: str, runs: Iterable[Run], floor: Callable[[Run], float], expected: str, source: str) -> Judgement:
+    runs = list(runs)
+    if not runs:
+        return Judgement(what, expected, "-", source, NOT_RUN)
+    met = all(run["accuracy"] >= floor(run) for run in runs)
+    found = sorted({run["accuracy"] for run in runs})
+    shown = f"{percent(found[0])}" + (f" to {percent(found[-1])}, {len(runs)} runs" if len(runs) > 1 else "")
+    return Judgement(what, expected, shown, source, MET if met else NOT_MET)
+
+
+# --- exact numbers ----------------------------------------------------------------------------------------------------
+
+
+def _consistent(runs: Sequence[Run]) -> Iterator[Judgement]:
+    """The accuracy of a run is that of its last epoch, and not of its best."""
+    trained = [run for run in runs if run["accuracy_by_epoch"]]
+    other = [str(run.path.parent) for run in trained if run["accuracy_by_epoch"][-1] != run["accuracy"]]
+    if trained:
+        found = f"not in {', '.join(other)}" if other else f"{len(trained)} runs"
+        yield Judgement("accuracy", "that of the last epoch", found, "the run itself", NOT_MET if other else MET)
+
+
+def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:
+    """Counts and bytes: one row for all runs of a method on a base that must come to the same."""
+    found: dict[tuple[str, str, str, tuple[int, ...]], list[tuple[int, ...]]] = {}
+    for run in runs:
+        base, method = run["base_model"]["name"], METHODS.get(run["method"])
+        if base not in architectures() or method is None:
+            continue
+        architecture, settings = architectures()[base], run.settings
+        where = f"{run.label}, {Path(base).name}"
+        if counts := counted(architecture, method.trains, settings):
+            expectation = (where, "parameters in the adapter, trained, held", "closed form", tuple(vars(counts).values()))
+            values = tuple(run[f"{name}_parameters"] for name in ("adapter", "trainable", "total"))
+            found.setdefault(expectation, []).append(values)
+        quantize = bool(settings.get("quantize"))
+        source = f"{8 * architecture.quantized_bytes / architecture.quantized:.3f} bits a parameter in NF4, 32 in the rest"
+        weight = (where, "bytes of the base", source if quantize else "32 bits a parameter")
+        found.setdefault((*weight, (architecture.base_bytes(quantize),)), []).append((run["base_weight_bytes"],))
+    for (where, text, source, numbers), values in found.items():
+        wrong = sorted({value for value in values if value != numbers})
+        shown = " or ".join(map(_numbers, wrong or [numbers]))
+        yield Judgement(f"{where}: {text}", _numbers(numbers), shown, source, NOT_MET if wrong else MET)
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " / ".join(f"{value:,}" for value in values)

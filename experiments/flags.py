@@ -1,0 +1,111 @@
+"""The flags that the commands share: what to train on what, and the schedule. Free of torch, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .errors import ExperimentError
+from .methods import METHODS, Method, Schedule
+
+#: What --resume means without a value.
+AUTO = "auto"
+#: Every part of a `Schedule`: (field, type, help).
+SCHEDULE = (
+    ("epochs", int, "times that each sentence is seen"),
+    ("batch_size", int, "sentences in a step"),
+    ("learning_rate", float, "peak learning rate of AdamW; the method's own if not given"),
+    ("weight_decay", float, "decoupled weight decay"),
+    ("warmup", float, "share of the steps in which the learning rate rises; then it falls to 0"),
+    ("max_grad_norm", float, "gradients are clipped to this norm; 0 for no clipping"),
+    ("max_length", int, "tokens of a sentence that are read"),
+    ("train_samples", int, "train on so many sentences, drawn at random"),
+    ("max_steps", int, "stop after so many steps"),
+    ("seed", int, "of the head, the adapters, the order and the dropout"),
+)
+
+
+def source_flags(parser: argparse._ActionsContainer) -> None:
+    """--model, --data, --device."""
+    parser.add_argument(
+        "--model", default="auto", help="auto (distilbert-base-uncased, else packaged), packaged, a Hub name or a directory"
+    )
+    parser.add_argument(
+        "--data", default="auto", help="auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one")
+
+
+def schedule_flags(parser: argparse._ActionsContainer, without: Sequence[str] = (), **defaults: Any) -> None:
+    """A flag for each field of `Schedule`, but for those in `without`; `defaults` stand in for the fields' own."""
+    own = {field.name: field.default for field in fields(Schedule)} | {"learning_rate": None} | defaults
+    for name, kind, text in SCHEDULE:
+        if name not in without:
+            metavar = "N" if kind is int else "X"
+            parser.add_argument(flag(name), type=kind, default=own[name], metavar=metavar, help=text)
+
+
+def checkpoint_flags(parser: argparse._ActionsContainer) -> None:
+    """--save-steps, --keep-checkpoints, --resume."""
+    parser.add_argument(
+        "--save-steps", type=int, metavar="N", help="write a checkpoint every N steps, besides the one on Ctrl-C or SIGTERM"
+    )
+    parser.add_argument(
+        "--keep-checkpoints", type=int, default=2, metavar="K", help="the newest K stay; none when the run is finished"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=AUTO,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, the newest whole one of the output directory if none is named; start if there is none",
+    )
+
+
+def flag(name: str) -> str:
+    """The flag that sets `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def schedule_of(args: argparse.Namespace, method: Method, **changes: Any) -> Schedule:
+    """The schedule that the flags ask for; a learning rate that is not given is the method's.
+
+    Raises:
+        ExperimentError: a value makes no sense.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(Schedule) if hasattr(args, field.name)} | changes
+    if given["learning_rate"] is None:
+        given["learning_rate"] = method.learning_rate
+    return Schedule(**given)
+
+
+def listed(kind: type) -> Any:
+    """A type for argparse: "a,b" -> (a, b), each a `kind`."""
+
+    def parse(text: str) -> tuple:
+        values = tuple(value.strip() for value in text.split(","))
+        if not all(values):
+            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of names")
+        try:
+            return tuple(map(kind, values))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of numbers") from None
+
+    return parse
+
+
+names = listed(str)
+
+
+def methods_of(chosen: Iterable[str]) -> list[Method]:
+    """The methods of these names, each once, in the order of `METHODS`.
+
+    Raises:
+        ExperimentError: there is no such method.
+    """
+    chosen = list(chosen)
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ExperimentError(f"--methods: there is no {unknown[0]!r}; there are {', '.join(METHODS)}")
+    return [method for name, method in METHODS.items() if name in chosen]

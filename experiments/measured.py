@@ -1,0 +1,178 @@
+"""What was measured: every metrics.json below a directory, as runs, rows (a method over its seeds) and groups (a budget).
+
+Rows of one group can be compared: same data, base, number of sentences and epochs, precision. Only reads.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .errors import ExperimentError
+from .methods import METHODS
+
+#: Directories of a sweep's trials: judged on other sentences, so no results of the study.
+TRIALS = "trials"
+#: 1.96 standard errors to each side: 95 %.
+Z = statistics.NormalDist().inv_cdf(0.975)
+#: Settings of an adapter in which a run may differ from its method's recipe; a row's label names them.
+RECIPE = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "learning_rate": "learning rate"}
+REQUIRED = (*record.IDENTITY, "accuracy", "f1", "trainable_parameters", "total_parameters", "adapter_parameters")
+REQUIRED += ("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds", "accuracy_by_epoch", "loss_history")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What runs must share to be compared."""
+
+    data: str
+    validation: int
+    base: str
+    train: int
+    epochs: int
+    max_steps: int | None
+    precision: str
+
+    def __str__(self) -> str:
+        times = "epoch" if self.epochs == 1 else "epochs"
+        cut = f", cut after {self.max_steps:,} steps" if self.max_steps else ""
+        return f"{self.data}, {self.train:,} sentences, {self.epochs} {times}{cut}, {Path(self.base).name}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One metrics.json."""
+
+    path: Path
+    metrics: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.metrics[key]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self["hyperparameters"]
+
+    @property
+    def budget(self) -> Budget:
+        data, s = self["data"], self.settings
+        base = self["base_model"]["name"]
+        return Budget(data["name"], data["validation"], base, data["train"], s["epochs"], s["max_steps"], s["precision"])
+
+    @property
+    def label(self) -> str:
+        """The method's name, and in what the run differs from its recipe."""
+        recipe = METHODS.get(self["method"])
+        if recipe is None:
+            return self["method"]
+        found = {name: self.settings.get(name, getattr(recipe, name)) for name in RECIPE}
+        other = [f"{RECIPE[name]} {value:g}" if isinstance(value, (int, float)) else f"{RECIPE[name]} {value}"
+                 for name, value in found.items() if value != getattr(recipe, name)]  # fmt: skip
+        return recipe.name + (f" ({', '.join(other)})" if other else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget, over its seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        return self.runs[0]["method"]
+
+    @property
+    def accuracy(self) -> float:
+        return self.mean("accuracy")
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the accuracy over the seeds; None for one seed."""
+        return statistics.stdev(run["accuracy"] for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy. The seeds share the validation sentences, so their number does not count."""
+        return wilson(self.accuracy, self.runs[0].budget.validation)
+
+    def mean(self, key: str) -> float:
+        return statistics.fmean(run[key] for run in self.runs)
+
+    def most(self, key: str) -> float | None:
+        """The largest of the runs' values; None where one has none."""
+        values = [run[key] for run in self.runs]
+        return None if None in values else max(values)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Every method at one budget, in the order of `METHODS`."""
+
+    budget: Budget
+    rows: tuple[Row, ...]
+
+    def row(self, method: str) -> Row | None:
+        """The row of a method's own recipe."""
+        return next((row for row in self.rows if row.label == method), None)
+
+
+def read(directory: Path) -> list[Run]:
+    """Every run below `directory`, sweeps' trials left out.
+
+    Raises:
+        ExperimentError: there is no such directory, or a metrics.json is broken.
+    """
+    if not directory.is_dir():
+        raise ExperimentError(f"--output-dir: {str(directory)!r} is no directory; name one with runs in it")
+    paths = sorted(p for p in directory.rglob(record.METRICS) if TRIALS not in p.relative_to(directory).parts)
+    return [_run(path) for path in paths]
+
+
+def _run(path: Path) -> Run:
+    metrics = record.read_json(path)
+    if missing := [key for key in REQUIRED if key not in metrics]:
+        raise ExperimentError(f"{path} has no {', '.join(missing)}; run it again")
+    try:
+        run = Run(path, metrics)
+        _ = run.budget, run.label
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{path} is not as written here ({error!r}); run it again") from None
+    return run
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The groups among the runs: the one of the most methods first, then the one of the most sentences."""
+    order = {name: i for i, name in enumerate(METHODS)}
+    groups = []
+    for budget in dict.fromkeys(run.budget for run in runs):
+        rows: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.budget == budget:
+                rows.setdefault(run.label, []).append(run)
+        made = [Row(label, tuple(sorted(found, key=lambda run: run["seed"]))) for label, found in rows.items()]
+        made.sort(key=lambda row: (order.get(row.method, len(order)), row.label))
+        groups.append(Group(budget, tuple(made)))
+    return sorted(groups, key=lambda group: (-len(group.rows), -group.budget.train * group.budget.epochs))
+
+
+def wilson(share: float, n: int, z: float = Z) -> tuple[float, float]:
+    """Wilson's score interval of a share of n (Wilson, JASA 1927): it stays inside [0, 1], unlike share +- z errors."""
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def percent(share: float) -> str:
+    """A share as it is shown."""
+    return f"{100 * share:.1f} %"
+
+
+def margin(a: float, b: float, n: int, z: float = Z) -> float:
+    """Half the interval of the difference of two binomial shares, each of n. On the same sentences it errs to the wide."""
+    return z * math.sqrt((a * (1 - a) + b * (1 - b)) / n)

@@ -1,0 +1,208 @@
+"""Look for settings: train with many of them on a part of the training set, and judge each on another part of it.
+
+    python -m experiments.sweep                              12 random settings
+    python -m experiments.sweep --search grid --ranks 4,16,32 --alphas 16,32,64 --dropouts 0.1 --learning-rates 3e-4
+
+The validation set is left out: what is chosen on it can't be judged on it. Every trial starts from the same seed, head and
+sentences, so that only its settings differ. Trials that are done are skipped.
+
+Leaves DIR/sweep.csv, a line for each trial, best first; DIR/sweep.png; and each trial's run in DIR/trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import itertools
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .command import Parser, leave_out_unused, run
+from .errors import ExperimentError
+from .flags import listed, names, schedule_flags, schedule_of, source_flags
+from .measured import TRIALS
+from .methods import METHODS, Method
+
+CSV, FIGURE = "sweep.csv", "sweep.png"
+#: What is searched over, in the order of the columns.
+SETTINGS = ("rank", "alpha", "dropout", "learning_rate")
+COLUMNS = (*SETTINGS, "accuracy", "f1", "loss", "trained", "seconds")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the search."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        return f"r{self.rank}-alpha{self.alpha:g}-dropout{self.dropout:g}-lr{self.learning_rate:g}"
+
+    def applied(self, method: Method) -> Method:
+        """`method` with this setting."""
+        changes = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        return dataclasses.replace(method, learning_rate=self.learning_rate, **changes)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The values to search over; a random search draws dropout and learning rate from between the outermost ones."""
+
+    ranks: tuple[int, ...] = (4, 8, 16, 32)
+    alphas: tuple[float, ...] = (16, 32, 64)
+    dropouts: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 3e-4, 5e-4)
+
+    def __post_init__(self) -> None:
+        if min(self.learning_rates) <= 0:  # a random search takes their logarithms
+            raise ExperimentError(f"--learning-rates: learning rates must be above 0, not {min(self.learning_rates):g}")
+
+    def grid(self) -> list[Setting]:
+        """Every combination."""
+        return list(itertools.starmap(Setting, itertools.product(*dataclasses.astuple(self))))
+
+    def sample(self, trials: int, seed: int) -> list[Setting]:
+        """`trials` settings, no two the same; the first of them do not depend on how many are drawn.
+
+        Raises:
+            ExperimentError: the space does not hold so many.
+        """
+        rng, found = random.Random(seed), {}
+        for _ in range(100 * trials):
+            setting = Setting(
+                rng.choice(self.ranks),
+                rng.choice(self.alphas),
+                round(rng.uniform(min(self.dropouts), max(self.dropouts)), 2),
+                _rounded(math.exp(rng.uniform(*(math.log(f(self.learning_rates)) for f in (min, max))))),
+            )
+            found[setting] = None
+            if len(found) == trials:
+                return list(found)
+        raise ExperimentError(
+            f"--trials: the ranges hold {len(found)} different settings at most; ask for fewer than {trials}"
+        )
+
+
+def _rounded(value: float, digits: int = 2) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def parser() -> Parser:
+    """The command line of the sweep."""
+    usual = Space()
+    p = Parser(__doc__, prog="python -m experiments.sweep")
+    search = p.add_argument_group("the search")
+    search.add_argument("--search", choices=("random", "grid"), default="random", help="random settings, or every combination")
+    search.add_argument("--trials", type=int, default=12, metavar="N", help="how many random settings")
+    for name, kind in (("ranks", int), ("alphas", float), ("dropouts", float), ("learning-rates", float)):
+        values = getattr(usual, name.replace("-", "_"))
+        text = f"of the search; {','.join(f'{value:g}' for value in values)} if not given"
+        search.add_argument(f"--{name}", type=listed(kind), default=values, metavar="NUMBERS", help=text)
+    search.add_argument("--method", choices=METHODS, metavar="METHOD", default="lora", help="whose settings they are")
+    search.add_argument("--target-modules", type=names, metavar="NAMES", help="layers to adapt; the method's if not given")
+    what = p.add_argument_group("what to train on what")
+    source_flags(what)
+    what.add_argument("--held-out", type=int, default=1000, metavar="N", help="sentences of the training set to judge on")
+    what.add_argument("--output-dir", type=Path, metavar="DIR", default=Path("runs", "sweep"), help="where the results go")
+    what.add_argument("--overwrite", action="store_true", help="do again what is done")
+    schedule_flags(p.add_argument_group("the schedule"), without=("learning_rate",), train_samples=4000, epochs=2)
+    return p
+
+
+def split(data: Any, train: int, held_out: int, seed: int) -> Any:
+    """`data` with `held_out` sentences of its training set to judge on and `train` others to learn from.
+
+    A sentence that occurs more than once, whatever its case, lies on one side only.
+
+    Raises:
+        ExperimentError: there are not so many sentences.
+    """
+    if held_out < 1:
+        raise ExperimentError(f"--held-out must be at least 1, not {held_out}")
+    order = data.train.sample(len(data.train), seed)
+    judged = order.take(range(min(held_out, len(order))))
+    seen = {text.lower() for text in judged.texts}
+    rest = [i for i in range(len(judged), len(order)) if order.texts[i].lower() not in seen]
+    if len(judged) < held_out or len(rest) < train:
+        raise ExperimentError(
+            f"--train-samples {train:,} and --held-out {held_out:,} are more than the {len(order):,} training sentences give"
+        )
+    return dataclasses.replace(data, name=f"{data.name}'s training set", train=order.take(rest[:train]), validation=judged)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Run what is not done, with one line for each trial; then write the table and the figure."""
+    if args.trials < 1:
+        raise ExperimentError(f"--trials must be at least 1, not {args.trials}")
+    method = METHODS[args.method]
+    if not method.adapts:
+        raise ExperimentError(f"--method {method.name} has no adapter, so there is nothing to search")
+    if args.target_modules:
+        method = dataclasses.replace(method, target_modules=args.target_modules)
+    space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates)
+    settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
+    schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
+    from . import data, models, record
+    from .report import require_matplotlib
+
+    require_matplotlib()
+    sentences = split(data.load(args.data), args.train_samples, args.held_out, args.seed)
+    base = models.resolve(args.model)
+    print(f"base model: {base}; data: {sentences}", flush=True)
+
+    from .train import Job, choose_device, train
+
+    rows: list[dict[str, Any]] = []
+    for number, (setting, schedule) in enumerate(zip(settings, schedules, strict=True), start=1):
+        job = Job(setting.applied(method), schedule, base, sentences, choose_device(args.device))
+        output = args.output_dir / TRIALS / setting.name
+        metrics = None if args.overwrite else record.finished(output, job.plan())
+        print(f"trial {number} of {len(settings)}: {setting.name}{', done already' if metrics else ''}", flush=True)
+        rows.append(row(setting, metrics or train(job, output)))
+        rows.sort(key=lambda found: -found["accuracy"])
+        write_csv(args.output_dir / CSV, rows)
+    from .figures import draw_sweep
+
+    draw_sweep(rows, args.output_dir / FIGURE)
+    best = ", ".join(f"{name} {rows[0][name]:g}" for name in SETTINGS)
+    print(f"best: {best}: accuracy {rows[0]['accuracy']:.1%} of {args.held_out:,}")
+    print(f"table: {args.output_dir / CSV}; figure: {args.output_dir / FIGURE}")
+    return 0
+
+
+def row(setting: Setting, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A trial's line in the table."""
+    values = (metrics[key] for key in ("accuracy", "f1", "loss", "trainable_parameters", "train_seconds"))
+    return dict(zip(COLUMNS, (*dataclasses.astuple(setting), *values), strict=True))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the table, whole or not at all."""
+    from lora_core.files import write_whole
+
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run(lambda: sweep(args), interrupted="the trials that are finished are kept; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    leave_out_unused()
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What the pages under docs/ show can be done: their commands parse, their code runs, their files are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+USAGE, TECHNIQUES = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("usage.md", "techniques.md"))
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", USAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_commands_parse(line):
+    program, m, module, *arguments = shlex.split(line, comments=True)
+    assert (program, m) == ("python", "-m")
+    __import__(module, fromlist=["parser"]).parser().parse_args(arguments)
+
+
+def test_every_command_of_the_study_is_shown():
+    shown = {line.split()[2].removeprefix("experiments.") for line in LINES}
+    assert {"sst2", "predict", "compare", "report", "sweep"} <= shown
+
+
+def test_the_example_runs_in_ten_lines(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", USAGE, re.DOTALL)
+    body = [line for line in code.splitlines() if line and not re.match("import|from", line)]
+    assert len(body) <= 10
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "usage.md", "exec"), {})
+    assert "1 layers and 2 whole" in capsys.readouterr().out
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_files_that_are_named_are_there():
+    for name in re.findall(r"`([\w/]+\.py|layers/)`", TECHNIQUES):
+        assert (ROOT / "lora_core" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_each_technique_of_the_methods_is_explained():
+    for word in ("LoRA", "QLoRA", "NF4", "rsLoRA", "DoRA", "Bias"):
+        assert f"\n| {word} |" in TECHNIQUES
