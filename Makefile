@@ -2,6 +2,7 @@
 # make compare train with every method of the study, then draw tables and figures
 # make test    install the test tools too and run every test
 # make test-slow the tests that take minutes or gigabytes
+# make coverage  which lines and branches of the engine its tests run; fails below 95 %
 # make bench   the same, and measure speed and memory against other libraries
 # make clean   remove the virtual environment and what the tools left
 #
@@ -13,7 +14,7 @@ ARGS ?=
 BIN := .venv/bin
 PINS := constraints.txt setup.py pyproject.toml
 
-.PHONY: sst2 compare test test-slow bench clean
+.PHONY: sst2 compare test test-slow coverage bench clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
@@ -27,6 +28,10 @@ test: .venv/.installed-all
 
 test-slow: .venv/.installed-all
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage: .venv/.installed-all
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage report
 
 bench: .venv/.installed-all
 	$(BIN)/python -m bench $(ARGS)
@@ -45,5 +50,5 @@ bench: .venv/.installed-all
 	touch $@ .venv/.installed
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

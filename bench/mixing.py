@@ -2,9 +2,9 @@
 
     python -m bench mixing
 
-MiniLM, 32 real sentences, cut to 12 tokens, and to 1 as when a model writes token by token; 8 adapters of r=16 on q, k, v
-and out, each with a head of its own, four rows for each, in an order that mixes them; eval mode, without gradients. Ours is
-timed with opening the context, which stacks the adapters, and in an open one, where batches of the same rows follow each
+MiniLM, 32 real sentences, cut to 12 tokens, and to 1 as when a model writes token by token; 8 adapters of r=16 on all
+linear layers, each with a head of its own, four rows for each, in an order that mixes them; eval mode, without gradients.
+Ours is timed with opening the context, which stacks the adapters, and in an open one, where batches of the same rows follow each
 other. `one adapter` is the same batch with a single active one. Peft can't mix DoRA adapters, so those stand alone.
 """
 
@@ -21,7 +21,7 @@ from lora_core.registry import adapter_parameters
 from lora_core.storage import adapter_tensors
 
 from .measure import Measure
-from .models import ATTENTION, R, minilm, sentences
+from .models import ALL_LINEAR, R, minilm, sentences
 from .peers import agreed, relative_difference, same_base
 from .settings import Settings
 from .timing import interleave
@@ -46,13 +46,13 @@ def models(device: str, use_dora: bool = False) -> tuple[nn.Module, nn.Module | 
     ours, theirs = minilm().to(device), None
     for i in range(ADAPTERS):
         name = f"adapter{i}"
-        inject(ours, LoraConfig(target_modules=ATTENTION, **common), name)
+        inject(ours, LoraConfig(target_modules=ALL_LINEAR, **common), name)
         torch.manual_seed(i)
         for parameter in adapter_parameters(ours, name):
             nn.init.normal_(parameter, std=0.02)
         if use_dora:
             continue
-        config = peft.LoraConfig(target_modules=list(ATTENTION), **common)
+        config = peft.LoraConfig(target_modules=ALL_LINEAR, **common)
         if theirs is None:
             theirs = peft.get_peft_model(minilm().to(device), config, adapter_name=name)
         else:

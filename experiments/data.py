@@ -137,8 +137,10 @@ def _checked(rows: Iterable[tuple[int, str, object]], origin: str) -> Split:
         if not text:
             raise ExperimentError(f"data: {origin}:{number}: the sentence is empty; remove the row")
         if len(text) > MAX_CHARACTERS:
-            found = f"the sentence has {len(text):,} characters"
-            raise ExperimentError(f"data: {origin}:{number}: {found}, and {MAX_CHARACTERS:,} are allowed; is a line end missing?")
+            raise ExperimentError(
+                f"data: {origin}:{number}: the sentence has {len(text):,} characters, and {MAX_CHARACTERS:,} are allowed; is a "
+                "line end missing?"
+            )
         texts.append(text)
         labels.append(int(str(label)))
     if not texts:

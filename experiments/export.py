@@ -88,6 +88,8 @@ def export(directory: Path) -> float:
 def load_merged(directory: Path, device: str) -> tuple[Any, Any, int, str]:
     """(model, tokenizer, tokens that it reads of a text, device) of a merged checkpoint: its program, if it was exported.
 
+    An exported program is code, which torch runs: only what was exported here, or by someone whom you trust, should be loaded.
+
     Raises:
         ExperimentError: it is no merged checkpoint.
     """
@@ -100,9 +102,11 @@ def load_merged(directory: Path, device: str) -> tuple[Any, Any, int, str]:
 
     from transformers import AutoTokenizer
 
+    from . import models
+
     try:
         program = torch.export.load(directory / PROGRAM).module()
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **models.LOCAL)
     except Exception as error:  # of many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExperimentError(f"--merged: {str(directory)!r} can't be loaded: {reason[0]}") from None

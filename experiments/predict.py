@@ -28,7 +28,8 @@ def parser() -> Parser:
     p = Parser(__doc__, prog="python -m experiments.predict")
     p.add_argument("--adapter", type=Path, metavar="DIR", help="the adapter/ directory of a run")
     p.add_argument("--model", help="the base, if it is not where the adapter's file says; alone: the model/ of a run")
-    p.add_argument("--merged", type=Path, metavar="DIR", help="a merged checkpoint, exported by experiments.export or not")
+    text = "a merged checkpoint; its model.pt2, if there is one, is a program: for those only that you trust"
+    p.add_argument("--merged", type=Path, metavar="DIR", help=text)
     p.add_argument("texts", nargs="*", metavar="TEXT", help="texts to judge; without any, each line of standard input")
     return p
 

@@ -32,6 +32,7 @@ from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .mixed import mixed_batch
 from .nf4 import QuantizationReport, quantize_nf4
+from .sharding import packed_parameters
 from .storage import load_adapter, save_adapter
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "merge_adapter",
     "merge_and_unload",
     "mixed_batch",
+    "packed_parameters",
     "print_trainable_parameters",
     "quantize_nf4",
     "rename_adapter",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
-from .patterns import END, LAYERS, WHOLE, expression_of, matches
+from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
 
 #: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
 #: SVD of N iterations is "pissa_niter_N"). `initializers.py` says what they are.
@@ -246,6 +246,7 @@ def _check_regex(name: str, pattern: Any, form: str) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{name} must be a non-empty pattern, not {pattern!r}")
     try:
-        expression_of(pattern, form)
+        if not is_name(pattern):  # there may be thousands, and expressions take time to make
+            expression_of(pattern, form)
     except ValueError as error:
         raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None

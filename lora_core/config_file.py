@@ -17,7 +17,7 @@ from .config import ALL_LINEAR, LoraConfig
 from .errors import AdapterFormatError, ConfigError
 from .files import one_line
 from .layers import LoraConv1D
-from .patterns import END, LAYERS, WHOLE, refusal
+from .patterns import END, LAYERS, WHOLE, is_name, refusal
 from .registry import adapter_layers, find_adapter
 
 #: Fields that PEFT writes and that say nothing about what an adapter with these tensors computes.
@@ -39,6 +39,7 @@ NEUTRAL_FIELDS = frozenset(
 #: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
 MAX_BYTES = 2**20
 MAX_ENTRIES = 10_000
+MAX_EXPRESSIONS = 1_000
 
 #: Values of `init_lora_weights` that leave the base alone. The others (PiSSA, OLoRA, ...) move part of W into A and B.
 HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva")
@@ -115,6 +116,8 @@ def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
             raise AdapterFormatError(f"{path}: {name} has {len(entries):,} entries, and {MAX_ENTRIES:,} are allowed")
         if isinstance(value, list) and form == WHOLE:
             continue  # names, not patterns
+        if sum(isinstance(entry, str) and not is_name(entry) for entry in entries) > MAX_EXPRESSIONS:
+            raise AdapterFormatError(f"{path}: {name} has more than {MAX_EXPRESSIONS:,} regular expressions; use names")
         for entry in entries:
             if isinstance(entry, str) and (reason := refusal(entry, form)):
                 raise AdapterFormatError(f"{path}: {name}: the pattern {entry!r} {reason}")

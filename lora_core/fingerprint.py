@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 from .layers import LoraLayer
 from .nf4 import is_quantized, packed_form
+from .sharding import values_at
 
 SAMPLES = 1024
 
@@ -96,10 +97,10 @@ def _compare(was: tuple[str, str, str] | None, now: tuple[str, str, str]) -> str
 
 
 def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    count = min(SAMPLES, len(flat))
-    spread = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
-    return flat[spread].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    size = tensor.numel()
+    count = min(SAMPLES, size)
+    spread = torch.arange(count, device=tensor.device) * size // max(count, 1)
+    return values_at(tensor.detach(), spread).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _hash(parts: Iterable[bytes]) -> str:

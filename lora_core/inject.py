@@ -32,6 +32,7 @@ from .registry import (
     registry_of,
     unwrap,
 )
+from .sharding import refuse_sharded
 from .targets import Targets, match_saved_modules, output_layer, select_targets
 
 LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
@@ -176,6 +177,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     """Puts the adapter `name` on the modules of a plan."""
     model = unwrap(model)
     check_not_mixing(model)
+    refuse_sharded(model, "a new adapter")
     if config.bias != "none" and has_adapters(model):
         others = ", ".join(map(repr, registry_of(model).adapters))
         raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")

@@ -15,9 +15,10 @@ from threading import get_ident
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, UnknownAdapterError
+from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, ShardedError, UnknownAdapterError
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
+from .sharding import is_spread
 
 _ATTRIBUTE = "lora_registry"
 
@@ -190,6 +191,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         UnknownAdapterError: a name is not on the model.
         MergeError: adapters are folded into the weights, or two of `names` own copies of the same tensor.
+        ShardedError: an adapter owns copies, and the model is sharded.
     """
     model = unwrap(model)
     registry = registry_of(model)
@@ -204,6 +206,8 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     layers = {p: layer for record in (*going.values(), *records.values()) for p, layer in adapter_layers(model, record)}
     if any(layer.lora_folded for layer in layers.values()):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before switching")
+    if any(record.copies for record in (*going.values(), *records.values())) and is_spread(model):
+        raise ShardedError("switching adapters that train modules whole puts others in their place; do it before fully_shard")
 
     for name, record in going.items():
         _set_trainable(model, name, False)

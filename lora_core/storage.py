@@ -43,6 +43,7 @@ from .registry import (
     registry_of,
     unwrap,
 )
+from .sharding import refuse_sharded, whole, writes_files
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -58,6 +59,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         AdapterFormatError: it has NaN or infinite values; nothing is written.
         ConfigError: `directory` is a file.
         OutputError: it can't be made or written to; each file is as it was or whole.
+
+    A model that is sharded over processes (see `sharding.py`) is saved in all of them at once, and process 0 writes.
     """
     tensors = adapter_tensors(model, adapter_name)
     _check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
@@ -65,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     adapter = find_adapter(model, adapter_name)
     mark = fingerprint(adapter_layers(model, adapter), adapter.config.as_stored())
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
-    write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
+    if writes_files(model):
+        write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
 
 
 def load_adapter(
@@ -101,6 +105,7 @@ def load_adapter(
             of another shape or not finite. The message lists them, and the model is as it was.
     """
     check_not_mixing(model)
+    refuse_sharded(model, "loading")
     config, tensors, mark = read_adapter(directory)
     root, found = unwrap(model), plan(model, config, strict=False)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
@@ -140,7 +145,7 @@ def load_adapter(
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """{key: tensor} of an adapter, with PEFT's keys; the tensors are the model's own, detached."""
+    """{key: tensor} of an adapter, with PEFT's keys; the tensors are the model's own, detached, or gathered if sharded."""
     adapter = find_adapter(model, adapter_name)
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
@@ -148,9 +153,12 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
         shapes = layer.file_shapes(layer, len(factors["lora_A"]))
         for table, key in _layer_keys(path, type(layer), adapter.config).items():
             tensor = factors[table] if table in factors else getattr(layer, table)[adapter_name]
-            tensors[key] = tensor.detach().view(shapes[table])
+            tensors[key] = whole(tensor.detach()).view(shapes[table])
+    active = adapter_name in registry_of(model).active
     for path, copy in adapter.copies.items():
-        tensors[_copy_key(path, adapter.layers)] = copy.detach()
+        # Of an active adapter the model has it in place; sharding put another object there.
+        now = get_tensor(unwrap(model), path) if active else copy
+        tensors[_copy_key(path, adapter.layers)] = whole(now.detach())
     return tensors
 
 
