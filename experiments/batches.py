@@ -60,6 +60,8 @@ class TokenisedTexts(Dataset):
             batch["labels"] = self.labels[indices]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    __getitems__ = __getitem__  # so a DataLoader fetches a batch at once
+
 
 class LikeLengthBatches(Sampler[list[int]]):
     """Batches of indices whose sentences have like lengths; in a new random order each time, or longest first.
@@ -74,6 +76,11 @@ class LikeLengthBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
+
+    def pass_over(self, epochs: int) -> None:
+        """Go to where the random order stands after so many times through the sentences."""
+        for _ in range(epochs):
+            next(iter(self))  # the order is drawn before its first batch is given
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.random is None:
@@ -93,5 +100,9 @@ class LikeLengthBatches(Sampler[list[int]]):
 
 
 def batches(texts: TokenisedTexts, batch_size: int, seed: int | None = None) -> DataLoader:
-    """A loader of like-length batches, shuffled when there is a `seed`. The sampler makes the batches, hence None."""
-    return DataLoader(texts, sampler=LikeLengthBatches(texts.lengths, batch_size, seed), batch_size=None)
+    """A loader of like-length batches, shuffled when there is a `seed`. The texts make a batch themselves: none to collate."""
+    return DataLoader(texts, batch_sampler=LikeLengthBatches(texts.lengths, batch_size, seed), collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
