@@ -4,8 +4,8 @@
 
 MiniLM, 32 real sentences, cut to 12 tokens, and to 1 as when a model writes token by token; 8 adapters of r=16 on all
 linear layers, each with a head of its own, four rows for each, in an order that mixes them; eval mode, without gradients.
-Ours is timed with opening the context, which stacks the adapters, and in an open one, where batches of the same rows follow each
-other. `one adapter` is the same batch with a single active one. Peft can't mix DoRA adapters, so those stand alone.
+Ours is timed with opening the context, which stacks the adapters, and in an open one, where batches of the same rows follow
+each other. `one adapter` is the same batch with a single active one. Peft can't mix DoRA adapters, so those stand alone.
 """
 
 from __future__ import annotations

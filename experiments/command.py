@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from lora_core import command_line
 from lora_core.errors import LoraError
 
 from .stopping import Stopped, handled_by, raise_stopped
@@ -20,20 +20,11 @@ from .stopping import Stopped, handled_by, raise_stopped
 UNUSED = ("datasets", "networkx", "peft", "scipy", "sklearn")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help shows the module's own text and the defaults."""
+class Parser(command_line.Parser):
+    """A parser whose errors are one line, and whose help shows the module's own text and the defaults."""
 
     def __init__(self, doc: str, **kwargs: Any) -> None:
-        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, tuple) or action.nargs == 0
-        return action.help if hidden else f"{action.help} (default: %(default)s)"
+        super().__init__(description=doc, **kwargs)
 
 
 def run(command: Callable[[], int | None], interrupted: str = "nothing was saved") -> int:

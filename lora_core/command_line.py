@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = action.default in (None, argparse.SUPPRESS) or action.nargs == 0 or action.required
+        default = action.default
+        hidden = default in (None, argparse.SUPPRESS) or isinstance(default, tuple) or action.nargs == 0 or action.required
         return action.help if hidden else f"{action.help} (default: %(default)s)"
 
 
