@@ -105,21 +105,20 @@ def time_switch(key: str, title: str, build: Build, config: LoraConfig, count: i
 
 def time_growth(build: Build, config: LoraConfig, settings: Settings) -> Measure:
     """Switching among many adapters and among few, side by side."""
-    switches = {}
-    for count in (3, 4 if settings.quick else 100):
+    switches, counts = {}, {"few": 3, "many": 4 if settings.quick else 100}
+    for which, count in counts.items():
         model, names = build(), [f"adapter{i}" for i in range(count)]
         for name in names:
             inject(model, config, name)
         turn = cycle(names)
-        switches[f"{count} adapters"] = lambda model=model, turn=turn: set_adapter(model, next(turn))
-    few, many = switches
+        switches[which] = lambda model=model, turn=turn: set_adapter(model, next(turn))
     samples = interleave(switches, **settings.timing(ROUNDS * 3, warmup=2))
     return Measure(
         key="switch-growth",
-        title="switch among many adapters or few, DistilBERT-sized",
+        title=f"switch among few adapters ({counts['few']}) and many ({counts['many']}), DistilBERT-sized",
         unit="s",
         values=samples.medians(),
-        ratios={f"{many} / {few}": samples.ratio(many, few)},
+        ratios={"many / few": samples.ratio("many", "few")},
         setting={"r": R, "rounds": samples.rounds},
     )
 
