@@ -30,13 +30,21 @@ def test_every_command_of_the_study_is_shown():
 
 
 def test_the_example_runs_in_ten_lines(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", USAGE, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", USAGE, re.DOTALL)
     body = [line for line in code.splitlines() if line and not re.match("import|from", line)]
     assert len(body) <= 10
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "usage.md", "exec"), {})
     assert "1 layers and 2 whole" in capsys.readouterr().out
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_example_of_several_adapters_runs(tmp_path, monkeypatch, capsys):
+    _, code = re.findall(r"```python\n(.*?)```", USAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "usage.md", "exec"), {})
+    assert "'both' = svd of 0.7 'film' + 0.3 'food' on 1 layers: rank 4" in capsys.readouterr().out
+    assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
 
 
 def test_the_files_that_are_named_are_there():
