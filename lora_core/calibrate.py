@@ -5,8 +5,8 @@
     initialize_loftq(model, dense_model)              # after quantize_nf4(model)
 
 EVA (Paischl et al., arXiv 2410.07170): the rows of A are the r directions in which a layer's inputs vary most, the first
-eigenvectors of their second moment x^T x; B is zero, so the model does not change. Ranks may move to the layers whose
-inputs are explained by fewer directions less well.
+eigenvectors of their second moment x^T x; B is zero, so the model does not change. With `rho` above 1 ranks move from layers
+whose inputs a few directions explain to those whose inputs take more.
 
 LoftQ (Li et al., arXiv 2310.08659): s B A is the best approximation of rank r of what quantisation took from the weight,
 W - Q, so the adapted model starts nearer to the dense one than Q alone. This is the first of the paper's alternations; the
@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, LoraError, QuantizationError
+from .errors import ConfigError, LoraError, MergeError, QuantizationError
 from .layers import LoraLayer
 from .layers.linear import LinearLayer, Lora4bit
 from .lowrank import best_of_matrix
-from .registry import Adapter, adapter_layers, find_adapter
+from .registry import Adapter, adapter_layers, check_not_mixing, find_adapter
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,32 @@ def initialize_eva(
         Ranks and explained shares, by layer.
 
     Raises:
-        ConfigError: a layer is not linear, rho is below 1, or there were too few input vectors for a rank.
+        ConfigError: a layer is not linear, rho is below 1, or the inputs are too few or too short for a rank, all zero or
+            not finite.
+        MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
     if not rho >= 1:
         raise ConfigError(f"rho must be at least 1, not {rho!r}")
-    adapter = find_adapter(model, adapter_name)
-    layers = dict(adapter_layers(model, adapter))
+    adapter, layers = _changeable(model, adapter_name)
     for path, layer in layers.items():
         if not isinstance(layer, LinearLayer):
             raise ConfigError(f"EVA is for linear layers, and {path} is a {layer.lora_base_class.__name__}; exclude it")
-    moments, vectors = _second_moments(model, layers, batches)
     ranks = {path: len(layer.lora_A[adapter_name]) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        d_in, _ = layer.matrix_shape(layer)
+        if ranks[path] > d_in:
+            raise ConfigError(f"{path} reads vectors of {d_in} values, too few for a rank of {ranks[path]}; lower it")
+    moments, vectors = _second_moments(model, layers, batches)
     spectra, directions = {}, {}
     for path, moment in moments.items():
+        if (short := vectors[path]) < ranks[path]:
+            raise ConfigError(f"{path} saw {short} input vectors, too few for a rank of {ranks[path]}; pass more batches")
+        if not 0 < moment.trace() < math.inf:
+            raise ConfigError(f"{path} saw inputs that are all zero, or not finite; pass other batches")
         most = min(math.floor(rho * ranks[path]), len(moment))
         values, bases = torch.linalg.eigh(moment.double())  # ascending
         spectra[path] = values.flip(0).clamp(min=0)[:most] / moment.trace().double()
         directions[path] = bases.flip(1)[:, :most].t()
-        if (short := vectors[path]) < ranks[path]:
-            raise ConfigError(f"{path} saw {short} input vectors, too few for a rank of {ranks[path]}; pass more batches")
     if rho > 1:
         ranks = _share_out(sum(ranks.values()), spectra)
     for path, layer in layers.items():
@@ -132,7 +139,8 @@ def _second_moments(
     model: nn.Module, layers: Mapping[str, LoraLayer], batches: Iterable[Any]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """{path: sum of x^T x over the layer's input vectors, (d_in, d_in)}, {path: how many those were}."""
-    moments = {p: torch.zeros(layer.matrix_shape(layer)[0], device=layer.weight.device).diag() for p, layer in layers.items()}
+    sizes = {path: layer.matrix_shape(layer)[0] for path, layer in layers.items()}
+    moments = {path: torch.zeros(d_in, d_in, device=layers[path].weight.device) for path, d_in in sizes.items()}
     vectors = dict.fromkeys(layers, 0)
     mask: Tensor | None = None
 
@@ -206,18 +214,19 @@ def initialize_loftq(
     Raises:
         QuantizationError: no layer of the adapter is 4-bit, or a dense weight is missing or of another shape.
         LoraError: the adapter subtracts its start from the weight (PiSSA, OLoRA), so it can't start anew.
+        MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
-    adapter = find_adapter(model, adapter_name)
-    layers = {path: layer for path, layer in adapter_layers(model, adapter) if isinstance(layer, Lora4bit)}
+    layers = {path: layer for path, layer in _changeable(model, adapter_name)[1].items() if isinstance(layer, Lora4bit)}
     if not layers:
         raise QuantizationError(f"adapter {adapter_name!r} is on no 4-bit layer; call quantize_nf4(model) before inject")
-    weights = {path: _dense_weight(dense, path, layer) for path, layer in layers.items()}
+    tensors = dense.state_dict(keep_vars=True) if isinstance(dense, nn.Module) else dense
     for path, layer in layers.items():
+        _dense_weight(tensors, path, layer)
         if adapter_name in layer.lora_A0:
             raise LoraError(f"adapter {adapter_name!r} starts from the weight of {path}; inject it with init_lora_weights=True")
     before, after = {}, {}
     for path, layer in layers.items():
-        W = weights[path].detach().to(layer.weight.device, torch.float32)
+        W = _dense_weight(tensors, path, layer).detach().to(layer.weight.device, torch.float32)
         lost = W - layer.dense_weight()
         A, B, energy = best_of_matrix(lost, len(layer.lora_A[adapter_name]), layer.lora_scaling[adapter_name])
         layer.lora_A[adapter_name].copy_(A)
@@ -228,12 +237,21 @@ def initialize_loftq(
     return LoftqReport(before, after)
 
 
-def _dense_weight(dense: nn.Module | Mapping[str, Tensor], path: str, layer: LoraLayer) -> Tensor:
+def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:
+    """The adapter `name` and its layers, {path: layer}, if its tensors can be replaced now."""
+    adapter = find_adapter(model, name)
+    check_not_mixing(model)
+    layers = dict(adapter_layers(model, adapter))
+    if any(layer.lora_folded for layer in layers.values()):
+        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")
+    return adapter, layers
+
+
+def _dense_weight(tensors: Mapping[str, Tensor], path: str, layer: LoraLayer) -> Tensor:
     name = f"{path}.weight"
-    tensors = dense.state_dict(keep_vars=True) if isinstance(dense, nn.Module) else dense
     if name not in tensors:
         raise QuantizationError(f"the dense model has no {name!r}; pass the model from before quantize_nf4, or its tensors")
-    d_in, d_out = layer.matrix_shape(layer)
-    if tensors[name].shape != (d_out, d_in):
-        raise QuantizationError(f"the dense {name!r} is {tuple(tensors[name].shape)}, not {(d_out, d_in)}")
-    return tensors[name]
+    W, (d_in, d_out) = tensors[name], layer.matrix_shape(layer)
+    if W.shape != (d_out, d_in):
+        raise QuantizationError(f"the dense {name!r} is {tuple(W.shape)}, not {(d_out, d_in)}")
+    return W

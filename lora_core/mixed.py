@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .errors import MergeError, MixedBatchError
 from .layers import LoraLayer, RowAdapters
+from .layers.base import check_rows
 from .registry import Adapter, Registry, adapter_layers, find_adapter, get_tensor, registry_of, unwrap
 
 
@@ -71,7 +73,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
             undo.callback(layer.lora_rows.pop, thread)
         for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
             hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
-            undo.callback(root.get_submodule(path).register_forward_hook(hook).remove)
+            undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -121,14 +123,18 @@ def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thre
     template = copy.deepcopy(module)  # its tensors are replaced, and that must not show in other threads
     template._forward_hooks.clear()
 
-    def run_row(tensors: dict[str, Tensor], *args: Tensor) -> Any:
-        output = torch.func.functional_call(template, tensors, tuple(x[None] for x in args))
-        return output[0]
+    def run_row(tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda x: x[None], (args, kwargs))
+        return tree_map_only(Tensor, lambda y: y[0], torch.func.functional_call(template, tensors, args, kwargs))
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if get_ident() != thread:
             return output
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                check_rows(x, index)
         own = {key: tensor[index.to(tensor.device)] for key, tensor in stacked.items()}
-        return torch.func.vmap(run_row)(own, *args)
+        batched = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (own, args, kwargs))
+        return torch.func.vmap(run_row, in_dims=batched)(own, args, kwargs)
 
     return hook

@@ -12,11 +12,20 @@ from lora_core import (
     initialize_loftq,
     inject,
     load_adapter,
+    merge_adapter,
     merge_and_unload,
+    mixed_batch,
     quantize_nf4,
     save_adapter,
 )
-from lora_core.errors import ConfigError, LoraError, QuantizationError, UnknownAdapterError
+from lora_core.errors import (
+    ConfigError,
+    LoraError,
+    MergeError,
+    MixedBatchError,
+    QuantizationError,
+    UnknownAdapterError,
+)
 from lora_core.registry import find_adapter
 
 
@@ -121,7 +130,20 @@ def test_eva_refusals():
         initialize_eva(model, [torch.ones(2, 64)])
     with pytest.raises(ConfigError, match="more batches"):
         initialize_eva(model, [])
+    for bad in (torch.zeros(9, 64), torch.full((9, 64), float("nan"))):
+        with pytest.raises(ConfigError, match="all zero, or not finite"):
+            initialize_eva(model, [bad])
+    with mixed_batch(model.eval(), [None]), pytest.raises(MixedBatchError):
+        initialize_eva(model, batches())
+    model.train()
     assert tiny.snapshot(model) == before
+    merge_adapter(model)
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        initialize_eva(model, batches())
+    narrow = nn.Sequential(nn.Linear(3, 8))
+    inject(narrow, LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(ConfigError, match="vectors of 3 values, too few for a rank of 4"):
+        initialize_eva(narrow, [torch.randn(9, 3)])
     embedding = nn.Sequential(nn.Embedding(9, 4))
     inject(embedding, LoraConfig(target_modules=["0"], r=2))
     with pytest.raises(ConfigError, match="0 is a Embedding"):
@@ -191,6 +213,9 @@ def test_loftq_refusals():
     with pytest.raises(QuantizationError, match=r"'0\.weight' is \(3, 3\), not \(256, 128\)"):
         initialize_loftq(model, dict(dense.state_dict()) | {"0.weight": torch.ones(3, 3)})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "lora" in k)
+    merge_adapter(model)
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        initialize_loftq(model, dense)
     with pytest.raises(QuantizationError, match="on no 4-bit layer"):
         initialize_loftq(adapted(), tiny.classifier())
     subtracting, dense = quantized(init_lora_weights="olora")

@@ -202,3 +202,39 @@ def test_an_adapter_with_biases_of_the_base_is_refused():
     set_adapter(model, "plain")
     with mixed_batch(model, ["plain", None]):
         model(tiny.batch(tokens=2))
+
+
+class KeywordHead(nn.Module):
+    """A model that calls its head by keyword, with a flag that is no tensor, and gets a dictionary."""
+
+    def __init__(self, repeats=1):
+        super().__init__()
+        self.q, self.head, self.repeats = nn.Linear(64, 64), Head(), repeats
+
+    def forward(self, x):
+        return self.head(features=self.q(x).repeat(self.repeats, 1), doubled=True)["scores"]
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(64, 3)
+
+    def forward(self, features, doubled=False):
+        return {"scores": self.out(features) * (2 if doubled else 1)}
+
+
+def test_a_head_that_is_called_by_keyword():
+    torch.manual_seed(0)
+    model = KeywordHead().eval()
+    for i, name in enumerate(("a", "b")):
+        inject(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"]), name)
+        tiny.randomize(model, name, seed=i)
+    assert_rows_are_their_own(model, ["a", "b", None], tiny.batch(tokens=3), lambda model, rows: model(rows).detach())
+
+
+def test_a_head_that_reads_other_rows_is_refused():
+    model = KeywordHead(repeats=2).eval()
+    inject(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"]), "a")
+    with mixed_batch(model, ["a", None, "a"]), pytest.raises(MixedBatchError, match=r"3 rows.*\(6, 64\)"):
+        model(tiny.batch(tokens=3))

@@ -50,6 +50,15 @@ class RowAdapters:
     bias: Tensor | None
 
 
+def check_rows(x: Tensor, index: Tensor) -> None:
+    """Raises a MixedBatchError unless the first dimension of x is the rows of the batch."""
+    if x.shape[:1] != index.shape:
+        raise MixedBatchError(
+            f"a mixed batch of {len(index)} rows reached a layer with an input of {tuple(x.shape)}, whose first dimension "
+            "must be the rows"
+        )
+
+
 class LoraLayer(AdapterHolder):
     """What every kind of adapted layer shares. A subclass says how to multiply, and how its weight is a matrix."""
 
@@ -164,11 +173,7 @@ class LoraLayer(AdapterHolder):
 
     def _mixed_forward(self, x: Tensor, rows: RowAdapters) -> Tensor:
         index = rows.index
-        if len(x) != len(index):
-            raise MixedBatchError(
-                f"a mixed batch of {len(index)} rows reached a layer with an input of {tuple(x.shape)}, whose first dimension "
-                "must be the rows"
-            )
+        check_rows(x, index)
         y = self.base_forward(x, None if rows.factor is not None else self.bias)
         if rows.A.shape[1]:
             y = self.add_products_by_row(y, x, rows)
