@@ -35,7 +35,7 @@ def run(command: Callable[[], int | None], interrupted: str = "nothing was saved
         with handled_by(raise_stopped):
             return command() or 0
     except LoraError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as raised:
         stopped = raised if isinstance(raised, Stopped) else Stopped(signal.SIGINT)

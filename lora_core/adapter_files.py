@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import LoraConfig
 from .config_file import config_from_json
 from .errors import AdapterFileMissingError, AdapterFormatError
-from .files import is_directory, one_line, read_safetensors
+from .files import is_directory, read_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -63,7 +63,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
     try:
         mark = json.loads(metadata.get(FINGERPRINT, "null"))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: its fingerprint is not JSON: {one_line(error)}") from None
+        raise AdapterFormatError(f"{path}: its fingerprint is not JSON: {error}") from None
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
     tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     return AdapterFiles(config, tensors, mark)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .files import is_directory, no_repeats, one_line
+from .files import is_directory, no_repeats
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -176,7 +176,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise broken(f"its header is not JSON ({one_line(error)})") from None
+        raise broken(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise broken("its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -211,7 +211,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there; expected a saved model's directory") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {one_line(error)}") from None
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
     return content

@@ -15,7 +15,6 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoraConfig
 from .errors import AdapterFormatError, ConfigError
-from .files import one_line
 from .layers import LoraConv1D
 from .patterns import END, LAYERS, WHOLE, is_name, refusal
 from .registry import adapter_layers, find_adapter
@@ -78,7 +77,7 @@ def config_from_json(path: Path) -> LoraConfig:
     try:
         fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is not JSON: {one_line(error)}") from None
+        raise AdapterFormatError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
         raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters can be read")

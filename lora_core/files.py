@@ -75,7 +75,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         return safetensors.torch.load_file(path), metadata
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterFormatError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
+        raise AdapterFormatError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _check_header(path: Path) -> None:
@@ -117,11 +117,6 @@ def expanded(reference: str) -> Path:
         return Path(reference).expanduser()
     except RuntimeError:
         return Path(reference)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of another library, for one of ours."""
-    return " ".join(str(error).split())
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

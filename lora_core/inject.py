@@ -97,7 +97,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     Raises:
         TargetError: a pattern matches nothing, or a layer that can't carry an adapter.
         AdapterExistsError: the model has an adapter of that name.
-        ConfigError: the name is not valid, or biases are to be trained beside another adapter.
+        ConfigError: the name is not valid, no such start fits a rank, or biases are to be trained beside another adapter.
+        MixedBatchError, ShardedError: a thread is in a mixed batch, or the model is spread over processes.
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")

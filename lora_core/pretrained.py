@@ -18,7 +18,7 @@ from .basis import Basis
 from .checkpoint import read_object
 from .companions import TOKENIZER_CONFIG, TOKENIZER_FILES
 from .errors import CheckpointError, MissingDependencyError
-from .files import expanded, is_directory, one_line
+from .files import expanded, is_directory
 from .nf4 import quantize_nf4, replace_forward
 from .placement import label_rows
 from .updates import AdapterUpdates
@@ -65,7 +65,7 @@ def find_base(reference: str) -> Path:
     try:
         return Path(snapshot_download(reference, allow_patterns=list(WANTED)))
     except Exception as error:  # the client's and its HTTP library's errors share no base
-        raise CheckpointError(f"the base {reference!r} could not be fetched: {one_line(error)}") from None
+        raise CheckpointError(f"the base {reference!r} could not be fetched: {error}") from None
 
 
 def _obstacle(endpoint: str) -> str | None:
@@ -103,7 +103,7 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL, **settings
         )
     except Exception as error:  # of many kinds
-        raise CheckpointError(f"{directory} can't be loaded as {name}: {one_line(error)}") from None
+        raise CheckpointError(f"{directory} can't be loaded as {name}: {error}") from None
     problems = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
     if strict and problems:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in problems.items())
@@ -158,7 +158,7 @@ def tokenize(directories: Sequence[Path], texts: Sequence[str], max_length: int 
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(directory, **LOCAL)
     except Exception as error:  # of many kinds
-        raise CheckpointError(f"the tokenizer in {directory} can't be loaded: {one_line(error)}") from None
+        raise CheckpointError(f"the tokenizer in {directory} can't be loaded: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(max_length or 512, tokenizer.model_max_length)
@@ -169,7 +169,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"to run a model, pip install transformers ({one_line(error)})") from None
+        raise MissingDependencyError(f"to run a model, pip install transformers ({error})") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

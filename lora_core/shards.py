@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX_FILE, StoredTensor
 from .errors import LoraError, OutputError
-from .files import one_line
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,7 +67,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, LoraError):
             raise
-        reason = (error.strerror or one_line(error)).lower()
+        reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{output} can't be written: {reason}; nothing was left there") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
