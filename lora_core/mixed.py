@@ -120,16 +120,19 @@ def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Seque
 
 def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thread: int) -> Callable:
     """A forward hook that runs `module` on each row with that row's tensors, in the thread that asked for it."""
-    template = copy.deepcopy(module)  # its tensors are replaced, and that must not show in other threads
-    template._forward_hooks.clear()
+    # A copy, since its tensors are replaced, and that must not show in other threads. They register and remove hooks of
+    # their own meanwhile: deepcopy takes what the memo has for those tables, and does not walk through them.
+    hooks = module._forward_hooks, module._forward_hooks_with_kwargs
+    template = copy.deepcopy(module, {id(table): type(table)() for table in hooks})
 
     def run_row(tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda x: x[None], (args, kwargs))
         return tree_map_only(Tensor, lambda y: y[0], torch.func.functional_call(template, tensors, args, kwargs))
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if get_ident() != thread:
-            return output
+    def hook(_: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
+        if get_ident() != thread:  # a thread that runs while this hook comes or goes may leave out the keywords
+            return kwargs_and_output[-1]
+        kwargs, output = kwargs_and_output
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 check_rows(x, index)

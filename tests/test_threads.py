@@ -83,6 +83,19 @@ def test_eight_threads_with_eight_mixes_each_get_their_own_rows(architecture, bi
     assert not registry_of(model).mixing and not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_thread_that_runs_the_head_while_another_registers_its_hook(model):
+    x = tiny.batch(tokens=2)
+    active = model(x).detach()
+
+    def other():
+        torch.testing.assert_close(model(x).detach(), active)
+
+    with mixed_batch(model, ["b", None]):
+        head = model.classifier
+        head._forward_hooks_with_kwargs.clear()  # as torch has it between the two tables that it writes for a hook
+        run_in_threads([other])
+
+
 @pytest.fixture
 def model(tmp_path):
     """With two adapters, of which "a" is active, and "a" on disk."""
