@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lora_core.config import ALL_LINEAR
+
 from .models import PROJECTIONS
 
 LABELS = 2
@@ -95,17 +97,22 @@ def counted(architecture: Architecture, trains: str, settings: dict[str, Any]) -
         settings: r, target_modules, bias and use_dora of the adapter; more is ignored.
 
     Returns:
-        None where a target is not one of the four attention projections.
+        None where the targets are neither attention projections nor "all-linear".
     """
     a, dense = architecture, architecture.body + architecture.head
     if trains != "adapter":
         return Counts(0, {"nothing": 0, "head": a.head, "everything": dense}[trains], dense)
-    targets = settings["target_modules"]
-    if not set(targets) <= set(PROJECTIONS[a.model_type].values()):
+    targets = list(settings["target_modules"])
+    if targets == [ALL_LINEAR]:
+        adapted = a.linear
+    elif set(targets) <= set(PROJECTIONS[a.model_type].values()):
+        adapted = [(a.layers * len(targets), a.width, a.width)]
+    else:
         return None
-    layers = a.layers * len(targets)  # each width x width
-    adapter = layers * (settings["r"] * 2 * a.width + (a.width if settings.get("use_dora") else 0))
-    biases = {"none": 0, "lora_only": layers * a.width, "all": a.biases}[settings.get("bias", "none")]
+    outputs = sum(n * d_out for n, _, d_out in adapted)
+    adapter = sum(n * settings["r"] * (d_in + d_out) for n, d_in, d_out in adapted)
+    adapter += outputs if settings.get("use_dora") else 0
+    biases = {"none": 0, "lora_only": outputs, "all": a.biases}[settings.get("bias", "none")]
     # Head and biases are trained as copies; the base's own wait aside.
     trained = adapter + biases + a.head
     return Counts(adapter, trained, dense + trained)

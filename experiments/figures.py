@@ -6,6 +6,7 @@ dashes say the same again. Whiskers are 95 % Wilson intervals.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ STYLES = {
     "dora": ("#CC79A7", "*", "--"),
 }
 OTHER = ("#000000", "h", "-.")
+#: Of a sweep's sets of targets.
+TARGETS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
 
 def draw(group: Group, directory: Path) -> list[Path]:
@@ -143,16 +146,23 @@ def draw_sweep(rows: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def sweep(rows: Sequence[Mapping[str, float]]) -> pyplot.Figure:
-    """Accuracy of a sweep's trials against each setting, the best trial marked."""
+    """Accuracy of a sweep's trials against each setting, the best trial marked; a colour for each set of targets."""
     settings = {name: (name, 1) for name in ("rank", "alpha", "dropout")} | {"learning_rate": ("learning rate / 1e-4", 1e4)}
+    if len({row["lora_plus"] for row in rows}) > 1:
+        settings["lora_plus"] = ("LoRA+ ratio", 1)
+    targets = sorted({row["targets"] for row in rows})
     figure, grid = pyplot.subplots(1, len(settings), figsize=(SIZE[0], 2.8), sharey=True, layout="constrained")
     best = max(rows, key=lambda row: row["accuracy"])
     for axes, (name, (label, unit)) in zip(grid, settings.items(), strict=True):
         values = sorted({row[name] for row in rows})
-        axes.scatter([unit * row[name] for row in rows], [row["accuracy"] for row in rows], s=22, color="#0072B2", alpha=0.7)
+        for chosen, colour, marker in zip(targets, itertools.cycle(TARGETS), itertools.cycle("osv^"), strict=False):
+            some = [row for row in rows if row["targets"] == chosen]
+            x, y = [unit * row[name] for row in some], [row["accuracy"] for row in some]
+            group = (chosen or "the method's layers") if len(targets) > 1 else None
+            axes.scatter(x, y, s=22, color=colour, marker=marker, alpha=0.7, label=group)
         axes.scatter(unit * best[name], best["accuracy"], s=90, marker="*", color="#D55E00", zorder=3, label="best trial")
         axes.set_xlabel(label)
-        if name in ("rank", "alpha"):  # few values, each doubled
+        if name in ("rank", "alpha", "lora_plus"):  # few values, each a multiple of the last
             axes.set_xscale("log", base=2)
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.set_xlim(values[0] / 1.4, values[-1] * 1.4)
@@ -160,7 +170,7 @@ def sweep(rows: Sequence[Mapping[str, float]]) -> pyplot.Figure:
     grid[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     grid[0].set_ylabel("accuracy on held-out\ntraining sentences")
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
     return figure
 
 

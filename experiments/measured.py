@@ -8,20 +8,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from . import record
 from .errors import ExperimentError
-from .methods import METHODS
+from .methods import METHODS, Method
+from .models import PROJECTIONS
 
 #: Directories of a sweep's trials: judged on other sentences, so no results of the study.
 TRIALS = "trials"
 #: 1.96 standard errors to each side: 95 %.
 Z = statistics.NormalDist().inv_cdf(0.975)
 #: Settings of an adapter in which a run may differ from its method's recipe; a row's label names them.
-RECIPE = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "learning_rate": "learning rate"}
+RECIPE = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "lora_plus_ratio": "LoRA+ ratio",
+    "learning_rate": "learning rate",
+}  # fmt: skip
+PLAIN = {field.name: field.default for field in fields(Method)}  # what a run that records nothing of a setting had
 REQUIRED = (*record.IDENTITY, "accuracy", "f1", "trainable_parameters", "total_parameters", "adapter_parameters")
 REQUIRED += ("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds", "accuracy_by_epoch", "loss_history")
 
@@ -70,10 +75,19 @@ class Run:
         recipe = METHODS.get(self["method"])
         if recipe is None:
             return self["method"]
-        found = {name: self.settings.get(name, getattr(recipe, name)) for name in RECIPE}
+        found = {name: self.settings.get(name, PLAIN[name]) for name in RECIPE}
         other = [f"{RECIPE[name]} {value:g}" if isinstance(value, (int, float)) else f"{RECIPE[name]} {value}"
                  for name, value in found.items() if value != getattr(recipe, name)]  # fmt: skip
+        targets = self.settings.get("target_modules")
+        if recipe.adapts and targets and tuple(targets) != self._targets(recipe):
+            other.append(f"on {' '.join(targets)}")
         return recipe.name + (f" ({', '.join(other)})" if other else "")
+
+    def _targets(self, recipe: Method) -> tuple[str, ...]:
+        """The layers that the recipe names on this run's base; those of the run where the architecture is not known."""
+        known = PROJECTIONS.get(self["base_model"].get("model_type"))
+        own = tuple(dict.fromkeys(known[role] for role in recipe.roles)) if known else self.settings["target_modules"]
+        return recipe.target_modules or tuple(own)
 
 
 @dataclass(frozen=True)

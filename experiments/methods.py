@@ -29,8 +29,9 @@ class Method:
         bias: which of the base's biases are trained too: "none", "lora_only" (those of adapted layers) or "all".
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
         use_dora: train the magnitude of each output apart from its direction (Liu et al., "DoRA", arXiv 2402.09353).
+        lora_plus_ratio: how many times A's learning rate B has (Hayou et al., "LoRA+", arXiv 2402.12354); 1 for plain LoRA.
         roles: the attention projections that carry adapters; `models.projections` turns them into names.
-        target_modules: names to use instead of roles.
+        target_modules: names to use instead of roles, or "all-linear" alone.
     """
 
     name: str
@@ -44,8 +45,13 @@ class Method:
     bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    lora_plus_ratio: float = 1.0
     roles: tuple[str, ...] = ATTENTION
     target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lora_plus_ratio < math.inf:
+            raise ExperimentError(f"lora_plus_ratio must be a number above 0, not {self.lora_plus_ratio}")
 
     @property
     def adapts(self) -> bool:

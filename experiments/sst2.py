@@ -30,7 +30,7 @@ from .methods import METHODS, NOTHING, Method
 from .parallel import Processes, first_prints
 from .stopping import Stopped
 
-ADAPTER_FLAGS = ("--rank", "--alpha", "--dropout", "--target-modules", "--bias")
+ADAPTER_FLAGS = ("--rank", "--alpha", "--dropout", "--target-modules", "--bias", "--lora-plus")
 
 
 def parser() -> Parser:
@@ -54,9 +54,10 @@ def parser() -> Parser:
     adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank")
     adapter.add_argument("--dropout", type=float, metavar="P", help="chance that an adapter's input is zeroed in training")
     adapter.add_argument(
-        "--target-modules", type=names, metavar="NAMES", help="layers to adapt, comma-separated: query,value"
+        "--target-modules", type=names, metavar="NAMES", help="layers to adapt, comma-separated: query,value; or all-linear"
     )
     adapter.add_argument("--bias", choices=("none", "lora_only", "all"), help="which of the base's biases are trained too")
+    adapter.add_argument("--lora-plus", type=float, metavar="RATIO", help="B's learning rate over A's; 1 for plain LoRA")
 
     schedule_flags(p.add_argument_group("the schedule"))
     checkpoint_flags(p.add_argument_group("stopping and going on"))
@@ -71,6 +72,7 @@ def chosen_method(args: argparse.Namespace) -> Method:
         "lora_dropout": args.dropout,
         "target_modules": args.target_modules,
         "bias": args.bias,
+        "lora_plus_ratio": args.lora_plus,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     method = METHODS[args.method]

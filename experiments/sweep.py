@@ -2,6 +2,7 @@
 
     python -m experiments.sweep                              12 random settings
     python -m experiments.sweep --search grid --ranks 4,16,32 --alphas 16,32,64 --dropouts 0.1 --learning-rates 3e-4
+    python -m experiments.sweep --target-modules query,value/all-linear --lora-plus 1,4,16     these are searched over too
 
 The validation set is left out: what is chosen on it can't be judged on it. Every trial starts from the same seed, head and
 sentences, so that only its settings differ. Trials that are done are skipped.
@@ -32,27 +33,35 @@ from .methods import METHODS, Method
 
 CSV, FIGURE = "sweep.csv", "sweep.png"
 #: What is searched over, in the order of the columns.
-SETTINGS = ("rank", "alpha", "dropout", "learning_rate")
+SETTINGS = ("rank", "alpha", "dropout", "learning_rate", "lora_plus", "targets")
 COLUMNS = (*SETTINGS, "accuracy", "f1", "loss", "trained", "seconds")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the search."""
+    """One point of the search. Without targets they are the method's own."""
 
     rank: int
     alpha: float
     dropout: float
     learning_rate: float
+    lora_plus: float = 1.0
+    targets: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"r{self.rank}-alpha{self.alpha:g}-dropout{self.dropout:g}-lr{self.learning_rate:g}"
+        numbers = f"r{self.rank}-alpha{self.alpha:g}-dropout{self.dropout:g}-lr{self.learning_rate:g}"
+        return "-".join([numbers, *([f"plus{self.lora_plus:g}"] if self.lora_plus != 1 else []), *self.targets])
 
     def applied(self, method: Method) -> Method:
         """`method` with this setting."""
-        changes = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-        return dataclasses.replace(method, learning_rate=self.learning_rate, **changes)
+        changes = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "lora_plus_ratio": self.lora_plus}
+        targets = self.targets or method.target_modules
+        return dataclasses.replace(method, learning_rate=self.learning_rate, target_modules=targets, **changes)
+
+    def cells(self) -> dict[str, Any]:
+        """The settings as the table shows them."""
+        return dict(zip(SETTINGS, (*dataclasses.astuple(self)[:-1], " ".join(self.targets)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Space:
     alphas: tuple[float, ...] = (16, 32, 64)
     dropouts: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     learning_rates: tuple[float, ...] = (1e-4, 2e-4, 3e-4, 5e-4)
+    lora_plus: tuple[float, ...] = (1,)
+    targets: tuple[tuple[str, ...], ...] = ((),)
 
     def __post_init__(self) -> None:
         if min(self.learning_rates) <= 0:  # a random search takes their logarithms
@@ -85,6 +96,8 @@ class Space:
                 rng.choice(self.alphas),
                 round(rng.uniform(min(self.dropouts), max(self.dropouts)), 2),
                 _rounded(math.exp(rng.uniform(*(math.log(f(self.learning_rates)) for f in (min, max))))),
+                rng.choice(self.lora_plus),
+                rng.choice(self.targets),
             )
             found[setting] = None
             if len(found) == trials:
@@ -105,12 +118,15 @@ def parser() -> Parser:
     search = p.add_argument_group("the search")
     search.add_argument("--search", choices=("random", "grid"), default="random", help="random settings, or every combination")
     search.add_argument("--trials", type=int, default=12, metavar="N", help="how many random settings")
-    for name, kind in (("ranks", int), ("alphas", float), ("dropouts", float), ("learning-rates", float)):
+    of = {"lora-plus": "ratios of B's learning rate to A's"}
+    for name in ("ranks", "alphas", "dropouts", "learning-rates", "lora-plus"):
         values = getattr(usual, name.replace("-", "_"))
-        text = f"of the search; {','.join(f'{value:g}' for value in values)} if not given"
+        text = f"{of.get(name, name.replace('-', ' '))} to search; {','.join(f'{value:g}' for value in values)} if not given"
+        kind = int if name == "ranks" else float
         search.add_argument(f"--{name}", type=listed(kind), default=values, metavar="NUMBERS", help=text)
     search.add_argument("--method", choices=METHODS, metavar="METHOD", default="lora", help="whose settings they are")
-    search.add_argument("--target-modules", type=names, metavar="NAMES", help="layers to adapt; the method's if not given")
+    several = "layers to adapt, the method's if not given; sets to search, separated by slashes: query,value/all-linear"
+    search.add_argument("--target-modules", type=sets, default=usual.targets, metavar="NAMES", help=several)
     what = p.add_argument_group("what to train on what")
     source_flags(what)
     what.add_argument("--held-out", type=int, default=1000, metavar="N", help="sentences of the training set to judge on")
@@ -118,6 +134,11 @@ def parser() -> Parser:
     what.add_argument("--overwrite", action="store_true", help="do again what is done")
     schedule_flags(p.add_argument_group("the schedule"), without=("learning_rate",), train_samples=4000, epochs=2)
     return p
+
+
+def sets(text: str) -> tuple[tuple[str, ...], ...]:
+    """A type for argparse: "a,b/c" -> (("a", "b"), ("c",))."""
+    return tuple(names(part) for part in text.split("/"))
 
 
 def split(data: Any, train: int, held_out: int, seed: int) -> Any:
@@ -148,9 +169,7 @@ def sweep(args: argparse.Namespace) -> int:
     method = METHODS[args.method]
     if not method.adapts:
         raise ExperimentError(f"--method {method.name} has no adapter, so there is nothing to search")
-    if args.target_modules:
-        method = dataclasses.replace(method, target_modules=args.target_modules)
-    space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates)
+    space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates, args.lora_plus, args.target_modules)
     settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
     schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
     from . import data, models, record
@@ -175,7 +194,8 @@ def sweep(args: argparse.Namespace) -> int:
     from .figures import draw_sweep
 
     draw_sweep(rows, args.output_dir / FIGURE)
-    best = ", ".join(f"{name} {rows[0][name]:g}" for name in SETTINGS)
+    found = {name: rows[0][name] for name in SETTINGS if rows[0][name] != ""}
+    best = ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in found.items())
     print(f"best: {best}: accuracy {rows[0]['accuracy']:.1%} of {args.held_out:,}")
     print(f"table: {args.output_dir / CSV}; figure: {args.output_dir / FIGURE}")
     return 0
@@ -183,8 +203,8 @@ def sweep(args: argparse.Namespace) -> int:
 
 def row(setting: Setting, metrics: dict[str, Any]) -> dict[str, Any]:
     """A trial's line in the table."""
-    values = (metrics[key] for key in ("accuracy", "f1", "loss", "trainable_parameters", "train_seconds"))
-    return dict(zip(COLUMNS, (*dataclasses.astuple(setting), *values), strict=True))
+    keys = ("accuracy", "f1", "loss", "trainable_parameters", "train_seconds")
+    return setting.cells() | dict(zip(COLUMNS[len(SETTINGS) :], (metrics[key] for key in keys), strict=True))
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

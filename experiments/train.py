@@ -73,6 +73,8 @@ class Job:
         seed = schedule.pop("seed")
         adapter = {key: getattr(self.method, key) for key in ("quantize", "r", "lora_alpha", "lora_dropout")}
         adapter |= variants(self.method)
+        if self.method.lora_plus_ratio != 1:
+            adapter["lora_plus_ratio"] = self.method.lora_plus_ratio
         return {
             "method": self.method.name,
             "base_model": {"name": self.base.name, "source": self.base.source, "why": self.base.why, **shape},
@@ -149,6 +151,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
             validation_set,
             title=job.method.name,
             course=course,
+            lora_plus_ratio=job.method.lora_plus_ratio,
         )
         outcome = trainer.run(learn=job.method.trains != NOTHING)
         metrics = {

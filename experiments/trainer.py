@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+
+from lora_core import lora_plus_groups
 
 from .batches import TokenisedTexts, batches
 from .errors import ExperimentError
@@ -71,6 +74,7 @@ class SentimentTrainer(ResumableTrainer):
         validation: TokenisedTexts,
         title: str,
         course: Course,
+        lora_plus_ratio: float = 1.0,
     ) -> None:
         data = {"train_dataset": train, "eval_dataset": validation, "compute_metrics": accuracy_and_f1}
         try:
@@ -83,11 +87,24 @@ class SentimentTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback)
         self.progress = Progress(title, len(train), shown=course.processes.first)
         self.add_callback(self.progress)
-        self.heap, self.weight = GiveBack(), 1.0
+        self.heap, self.weight, self.lora_plus_ratio = GiveBack(), 1.0, lora_plus_ratio
         self.add_callback(self.heap)
         if course.processes.count > 1:
             self.model_accepts_loss_kwargs = False  # every model's loss is then the mean over the rows that it is given
             set_seed(arguments.seed + course.processes.rank)  # other dropout masks in each process
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        if self.optimizer is None and self.lora_plus_ratio != 1:
+            decayed = set(self.get_decay_parameter_names(self.model))  # all but biases and norms, as without LoRA+
+            decayed = {id(p) for name, p in self.model.named_parameters() if name in decayed}
+            groups = [
+                {**group, "params": [p for p in group["params"] if (id(p) in decayed) == decays], "weight_decay": decay}
+                for group in lora_plus_groups(self.model, self.args.learning_rate, self.lora_plus_ratio)
+                for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+            ]
+            adamw, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = adamw(groups, **settings)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = batches(self.train_dataset, self.args.train_batch_size, seed=self.args.seed)

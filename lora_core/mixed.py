@@ -132,7 +132,7 @@ def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thre
     def hook(_: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         if get_ident() != thread:  # a thread that runs while this hook comes or goes may leave out the keywords
             return kwargs_and_output[-1]
-        kwargs, output = kwargs_and_output
+        kwargs = kwargs_and_output[0]
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 check_rows(x, index)

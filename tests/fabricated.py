@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments import record
 from experiments.methods import METHODS
+from experiments.models import PROJECTIONS
 
 COMMITTED = Path(__file__).parents[1] / "experiments" / "results"
 _TEMPLATE = json.loads((COMMITTED / "sst2-minilm-lora" / "metrics.json").read_text())
@@ -22,7 +23,10 @@ def metrics(method="lora", accuracy=0.87, seed=0, **changes):
     recipe = METHODS[method]
     if recipe.adapts:
         made["hyperparameters"] |= {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "quantize": recipe.quantize}
-        made["hyperparameters"] |= {"bias": recipe.bias} if recipe.bias != "none" else {}
+        targets = recipe.target_modules or [PROJECTIONS[made["base_model"]["model_type"]][role] for role in recipe.roles]
+        made["hyperparameters"] |= {"target_modules": list(targets)}
+        own = {"bias": recipe.bias, "lora_plus_ratio": recipe.lora_plus_ratio}
+        made["hyperparameters"] |= {name: value for name, value in own.items() if value not in ("none", 1)}
     else:
         for key in ("quantize", "r", "lora_alpha", "lora_dropout"):
             del made["hyperparameters"][key]

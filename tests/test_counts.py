@@ -56,6 +56,15 @@ def test_bytes_of_the_base(name):
     assert SMALL[name].base_bytes(quantize=True) == base_weight_bytes(model)
 
 
+@BY_ARCHITECTURE
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "lora_only"}])
+def test_adapters_on_every_linear_layer(name, settings):
+    model = tiny.build(name)
+    inject(model, LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS", **settings))
+    found = counted(SMALL[name], "adapter", {"r": 3, "target_modules": ["all-linear"], **settings})
+    assert found == model_counts(model)
+
+
 def test_other_targets_have_no_closed_form_here():
     assert counted(SMALL["bert"], "adapter", {"r": 2, "target_modules": ["query", "intermediate.dense"]}) is None
 

@@ -37,7 +37,7 @@ def test_the_published_table_is_a_floor_for_its_own_base_and_budget(tmp_path, ac
 
 
 def test_a_shorter_run_is_not_held_against_the_published_table(tmp_path):
-    made = fabricated.metrics("lora", 0.6, base_model={"name": "distilbert-base-uncased"})
+    made = fabricated.metrics("lora", 0.6, base_model={"name": "distilbert-base-uncased", "model_type": "distilbert"})
     made["data"]["train"] = 12_000
     assert verdict(judged(tmp_path, made), "lora, SST-2 x 3, distilbert") == NOT_RUN
 

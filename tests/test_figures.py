@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from experiments import figures, measured
 from experiments.methods import METHODS
+from experiments.sweep import Setting
 from tests import fabricated
 
 
@@ -116,7 +117,7 @@ def test_every_method_has_a_look_of_its_own():
 
 def test_a_sweep_s_figure_marks_the_best(tmp_path, close):
     rows = [
-        {"rank": r, "alpha": a, "dropout": 0.1, "learning_rate": 1e-4 * r, "accuracy": 0.8 + r / 100 - a / 1e4}
+        Setting(r, a, 0.1, 1e-4 * r).cells() | {"accuracy": 0.8 + r / 100 - a / 1e4}
         for r, a in itertools.product((4, 8), (16, 32))
     ]
     figure = figures.sweep(rows)
@@ -126,6 +127,18 @@ def test_a_sweep_s_figure_marks_the_best(tmp_path, close):
     assert np.allclose(stars, [(x, 0.8784) for x in (8, 16, 0.1, 8)])
     figures.draw_sweep(rows, tmp_path / "sweep.png")
     assert imread(tmp_path / "sweep.png").shape[1] > 800
+
+
+def test_a_sweep_over_targets_and_lora_plus_shows_them(close):
+    rows = [
+        Setting(8, 16, 0.1, 1e-4, plus, targets).cells() | {"accuracy": 0.8 + plus / 100}
+        for plus, targets in itertools.product((1, 4, 16), ((), ("query", "value"), ("all-linear",)))
+    ]
+    figure = figures.sweep(rows)
+    assert not overlapping(figure)
+    assert figure.axes[-1].get_xlabel() == "LoRA+ ratio"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["the method's layers", "all-linear", "query value", "best trial"]
 
 
 def test_files_are_named_after_what_they_show(group, tmp_path):

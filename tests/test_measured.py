@@ -51,8 +51,13 @@ def test_other_budgets_are_other_groups_and_most_methods_come_first(tmp_path):
 def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
     other = fabricated.metrics("lora")
     other["hyperparameters"] |= {"r": 4, "bias": "all"}
-    (found,) = rows(tmp_path, fabricated.metrics("lora"), other).values()
-    assert found == [("lora", 1), ("lora (rank 4, bias all)", 1)]
+    wide = fabricated.metrics("lora")
+    wide["hyperparameters"] |= {"target_modules": ["all-linear"], "lora_plus_ratio": 4}
+    less = fabricated.metrics("bias")
+    del less["hyperparameters"]["bias"]  # as a run with --bias none records it
+    (found,) = rows(tmp_path, fabricated.metrics("lora"), other, wide, less).values()
+    labels = ["lora", "lora (LoRA+ ratio 4, on all-linear)", "lora (rank 4, bias all)", "bias (bias none)"]
+    assert found == [(label, 1) for label in labels]
 
 
 def test_a_largest_value_needs_every_seed(tmp_path):

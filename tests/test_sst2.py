@@ -71,10 +71,11 @@ def test_the_learning_rate_is_the_method_s_unless_another_is_asked_for(argv, rat
 
 def test_flags_change_the_method():
     numbers = ("--rank", "4", "--alpha", "8", "--dropout", "0")
-    args = command.parser().parse_args(["--method", "lora", *numbers, "--target-modules", "query, value", "--bias", "all"])
+    args = command.parser().parse_args(["--method", "lora", *numbers, "--target-modules", "query, value", "--bias", "all",
+                                     "--lora-plus", "8"])  # fmt: skip
     method = command.chosen_method(args)
     assert (method.r, method.lora_alpha, method.lora_dropout) == (4, 8, 0)
-    assert method.target_modules == ("query", "value") and method.bias == "all"
+    assert method.target_modules == ("query", "value") and (method.bias, method.lora_plus_ratio) == ("all", 8)
 
 
 LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu")
@@ -91,6 +92,7 @@ LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu")
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--method", "base", "--rank", "4"], "--method base has no adapter; leave out --rank"),
         (["--method", "full", "--bias", "all"], "--method full has no adapter; leave out --rank"),
+        (["--lora-plus", "0"], "lora_plus_ratio must be a number above 0, not 0.0"),
         (["--bias", "some"], "argument --bias: invalid choice: 'some'"),
         (["--data", "nowhere"], "'nowhere' is no directory"),
         (["--data", "packaged", "--model", "./nowhere"], "'./nowhere' is no directory and no name of the Hub"),

@@ -44,6 +44,18 @@ def test_a_setting_changes_its_method_and_nothing_else():
     assert (changed.name, changed.roles, changed.quantize) == (lora.name, lora.roles, lora.quantize)
 
 
+def test_targets_and_lora_plus_can_be_searched_too():
+    space = Space(lora_plus=(1, 8), targets=((), ("query", "value"), ("all-linear",)))
+    drawn = space.sample(30, seed=0)
+    assert {setting.lora_plus for setting in drawn} == {1, 8}
+    assert {setting.targets for setting in drawn} == {(), ("query", "value"), ("all-linear",)}
+    lora = METHODS["lora"]
+    assert Setting(4, 64, 0.3, 2e-4).applied(lora).target_modules is lora.target_modules
+    changed = Setting(4, 64, 0.3, 2e-4, 8, ("query", "value")).applied(lora)
+    assert (changed.lora_plus_ratio, changed.target_modules) == (8, ("query", "value"))
+    assert Setting(4, 64, 0.3, 2e-4, 8, ("query", "value")).name == "r4-alpha64-dropout0.3-lr0.0002-plus8-query-value"
+
+
 def sentiment(texts):
     train_split = Split(tuple(texts), np.arange(len(texts), dtype=np.uint8) % 2)
     return SentimentData("D", "here", "test", train_split, Split(("never this one",), np.array([1], dtype=np.uint8)))
@@ -98,7 +110,7 @@ def test_a_sweep_leaves_a_table_and_a_figure_and_goes_on_where_it_stopped(call, 
     assert [float(row["accuracy"]) for row in rows] == sorted((float(row["accuracy"]) for row in rows), reverse=True)
     assert {row["trained"] for row in rows} == {str(6 * 4 * r * 768 + 770) for r in (4, 8)}
     assert (tmp_path / "sweep.png").is_file()
-    assert f"best: rank {rows[0]['rank']}, alpha 16, dropout 0.1, learning_rate 0.0005: accuracy" in out
+    assert f"best: rank {rows[0]['rank']}, alpha 16, dropout 0.1, learning_rate 0.0005, lora_plus 1: accuracy" in out
     assert measured.read(tmp_path) == []  # trials are no results of the study
 
     done = []
@@ -118,6 +130,8 @@ def test_a_sweep_leaves_a_table_and_a_figure_and_goes_on_where_it_stopped(call, 
         (["--method", "full"], "--method full has no adapter, so there is nothing to search"),
         (["--ranks", "4,x"], "'4,x' is no comma-separated list of numbers"),
         (["--ranks", "0", "--trials", 1], "r must be a positive integer, not 0"),
+        (["--lora-plus", "0"], "lora_plus_ratio must be a number above 0, not 0"),
+        (["--target-modules", "query/"], "'' is no comma-separated list of names"),
         (["--learning-rates", "0"], "learning rates must be above 0"),
         (["--train-samples", 96], "are more than the 96 training sentences give"),
     ],

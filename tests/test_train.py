@@ -94,6 +94,25 @@ def test_variants_reach_the_adapter_s_file_and_the_record(tmp_path, small_data, 
     assert label in ("negative", "positive") and 0.5 <= probability <= 1
 
 
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_lora_plus_moves_b_faster_and_nothing_else(tmp_path, small_data, ratio):
+    from safetensors.torch import load_file
+
+    from experiments.sst2 import main
+
+    argv = ["--method", "lora", "--model", "packaged", "--data", str(small_data), "--device", "cpu", "--learning-rate", "1e-3"]
+    moving = ["--max-steps", "1", "--warmup", "0", "--max-grad-norm", "0", "--weight-decay", "0", "--lora-plus", str(ratio)]
+    assert main([*argv, *moving, "--output-dir", str(tmp_path)]) == 0
+    settings = metrics_of(tmp_path)["hyperparameters"]
+    assert settings.get("lora_plus_ratio", 1) == ratio
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    # Adam's first step is the learning rate in every element whose gradient is not tiny. B starts at zero, so A has none yet.
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            assert tensor.abs().median() == pytest.approx(1e-3 * ratio, rel=1e-2)
+    assert tensors["base_model.model.classifier.bias"].abs().max() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_every_linear_layer_can_be_meant(tmp_path, small_data):
     from experiments.sst2 import main
 
