@@ -10,7 +10,7 @@ and, with g = s dy B, its gradients are
 
 Written as separate autograd operations this makes several passes over tensors of the size of x and y, and autograd
 keeps copies of them. `lora_linear` is one autograd function instead. For the backward it keeps x itself (shared by the
-layers that read the same x), the thin product dropout(x) A^T, and one bit an element for the dropout; the update is
+layers that read the same x), the thin product dropout(x) A^T, and the seed of the dropout's mask; the update is
 added into the base layer's output in place, dx is built in one buffer, and no gradient for W is computed.
 
 Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
@@ -18,14 +18,17 @@ Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_keep_mask, first_derivative_only, pack_bits, unpack_bits
+from .dropout import draw_keep_mask, first_derivative_only, same_keep_mask
+
+#: Elements of a block of rows that is masked at a time: 1 MiB of float32.
+BLOCK = 2**18
 
 
 def lora_linear(
@@ -114,16 +117,16 @@ class _LoraLinear(torch.autograd.Function):
         need_A, need_B = ctx.needs_input_grad[3:5]
         x_cast = x.to(dtype)
         x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
-        keep = h = None
+        keep = source = h = None
         if dropout:
-            keep, kept = draw_keep_mask(x2.shape, dropout, x.device)
+            keep, kept, source = draw_keep_mask(x2.shape, dropout, x.device)
             s = s / kept  # dropout's rescaling, on one number instead of on every element
         if keep is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
             y = base_linear(x_cast, weight, bias, B.shape[0], lambda w: fold(w, A, B, s, dense))
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
             y = base_linear(x_cast, weight, bias, B.shape[0], dense)  # ... d_out
-            h = (x2 if keep is None else keep.to(dtype).mul_(x2)) @ A.t()  # T r
+            h = x2 @ A.t() if keep is None else masked_product(x2, keep, A)  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
         ctx.save_for_backward(
@@ -132,40 +135,72 @@ class _LoraLinear(torch.autograd.Function):
             A,
             B,
             h if need_B else None,
-            pack_bits(keep) if keep is not None and any(ctx.needs_input_grad) else None,
+            source,
         )
-        ctx.s, ctx.dense, ctx.x_dtype = s, dense, x.dtype
+        ctx.s, ctx.dropout, ctx.dense, ctx.x_dtype = s, dropout, dense, x.dtype
         return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        x, weight, A, B, h, bits = ctx.saved_tensors
+        x, weight, A, B, h, source = ctx.saved_tensors
         s, dense = ctx.s, ctx.dense
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        dx = dA = dB = dbias = None
+        dA = dB = dbias = None
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
         x_shape = (dy2.shape[0], A.shape[1])
         x2 = None if x is None else x.to(dy.dtype).reshape(x_shape)  # T d_in
-        keep = None if bits is None else unpack_bits(bits, x_shape).to(dy.dtype)  # T d_in, of ones and zeros
         g = (dy2 @ B).mul_(s)  # T r
+        dx = dy2.new_empty(x_shape) if need_x else None
+        if source is not None:
+            dA = masked_gradients(x2, same_keep_mask(source, x_shape, ctx.dropout), g, A, dx)
+        elif need_A:
+            dA = g.t() @ x2
         if need_x:
-            if keep is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense):
-                dx = dy2.new_empty(x_shape)
+            if source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense):
                 torch.mm(dy2, fold(weight, A, B, s, dense), out=dx)
             else:
-                dx = g @ A
-                dx = dx if keep is None else dx.mul_(keep)
+                if source is None:
+                    torch.mm(g, A, out=dx)
                 dx.addmm_(dy2, dense(weight) if dense else weight)
             dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
         if need_B:
             h = x2 @ A.t() if h is None else h
-            dB = (dy2.t() @ h).mul_(s)
-        if need_A:
-            dA = g.t() @ (x2 if keep is None else keep.mul_(x2))
+            dB = (h.t() @ dy2).mul_(s).t()  # this way round the sum over T runs along the rows of dy
         if need_bias:
             dbias = dy2.sum(0)
         return dx, None, dbias, dA, dB, None, None, None, None
+
+
+def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
+    """(keep * x) A^T, (T, r), for a mask `keep` of ones and zeros, (T, d_in), uint8."""
+    h = x.new_empty(x.shape[0], A.shape[0])
+    for rows in blocks(x.shape, x):
+        torch.mm(keep[rows].to(x.dtype).mul_(x[rows]), A.t(), out=h[rows])
+    return h
+
+
+def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
+    """The gradients of `masked_product` for g, (T, r): that of A, (r, d_in), unless x is None; that of x into dx, if given."""
+    dA = None if x is None else torch.zeros_like(A)
+    for rows in blocks(keep.shape, g):
+        some, mask = g[rows], keep[rows].to(g.dtype)
+        if dx is not None:
+            torch.mm(some, A, out=dx[rows]).mul_(mask)
+        if dA is not None:
+            dA.addmm_(some.t(), mask.mul_(x[rows]))
+    return dA
+
+
+def blocks(shape: tuple[int, int], like: Tensor) -> Iterator[slice]:
+    """The rows of a matrix in blocks, on a CPU so small that a block stays in a core's cache from one use to the next.
+
+    One block on a GPU; and where `like` has 16 bits, in which sums over blocks would be rounded after each.
+    """
+    rows, width = shape
+    whole = like.device.type != "cpu" or like.element_size() < 4
+    size = max(1, rows if whole else BLOCK // max(1, width))
+    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def base_linear(

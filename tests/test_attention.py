@@ -34,11 +34,11 @@ def test_outputs_and_gradients_are_those_of_the_formula_with_the_mask_that_was_d
 
     def remember(*args):
         drawn.append(draw(*args))
-        return drawn[-1][0].clone(), drawn[-1][1]
+        return drawn[-1][0].clone(), *drawn[-1][1:]
 
     monkeypatch.setattr(engine, "draw_keep_mask", remember)
     result, weights = attention.attention(module, query, key, value, mask, dropout=0.25)
-    ((keep, kept),) = drawn
+    ((keep, kept, _),) = drawn
     expected = slow_attention(query, key, value, mask, keep.double(), kept)
     assert weights is None and 0 < (keep == 0).sum() < keep.numel() / 2
     torch.testing.assert_close(result, expected)  # float64: rounding alone

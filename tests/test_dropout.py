@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_core import use_fast_dropout
-from lora_core.dropout import FastDropout, draw_keep_mask, dropout, pack_bits, unpack_bits
+from lora_core.dropout import FastDropout, draw_keep_mask, dropout, same_keep_mask
 
 
 def test_it_zeroes_and_rescales_and_the_gradient_uses_the_same_mask():
@@ -41,16 +41,42 @@ def test_inputs_of_any_layout():
 
 def test_the_mask_is_never_empty_of_chances():
     for p in (0.999, 0.9999999):
-        mask, kept = draw_keep_mask(torch.Size((100_000,)), p, torch.device("cpu"))
+        mask, kept, _ = draw_keep_mask(torch.Size((100_000,)), p, torch.device("cpu"))
         assert kept == 1 / 256 and mask.sum() > 0
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1001])
-def test_packing_bits_is_lossless(count):
-    mask = torch.randint(0, 2, (count,), dtype=torch.uint8)
-    packed = pack_bits(mask)
-    assert packed.numel() == math.ceil(count / 8)
-    assert torch.equal(unpack_bits(packed, (count,)), mask)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (3, 3), (4, 0, 2), (7, 11, 13)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_a_mask_is_made_again_from_what_is_kept_of_it(shape, p):
+    mask, _, source = draw_keep_mask(torch.Size(shape), p, torch.device("cpu"))
+    assert mask.shape == shape and mask.dtype == torch.uint8 and ((mask == 0) | (mask == 1)).all()
+    assert source.nbytes == 32
+    torch.rand(100)  # whatever is drawn in between
+    assert torch.equal(same_keep_mask(source, shape, p), mask)
+
+
+def test_masks_come_from_torch_s_generator_and_differ():
+    def draw():
+        return draw_keep_mask(torch.Size((1000,)), 0.5, torch.device("cpu"))[0]
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first) and torch.equal(draw(), second)
+    # Two independent masks agree in half of the places, within five standard errors.
+    assert abs((first == second).double().mean().item() - 0.5) < 5 * 0.5 / 1000**0.5
+
+
+def test_every_place_of_a_word_is_kept_alike():
+    p = 0.1
+    mask, kept, _ = draw_keep_mask(torch.Size((100_000, 8)), p, torch.device("cpu"))
+    assert kept == 1 - 26 / 256
+    error = (kept * (1 - kept) / 100_000) ** 0.5
+    assert ((mask.double().mean(0) - kept).abs() < 5 * error).all()
+    # Neighbours are independent: the covariance of each pair of places is zero within five standard errors.
+    centred = mask.double() - kept
+    covariance = (centred.t() @ centred / 100_000).fill_diagonal_(0)
+    assert covariance.abs().max() < 5 * kept * (1 - kept) / 100_000**0.5
 
 
 def test_use_fast_dropout_replaces_what_it_says():
@@ -83,9 +109,9 @@ def test_in_place_dropout_stays_in_place():
     assert layer(x) is x and (x == 0).any()
 
 
-def test_it_keeps_bits_for_the_backward():
+def test_it_keeps_a_seed_for_the_backward():
     kept = []
     x = torch.ones(64, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dropout(x, 0.1)
-    assert sum(t.nbytes for t in kept) == x.numel() // 8
+    assert sum(t.nbytes for t in kept) == 32
