@@ -34,6 +34,7 @@ STYLES = {
     "bias": ("#CC79A7", "X", "-"),
     "rslora": ("#009E73", "<", "--"),
     "dora": ("#CC79A7", "*", "--"),
+    "best": ("#000000", ">", "-"),
 }
 OTHER = ("#000000", "h", "-.")
 #: Of a sweep's sets of targets.

@@ -74,7 +74,7 @@ METHODS = {
         Method("bias", "LoRA that trains the adapted layers' biases too; --bias all: every bias", bias="lora_only"),
         Method("rslora", "LoRA scaled by alpha / sqrt(rank)", use_rslora=True),
         Method("dora", "LoRA with a trained magnitude for each output", use_dora=True),
-        # The best of 14 random settings on part of SST-2's training set, judged on another part: results/sweep-best.
+        # The best of 14 random settings on a part of SST-2's training set, judged on another part: results/sweep/sweep.csv.
         Method(
             "best",
             "what a sweep found: rank 32 on every linear layer, and LoRA+",

@@ -55,30 +55,6 @@ def test_a_mask_is_made_again_from_what_is_kept_of_it(shape, p):
     assert torch.equal(same_keep_mask(source, shape, p), mask)
 
 
-def test_masks_come_from_torch_s_generator_and_differ():
-    def draw():
-        return draw_keep_mask(torch.Size((1000,)), 0.5, torch.device("cpu"))[0]
-
-    torch.manual_seed(3)
-    first, second = draw(), draw()
-    torch.manual_seed(3)
-    assert torch.equal(draw(), first) and torch.equal(draw(), second)
-    # Two independent masks agree in half of the places, within five standard errors.
-    assert abs((first == second).double().mean().item() - 0.5) < 5 * 0.5 / 1000**0.5
-
-
-def test_every_place_of_a_word_is_kept_alike():
-    p = 0.1
-    mask, kept, _ = draw_keep_mask(torch.Size((100_000, 8)), p, torch.device("cpu"))
-    assert kept == 1 - 26 / 256
-    error = (kept * (1 - kept) / 100_000) ** 0.5
-    assert ((mask.double().mean(0) - kept).abs() < 5 * error).all()
-    # Neighbours are independent: the covariance of each pair of places is zero within five standard errors.
-    centred = mask.double() - kept
-    covariance = (centred.t() @ centred / 100_000).fill_diagonal_(0)
-    assert covariance.abs().max() < 5 * kept * (1 - kept) / 100_000**0.5
-
-
 def test_use_fast_dropout_replaces_what_it_says():
     class Own(nn.Dropout):
         pass

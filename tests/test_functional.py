@@ -105,7 +105,9 @@ def test_both_ways_to_multiply_follow_the_equation(shape, dtype, dense, way):
 @DTYPES
 @SHAPES
 @pytest.mark.parametrize("dense", [None, torch.clone], ids=["dense", "packed"])
-def test_dropout_uses_one_mask_in_forward_and_backward(shape, dtype, dense):
+@pytest.mark.parametrize("block", [1, 3 * D_IN, functional.BLOCK], ids=["rows", "blocks", "whole"])
+def test_dropout_uses_one_mask_in_forward_and_backward(shape, dtype, dense, block, monkeypatch):
+    monkeypatch.setattr(functional, "BLOCK", block)
     tensors, dy = make(shape, dtype)
     mask, kept = recover_mask(shape, 0.3, seed=5)
     torch.manual_seed(5)

@@ -1,11 +1,14 @@
 """The recipes say what the study says, and a schedule refuses what makes no sense."""
 
+import csv
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from experiments import methods
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS, Schedule
 
@@ -30,6 +33,16 @@ def test_each_method_is_lora_but_for_what_its_name_says():
     for name, changes in differences.items():
         found = METHODS[name]
         assert found == dataclasses.replace(lora, name=name, summary=found.summary, **changes)
+
+
+def test_best_is_the_best_that_the_sweep_found():
+    with (Path(methods.__file__).parent / "results" / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = max(rows, key=lambda row: float(row["accuracy"]))
+    best = METHODS["best"]
+    numbers = [best.r, best.lora_alpha, best.lora_dropout, best.learning_rate, best.lora_plus_ratio]
+    assert numbers == [float(found[name]) for name in ("rank", "alpha", "dropout", "learning_rate", "lora_plus")]
+    assert " ".join(best.target_modules) == found["targets"]
 
 
 def test_what_is_trained_without_an_adapter():
