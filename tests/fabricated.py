@@ -22,7 +22,8 @@ def metrics(method="lora", accuracy=0.87, seed=0, **changes):
     made["accuracy_by_epoch"] = [*made["accuracy_by_epoch"][:-1], accuracy]
     recipe = METHODS[method]
     if recipe.adapts:
-        made["hyperparameters"] |= {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "quantize": recipe.quantize}
+        for key in ("r", "lora_alpha", "lora_dropout", "quantize"):
+            made["hyperparameters"][key] = getattr(recipe, key)
         targets = recipe.target_modules or [PROJECTIONS[made["base_model"]["model_type"]][role] for role in recipe.roles]
         made["hyperparameters"] |= {"target_modules": list(targets)}
         own = {"bias": recipe.bias, "lora_plus_ratio": recipe.lora_plus_ratio}
