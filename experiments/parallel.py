@@ -88,7 +88,8 @@ class Processes:
                 answer = decide()
             except LoraError as raised:
                 error = raised
-        (answer,) = self.reduce([answer])
+        with lost_processes():
+            (answer,) = self.reduce([answer])
         if error is not None:
             raise error
         if answer < 0:
@@ -103,22 +104,23 @@ class Processes:
         """
         digest = hashlib.sha256(json.dumps(settings).encode()).digest()
         number = int.from_bytes(digest[:6], "big")
-        if self.count > 1 and self.reduce([number, -number]) != [number, -number]:
+        with lost_processes():
+            same = self.count == 1 or self.reduce([number, -number]) == [number, -number]
+        if not same:
             raise ExperimentError(
                 "the processes do not have the same settings, data or base model; give each the same command, with --model "
                 "and --data, and the same files"
             )
 
     def reduce(self, numbers: list[int]) -> list[int]:
-        """The largest of each of these numbers in any process."""
+        """The largest of each of these numbers in any process. What is to be said where one is lost, the caller knows."""
         if self.count == 1:
             return numbers
         import torch
 
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
-        with lost_processes():
-            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
 
     def share(self, batch: dict[str, Any]) -> tuple[dict[str, Any], float]:

@@ -138,6 +138,17 @@ def test_the_first_decides_for_all(monkeypatch):
         Processes(2, 1).first_decides(refuse)
 
 
+def test_a_process_that_is_lost_in_a_step_is_told_of_as_the_training_does(monkeypatch):
+    def closed(*args):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", closed)
+    says = "see what that one says, and start with --resume"
+    with pytest.raises(ExperimentError, match=says), parallel.lost_processes(then=lambda: "start with --resume"):
+        Processes(count=2).reduce([0])
+
+
 def test_only_the_loss_of_a_process_is_taken_for_one():
     says = "lost another process: Connection closed by peer; see what that one says, and start all of them again"
     with pytest.raises(ExperimentError, match=says), parallel.lost_processes():
