@@ -13,7 +13,7 @@ from .counts import counted
 from .expected import architectures, known
 from .measured import Group, Row, margin, percent
 from .methods import METHODS
-from .models import PROJECTIONS
+from .models import layer_names
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_RUN = "supported", "contradicted", "can't be told apart", "not run"
 REACHED, MISSED = "reached", "missed"
@@ -128,8 +128,7 @@ def recounted() -> Iterator[tuple[str, ...]]:
 def settings(method: str) -> dict:
     """What `counts.counted` needs of a recipe on a DistilBERT, the study's base."""
     recipe = METHODS[method]
-    targets = [PROJECTIONS["distilbert"][role] for role in recipe.roles]
-    return {"r": recipe.r, "target_modules": targets, "bias": recipe.bias}
+    return {"r": recipe.r, "target_modules": layer_names("distilbert", recipe.roles), "bias": recipe.bias}
 
 
 def disagreements() -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from . import record
 from .errors import ExperimentError
 from .methods import METHODS, Method
-from .models import PROJECTIONS
+from .models import PROJECTIONS, layer_names
 
 #: Directories of a sweep's trials: judged on other sentences, so no results of the study.
 TRIALS = "trials"
@@ -85,9 +85,11 @@ class Run:
 
     def _targets(self, recipe: Method) -> tuple[str, ...]:
         """The layers that the recipe names on this run's base; those of the run where the architecture is not known."""
-        known = PROJECTIONS.get(self["base_model"].get("model_type"))
-        own = tuple(dict.fromkeys(known[role] for role in recipe.roles)) if known else self.settings["target_modules"]
-        return recipe.target_modules or tuple(own)
+        if recipe.target_modules:
+            return recipe.target_modules
+        architecture = self["base_model"].get("model_type")
+        known = architecture in PROJECTIONS
+        return layer_names(architecture, recipe.roles) if known else tuple(self.settings["target_modules"])
 
 
 @dataclass(frozen=True)

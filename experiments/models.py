@@ -146,6 +146,11 @@ def projections(base: BaseModel, roles: Sequence[str]) -> tuple[str, ...]:
             f"model {base.name}: no target layers are known for {architecture!r} (known: {known}); name them with "
             "--target-modules"
         )
+    return layer_names(architecture, roles)
+
+
+def layer_names(architecture: str, roles: Sequence[str]) -> tuple[str, ...]:
+    """What the layers that play `roles` are called in a known architecture, each once."""
     return tuple(dict.fromkeys(PROJECTIONS[architecture][role] for role in roles))
 
 

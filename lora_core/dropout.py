@@ -4,9 +4,9 @@
 
 Each element compares one random byte with a threshold, and eight bytes are drawn at a time, where `F.dropout` draws a
 double for each element. So the probability is rounded to a multiple of 1/256 (0.1 to 26/256), and the rescaling uses the
-rounded value. On a CPU torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bytes: twice as fast,
-and for the backward the seed is kept and the mask made again. So masks are reproducible under torch's seed, and the same
-under gradient checkpointing.
+rounded value. On a CPU torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bytes, in less time
+than torch would draw them; for the backward the seed is kept and the mask made again. So masks are reproducible under
+torch's seed, and the same under gradient checkpointing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments import record
 from experiments.methods import METHODS
-from experiments.models import PROJECTIONS
+from experiments.models import layer_names
 
 COMMITTED = Path(__file__).parents[1] / "experiments" / "results"
 _TEMPLATE = json.loads((COMMITTED / "sst2-minilm-lora" / "metrics.json").read_text())
@@ -24,7 +24,7 @@ def metrics(method="lora", accuracy=0.87, seed=0, **changes):
     if recipe.adapts:
         for key in ("r", "lora_alpha", "lora_dropout", "quantize"):
             made["hyperparameters"][key] = getattr(recipe, key)
-        targets = recipe.target_modules or [PROJECTIONS[made["base_model"]["model_type"]][role] for role in recipe.roles]
+        targets = recipe.target_modules or layer_names(made["base_model"]["model_type"], recipe.roles)
         made["hyperparameters"] |= {"target_modules": list(targets)}
         own = {"bias": recipe.bias, "lora_plus_ratio": recipe.lora_plus_ratio}
         made["hyperparameters"] |= {name: value for name, value in own.items() if value not in ("none", 1)}
