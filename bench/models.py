@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import peft
@@ -74,6 +74,7 @@ def classifier(
     quantize: bool = False,
     device: str = "cpu",
     like: nn.Module | None = None,
+    prepare: Callable[[nn.Module], Any] | None = None,
 ) -> nn.Module:
     """MiniLM as one candidate trains it, in training mode.
 
@@ -82,8 +83,11 @@ def classifier(
         targets: the layers that carry adapters.
         quantize: whether the base is in NF4.
         like: for peft: the model of ours to take A, B and head from.
+        prepare: called with the plain model first.
     """
     model = minilm().to(device)
+    if prepare:
+        prepare(model)
     torch.manual_seed(0)  # two models of ours get the same A and B
     compute_dtype = torch.bfloat16 if device == "cuda" else None
     config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=DROPOUT, target_modules=targets, task_type="SEQ_CLS")

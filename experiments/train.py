@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_nf4, save_adapter, use_fast_dropout
+from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_nf4, save_adapter
+from lora_core import use_fast_dropout, use_fast_linear
 from lora_core.adapters import ParameterCount
 from lora_core.config import ALL_LINEAR
 from lora_core.probe import save_probe
@@ -127,8 +128,10 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
     train_split = _sample(job.data.train, schedule)
     set_seed(schedule.seed)  # before the head is initialised
     classifier = load_classifier(job.base)
-    prepare(classifier, job)
     model = classifier.model
+    if job.device == "cpu":
+        use_fast_linear(model)  # before layers are packed or adapted
+    prepare(classifier, job)
     if job.device == "cpu":  # the base's own dropout, drawn faster; on a GPU it costs nothing worth saving
         use_fast_dropout(model)
         use_fast_attention(model)

@@ -32,6 +32,7 @@ from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .mixed import mixed_batch
 from .nf4 import QuantizationReport, quantize_nf4
+from .products import use_fast_linear
 from .sharding import packed_parameters
 from .storage import load_adapter, save_adapter
 
@@ -71,4 +72,5 @@ __all__ = [
     "unload",
     "unmerge_adapter",
     "use_fast_dropout",
+    "use_fast_linear",
 ]

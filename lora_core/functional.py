@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .dropout import draw_keep_mask, first_derivative_only, same_keep_mask
 
-#: Elements of a block of rows that is masked at a time: 1 MiB of float32.
-BLOCK = 2**18
+#: Elements of a block of rows that is masked at a time: 2 MiB of float32.
+BLOCK = 2**19
 
 
 def lora_linear(
@@ -41,6 +41,7 @@ def lora_linear(
     dropout: float = 0.0,
     dense: Callable[[Tensor], Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
     """A linear layer with a low-rank update: x W^T + b + scaling * dropout(x) A^T B^T.
 
@@ -56,6 +57,7 @@ def lora_linear(
         dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
             backward, so that only the packed form is kept in between.
         dtype: what to compute in, and the result's dtype; None: autocast's if that is on, else that of x.
+        linear: how the base layer multiplies: `F.linear`, or `products.product`.
 
     Returns:
         y, (..., d_out).
@@ -70,7 +72,7 @@ def lora_linear(
         # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
         x, W = x.to(dtype), dense(weight) if dense else weight
         return F.linear(x, W, bias) + lora_product(x, lora_A, lora_B, scaling, dropout)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense, dtype)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense, dtype, linear)
 
 
 def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -113,7 +115,7 @@ class _LoraLinear(torch.autograd.Function):
     """The fused form of `lora_linear`; the module docstring has the equations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, s, dropout, dense, dtype):
+    def forward(ctx, x, weight, bias, A, B, s, dropout, dense, dtype, linear):
         need_A, need_B = ctx.needs_input_grad[3:5]
         x_cast = x.to(dtype)
         x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
@@ -122,10 +124,10 @@ class _LoraLinear(torch.autograd.Function):
             keep, kept, source = draw_keep_mask(x2.shape, dropout, x.device)
             s = s / kept  # dropout's rescaling, on one number instead of on every element
         if keep is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
-            y = base_linear(x_cast, weight, bias, B.shape[0], lambda w: fold(w, A, B, s, dense))
+            y = linear(x_cast, fold(weight, A, B, s, dense), bias)  # ... d_out
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-            y = base_linear(x_cast, weight, bias, B.shape[0], dense)  # ... d_out
+            y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous()  # ... d_out
             h = x2 @ A.t() if keep is None else masked_product(x2, keep, A)  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
@@ -137,7 +139,7 @@ class _LoraLinear(torch.autograd.Function):
             h if need_B else None,
             source,
         )
-        ctx.s, ctx.dropout, ctx.dense, ctx.x_dtype = s, dropout, dense, x.dtype
+        ctx.s, ctx.dropout, ctx.dense, ctx.linear, ctx.x_dtype = s, dropout, dense, linear, x.dtype
         return y
 
     @staticmethod
@@ -146,30 +148,30 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, A, B, h, source = ctx.saved_tensors
         s, dense = ctx.s, ctx.dense
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        dA = dB = dbias = None
+        dx = dA = dB = dbias = None
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
         x_shape = (dy2.shape[0], A.shape[1])
         x2 = None if x is None else x.to(dy.dtype).reshape(x_shape)  # T d_in
         g = (dy2 @ B).mul_(s)  # T r
-        dx = dy2.new_empty(x_shape) if need_x else None
+        folded = source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
+        if need_x:
+            W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
+            dx = ctx.linear(dy2, W.t())  # T d_in
+            del W
         if source is not None:
             dA = masked_gradients(x2, same_keep_mask(source, x_shape, ctx.dropout), g, A, dx)
-        elif need_A:
-            dA = g.t() @ x2
+        else:
+            dA = g.t() @ x2 if need_A else None
+            if need_x and not folded:
+                dx.addmm_(g, A)
         if need_x:
-            if source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense):
-                torch.mm(dy2, fold(weight, A, B, s, dense), out=dx)
-            else:
-                if source is None:
-                    torch.mm(g, A, out=dx)
-                dx.addmm_(dy2, dense(weight) if dense else weight)
             dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
         if need_B:
             h = x2 @ A.t() if h is None else h
             dB = (h.t() @ dy2).mul_(s).t()  # this way round the sum over T runs along the rows of dy
         if need_bias:
             dbias = dy2.sum(0)
-        return dx, None, dbias, dA, dB, None, None, None, None
+        return dx, None, dbias, dA, dB, None, None, None, None, None
 
 
 def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
@@ -181,12 +183,12 @@ def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
 
 
 def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
-    """The gradients of `masked_product` for g, (T, r): that of A, (r, d_in), unless x is None; that of x into dx, if given."""
+    """The gradients of `masked_product` for g, (T, r): that of A, (r, d_in), unless x is None; that of x is added to dx."""
     dA = None if x is None else torch.zeros_like(A)
     for rows in blocks(keep.shape, g):
         some, mask = g[rows], keep[rows].to(g.dtype)
         if dx is not None:
-            torch.mm(some, A, out=dx[rows]).mul_(mask)
+            dx[rows].addcmul_(some @ A, mask)
         if dA is not None:
             dA.addmm_(some.t(), mask.mul_(x[rows]))
     return dA
@@ -201,57 +203,6 @@ def blocks(shape: tuple[int, int], like: Tensor) -> Iterator[slice]:
     whole = like.device.type != "cpu" or like.element_size() < 4
     size = max(1, rows if whole else BLOCK // max(1, width))
     return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def base_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, d_out: int, dense: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """x W^T + b, (..., d_out), contiguous, with W = dense(weight), outside of autograd.
-
-    Where W must be made, the result is allocated first: W then lies behind it, and leaves no hole between the tensors
-    kept for the backward when it goes.
-    """
-    if dense is None:
-        return F.linear(x, weight, bias).contiguous()
-    y = x.new_empty(*x.shape[:-1], d_out)
-    x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, d_out)
-    if bias is None:
-        torch.mm(x2, dense(weight).t(), out=y2)
-    else:
-        torch.addmm(bias, x2, dense(weight).t(), out=y2)
-    return y
-
-
-def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, d_out: int, dense: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """x W^T + b, computed in `dtype`, with W = dense(weight) frozen and made again in the backward, never kept.
-
-    Shapes as for `lora_linear`; `bias` may be trained.
-    """
-    bias = None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
-        return F.linear(x.to(dtype), dense(weight), bias)
-    return _FrozenLinear.apply(x.to(dtype), weight, bias, d_out, dense)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """The fused form of `frozen_linear`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, d_out, dense):
-        ctx.save_for_backward(weight)
-        ctx.d_in, ctx.dense = x.shape[-1], dense
-        return base_linear(x, weight, bias, d_out, dense)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
-        need_x, _, need_bias = ctx.needs_input_grad[:3]
-        dx = base_linear(dy, weight, None, ctx.d_in, lambda W: ctx.dense(W).t()) if need_x else None
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
-        return dx, None, dbias, None, None
 
 
 # --- which way to multiply ------------------------------------------------------------------------------------------

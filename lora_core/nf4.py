@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingDependencyError, QuantizationError
-from .functional import autocast_dtype, frozen_linear
+from .functional import autocast_dtype
+from .products import FastLinear, frozen_linear
 from .targets import is_head, match_patterns, output_layer
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +104,7 @@ def quantize_nf4(
         if not isinstance(module, nn.Linear) or is_quantized(module):
             continue
         trained = freezing and module.weight.requires_grad
-        if type(module) is not nn.Linear or module is head or is_head(path) or trained or _named(path, skipped_names):
+        if type(module) not in (nn.Linear, FastLinear) or module is head or is_head(path) or trained or _named(path, skipped_names):
             left.append(path)
         elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
             kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
@@ -190,7 +191,7 @@ def linear_4bit_class() -> type[nn.Linear]:
 def frozen_forward(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias, (..., d_out), with the dequantised weight W of a 4-bit layer."""
     dtype, result_dtype = compute_dtypes(layer, x)
-    y = frozen_linear(x, layer.weight, bias, layer.out_features, dequantizer(layer, dtype), dtype)
+    y = frozen_linear(x, layer.weight, bias, dequantizer(layer, dtype), dtype)
     return y.to(result_dtype)
 
 

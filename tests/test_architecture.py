@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "heap",
     "dropout",
+    "products",
     "functional",
     "lowrank",
     "pruning",

@@ -8,7 +8,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_core import functional
-from lora_core.functional import dora_factor, fold_, frozen_linear, lora_linear
+from lora_core.functional import dora_factor, fold_, lora_linear
+from lora_core.products import frozen_linear
 
 D_IN, D_OUT, R, SCALING = 13, 7, 3, 0.75
 
@@ -227,8 +228,8 @@ def test_gradients_accumulate_over_two_uses_of_one_layer():
 def test_frozen_linear_is_the_equation_without_an_adapter():
     tensors, _ = make((2, 3))
     x, b = tensors["x"], tensors["b"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, b: frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype), (x, b))
-    y = frozen_linear(x, tensors["W"], b, D_OUT, torch.clone, x.dtype)
+    assert torch.autograd.gradcheck(lambda x, b: frozen_linear(x, tensors["W"], b, torch.clone), (x, b))
+    y = frozen_linear(x, tensors["W"], b, torch.clone)
     assert torch.equal(y, torch.nn.functional.linear(x, tensors["W"], b))
 
 
@@ -478,7 +479,7 @@ def test_a_packed_weight_is_not_kept_dense():
         return made[-1]
 
     x, W = tensors["x"], tensors["W"]
-    kept, _ = saved_tensors(lambda: (run(tensors, dense=dense)[0], frozen_linear(x, W, None, D_OUT, dense, x.dtype)))
+    kept, _ = saved_tensors(lambda: (run(tensors, dense=dense)[0], frozen_linear(x, W, None, dense)))
     pointers = {t.untyped_storage().data_ptr() for t in kept}
     assert made and not pointers & {t.untyped_storage().data_ptr() for t in made}
     assert W.untyped_storage().data_ptr() in pointers

@@ -7,10 +7,11 @@ import functools
 from torch import nn
 
 from ..nf4 import is_quantized
+from ..products import FastLinear
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
-from .linear import Lora4bit, LoraConv1D, LoraLinear
+from .linear import Lora4bit, LoraConv1D, LoraFastLinear, LoraLinear
 
 
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
@@ -23,6 +24,8 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         return base
     if base is nn.Linear:
         return LoraLinear
+    if base is FastLinear:
+        return LoraFastLinear
     if is_quantized(module) and isinstance(module, nn.Linear):
         return _subclass(Lora4bit, base)
     if base.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' class, which is not imported here

@@ -13,20 +13,27 @@ from torch import Tensor, nn
 
 from ..functional import distance, lora_linear, lora_product
 from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward, repack
+from ..products import FastLinear, fast_linear, product
 from .base import LoraLayer, Product, RowAdapters
 
 
 class LinearLayer(LoraLayer):
-    """The products of a linear layer, however it stores its weight."""
+    """The products of a linear layer, however it stores its weight.
+
+    Attributes:
+        base_product: how the base layer multiplies, as `F.linear` is called.
+    """
+
+    base_product = staticmethod(F.linear)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         return lora_product(x, A, B, scaling, dropout)
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
-        y = lora_linear(x, self.as_matrix(self.weight), bias, *first)
-        for product in more:
-            y = y + lora_product(x, *product)
+        y = lora_linear(x, self.as_matrix(self.weight), bias, *first, linear=self.base_product)
+        for one in more:
+            y = y + lora_product(x, *one)
         return y
 
     def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
@@ -55,8 +62,19 @@ class LoraLinear(LinearLayer, nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
+class LoraFastLinear(LoraLinear, FastLinear):
+    """A `FastLinear` that carries adapters."""
+
+    base_product = staticmethod(product)
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        return fast_linear(x, self.weight, bias)
+
+
 class Lora4bit(LoraLinear):
     """A 4-bit linear layer that carries adapters: it computes with the dequantised weight, made anew each time."""
+
+    base_product = staticmethod(product)
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
         if not self.lora_folded:
@@ -67,9 +85,9 @@ class Lora4bit(LoraLinear):
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
         dtype, result_dtype = compute_dtypes(self, x)
-        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype)
-        for product in more:
-            y = y + lora_product(x.to(dtype), *product)
+        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype, self.base_product)
+        for one in more:
+            y = y + lora_product(x.to(dtype), *one)
         return y.to(result_dtype)
 
     def dense_weight(self) -> Tensor:
