@@ -7,13 +7,19 @@ double for each element. So the probability is rounded to a multiple of 1/256 (0
 rounded value. On a CPU torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bytes, in less time
 than torch would draw them; for the backward the seed is kept and the mask made again. So masks are reproducible under
 torch's seed, and the same under gradient checkpointing.
+
+LoRA layers that read the very same tensor one after another (query, key and value; gate and up) share its mask, as the merged
+projections of loralib do: each still drops every element with probability p, independently of all others.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
+import weakref
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +115,95 @@ def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
         return source
     words = np.random.PCG64DXSM(_Seed(source)).random_raw((math.prod(shape) + 7) // 8)
     return _keep_mask(torch.from_numpy(words.view(np.uint8)), shape, p)
+
+
+class KeepMask(NamedTuple):
+    """A drawn mask: `keep`, uint8, 1 or 0; p; `kept`, the probability of a 1; `source`, from which it can be made again."""
+
+    keep: Tensor
+    p: float
+    kept: float
+    source: Tensor
+
+
+def keep_mask_for(x: Tensor, p: float, reader: int) -> KeepMask:
+    """A mask for x, (..., d_in), as rows, (T, d_in): the one of the layer before, if that read this very tensor.
+
+    A layer that reads x again, in another pass, gets a fresh mask. So does one on the other side of a checkpoint's border:
+    what is recomputed alone must find its mask in the generator.
+
+    Args:
+        x: the input.
+        p: as for `draw_keep_mask`.
+        reader: what tells the layer from others.
+    """
+    last, now = _reading.last, _circumstances(x, p)
+    if last and last.x() is x and last.circumstances == now and reader not in last.readers:
+        last.readers.add(reader)
+        return last.mask
+    shape = torch.Size((x.numel() // max(1, x.shape[-1]), x.shape[-1]))
+    keep, kept, source = draw_keep_mask(shape, p, x.device)
+    mask = KeepMask(keep, p, kept, source)
+    _reading.last = _Reading(_forgetting(x, _reading), now, {reader}, mask)
+    return mask
+
+
+def same_keep_mask_for(source: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+    """`same_keep_mask`, made once for the layers that read one tensor, whose backwards follow on one another."""
+    last = _remade.last
+    if last is None or last[0]() is not source:
+        _remade.last = last = (_forgetting(source, _remade), same_keep_mask(source, shape, p))
+    return last[1]
+
+
+class _Reading(NamedTuple):
+    """The tensor that was read last: a weak reference to it, its `_circumstances`, the readers so far, and their mask."""
+
+    x: Callable[[], Tensor | None]
+    circumstances: tuple
+    readers: set[int]
+    mask: KeepMask
+
+
+class _Last(threading.local):
+    last: Any = None
+
+
+_reading, _remade = _Last(), _Last()
+
+
+def _forgetting(tensor: Tensor, memory: _Last) -> weakref.ref:
+    """A weak reference to `tensor` that empties this thread's `memory` when the tensor goes, if that still is about it."""
+
+    def forget(reference: weakref.ref, slot: dict = vars(memory)) -> None:
+        if slot.get("last") and slot["last"][0] is reference:
+            slot["last"] = None
+
+    return weakref.ref(tensor, forget)
+
+
+def _circumstances(x: Tensor, p: float) -> tuple:
+    """What must be alike for two layers that read x to share its mask; never alike where that can't be known.
+
+    The version of x, and what tells the inside of a checkpoint from the outside: a reentrant one switches gradients off, the
+    other has hooks for the tensors saved inside, by which torch recognises them.
+    """
+    if x.is_inference() or _saved_tensors_hooks is None:
+        return (object(),)
+    hooks = _saved_tensors_hooks(True)
+    return (p, x._version, torch.is_grad_enabled(), hooks and _reference(hooks[0]))
+
+
+def _reference(hook: Callable) -> Any:
+    """Something equal for the same hook only, which does not keep it: it may hold x."""
+    try:
+        return weakref.ref(hook)
+    except TypeError:
+        return object()
+
+
+#: The innermost hooks on saved tensors; torch has no public way to ask for them. Without it nothing is shared.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _Seed(ISeedSequence):

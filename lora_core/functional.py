@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_keep_mask, first_derivative_only, same_keep_mask
+from .dropout import KeepMask, first_derivative_only, keep_mask_for, same_keep_mask_for
 
 #: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
@@ -53,7 +53,8 @@ def lora_linear(
         lora_B: B, (d_out, r), likewise.
         scaling: the factor before the update, a number (lora_alpha / r).
         dropout: probability with which an element of x is zeroed before A; 0 when not training. It is rounded to a
-            multiple of 1/256, drawn from torch's generator for x's device, and independent from call to call.
+            multiple of 1/256 and drawn from torch's generator for x's device. Layers that read the same tensor one after
+            another share its mask (`dropout.keep_mask_for`); from pass to pass it is independent.
         dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
             backward, so that only the packed form is kept in between.
         dtype: what to compute in, and the result's dtype; None: autocast's if that is on, else that of x.
@@ -72,7 +73,8 @@ def lora_linear(
         # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
         x, W = x.to(dtype), dense(weight) if dense else weight
         return F.linear(x, W, bias) + lora_product(x, lora_A, lora_B, scaling, dropout)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dense, dtype, linear)
+    mask = keep_mask_for(x, dropout, weight.data_ptr()) if dropout else None
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, dense, dtype, linear)
 
 
 def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -115,20 +117,19 @@ class _LoraLinear(torch.autograd.Function):
     """The fused form of `lora_linear`; the module docstring has the equations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, s, dropout, dense, dtype, linear):
+    def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, dense, dtype, linear):
         need_A, need_B = ctx.needs_input_grad[3:5]
         x_cast = x.to(dtype)
         x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
-        keep = source = h = None
-        if dropout:
-            keep, kept, source = draw_keep_mask(x2.shape, dropout, x.device)
-            s = s / kept  # dropout's rescaling, on one number instead of on every element
-        if keep is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
+        h = None
+        if mask:
+            s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
+        if mask is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
             y = linear(x_cast, fold(weight, A, B, s, dense), bias)  # ... d_out
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
             y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous()  # ... d_out
-            h = x2 @ A.t() if keep is None else masked_product(x2, keep, A)  # T r
+            h = masked_product(x2, mask.keep, A) if mask else x2 @ A.t()  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
         ctx.save_for_backward(
@@ -137,9 +138,9 @@ class _LoraLinear(torch.autograd.Function):
             A,
             B,
             h if need_B else None,
-            source,
+            mask.source if mask else None,
         )
-        ctx.s, ctx.dropout, ctx.dense, ctx.linear, ctx.x_dtype = s, dropout, dense, linear, x.dtype
+        ctx.s, ctx.p, ctx.dense, ctx.linear, ctx.x_dtype = s, mask and mask.p, dense, linear, x.dtype
         return y
 
     @staticmethod
@@ -159,7 +160,7 @@ class _LoraLinear(torch.autograd.Function):
             dx = ctx.linear(dy2, W.t())  # T d_in
             del W
         if source is not None:
-            dA = masked_gradients(x2, same_keep_mask(source, x_shape, ctx.dropout), g, A, dx)
+            dA = masked_gradients(x2, same_keep_mask_for(source, x_shape, ctx.p), g, A, dx)
         else:
             dA = g.t() @ x2 if need_A else None
             if need_x and not folded:

@@ -1,13 +1,25 @@
 """`FastDropout` means what `nn.Dropout` means, at a tenth of the cost. (The mask itself: see test_functional.py.)"""
 
+import gc
 import math
+import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from lora_core import use_fast_dropout
-from lora_core.dropout import FastDropout, draw_keep_mask, dropout, same_keep_mask
+from lora_core import dropout as engine
+from lora_core import functional, use_fast_dropout
+from lora_core.dropout import (
+    FastDropout,
+    draw_keep_mask,
+    dropout,
+    keep_mask_for,
+    same_keep_mask,
+    same_keep_mask_for,
+)
 
 
 def test_it_zeroes_and_rescales_and_the_gradient_uses_the_same_mask():
@@ -91,3 +103,134 @@ def test_it_keeps_a_seed_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dropout(x, 0.1)
     assert sum(t.nbytes for t in kept) == 32
+
+
+# --- one mask for the layers that read one tensor ----------------------------------------------------------------------
+
+
+def masks_of(*readings, p=0.5):
+    """The mask of each (x, reader), one after another."""
+    return [keep_mask_for(x, p, reader).keep for x, reader in readings]
+
+
+def test_layers_that_read_one_tensor_share_its_mask():
+    x = torch.rand(2, 30, 10)
+    q, k, v = masks_of((x, 1), (x, 2), (x, 3))
+    assert q is k is v and q.shape == (60, 10)
+
+
+def test_a_layer_that_reads_again_draws_again():
+    """The same batch, at every step the same tensor: without this the first layer would drop the same elements for ever."""
+    x = torch.rand(50, 10)
+    first, k, second, again = masks_of((x, 1), (x, 2), (x, 1), (x, 2))
+    assert first is k and second is again and not torch.equal(first, second)
+
+
+def test_nothing_is_shared_between_what_only_looks_alike():
+    x = torch.rand(50, 10)
+    (first,) = masks_of((x, 1))
+    others = [x.clone(), x.view(50, 10), x.detach()]
+    assert not any(torch.equal(first, masks_of((other, 2 + i))[0]) for i, other in enumerate(others))
+    a, b, c = masks_of((x, 1), (others[0], 2), (x, 3))  # another tensor in between
+    assert not torch.equal(a, c)
+    (before,) = masks_of((x, 1))
+    x.add_(1)
+    assert not torch.equal(before, masks_of((x, 2))[0])
+    with torch.inference_mode():
+        y = torch.rand(50, 10)
+        one, other = masks_of((y, 1), (y, 2))
+        assert not torch.equal(one, other)
+
+
+def test_another_probability_draws_another_mask():
+    x = torch.rand(50, 10)
+    first, second = keep_mask_for(x, 0.5, 1), keep_mask_for(x, 0.25, 2)
+    assert (first.p, second.p) == (0.5, 0.25) and (first.kept, second.kept) == (0.5, 0.75)
+    assert not torch.equal(first.keep, second.keep)
+
+
+def test_without_knowing_where_a_checkpoint_ends_nothing_is_shared(monkeypatch):
+    monkeypatch.setattr(engine, "_saved_tensors_hooks", None)
+    x = torch.rand(50, 10)
+    first, second = masks_of((x, 1), (x, 2))
+    assert not torch.equal(first, second)
+
+
+def test_threads_share_nothing():
+    x, found = torch.rand(50, 10), []
+    masks = [threading.Thread(target=lambda i=i: found.extend(masks_of((x, i)))) for i in range(2)]
+    for thread in masks:
+        thread.start()
+        thread.join()
+    assert not torch.equal(*found)
+
+
+def test_a_mask_goes_with_the_tensor_that_it_is_of():
+    x, source = torch.rand(50, 10), torch.zeros(4, dtype=torch.int64)
+    gone = weakref.ref(keep_mask_for(x, 0.5, 1).keep), weakref.ref(same_keep_mask_for(source, (50, 10), 0.5))
+    assert all(g() is not None for g in gone)
+    del x, source
+    gc.collect()
+    assert all(g() is None for g in gone)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("inside", ["", "q", "k", "v", "qk", "kv", "qv", "qkv"])
+@pytest.mark.parametrize("leaf", [False, True], ids=["activation", "leaf"])
+@pytest.mark.parametrize("backward_first", ["outside", "inside"])
+def test_a_layer_in_a_checkpoint_finds_its_mask_again(monkeypatch, inside, reentrant, leaf, backward_first):
+    """Whichever of q, k and v are checkpointed, alone or together, and whatever is freed before they run again."""
+    torch.manual_seed(0)
+    drawn = {}
+
+    def remember(x, p, reader):
+        mask = keep_mask_for(x, p, reader)
+        drawn.setdefault(reader, []).append(mask.keep.clone())
+        return mask
+
+    monkeypatch.setattr(functional, "keep_mask_for", remember)
+    W, A = torch.randn(3, 8, 8), torch.randn(3, 2, 8, requires_grad=True)
+    B = torch.randn(3, 8, 2, requires_grad=True)
+    x = torch.randn(20, 8, requires_grad=True)
+    x = x if leaf else x * 1
+
+    def layers(x, names):
+        found = [functional.lora_linear(x, W[i], None, A[i], B[i], 1.0, 0.5) for i in map("qkv".index, names)]
+        return torch.stack(found) if found else torch.zeros(0)
+
+    parts = {name: None for name in (inside, *(n for n in "qkv" if n not in inside))}
+    for name in sorted(parts, key=lambda name: name[:1]):
+        if name == inside and name:
+            parts[name] = checkpoint(layers, x, name, use_reentrant=reentrant)
+        else:
+            parts[name] = layers(x, name)
+    order = sorted((n for n in parts if n), key=lambda n: (n == inside) != (backward_first == "inside"))
+    for name in order:
+        part = parts.pop(name)
+        part.square().sum().backward(retain_graph=True)
+        del part
+    assert len(drawn) == 3 and sum(map(len, drawn.values())) == 3 + len(inside)
+    for masks in drawn.values():
+        assert all(torch.equal(masks[0], mask) for mask in masks)
+
+
+def test_gradients_of_layers_that_share_a_mask_are_those_of_plain_operations(monkeypatch):
+    torch.manual_seed(0)
+    masks = []
+    draw = functional.keep_mask_for
+    monkeypatch.setattr(functional, "keep_mask_for", lambda *a: masks.append(draw(*a)) or masks[-1])
+    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((7, 5), (2, 3, 5), (2, 2, 5), (2, 3, 2))]
+    outcomes = []
+    for plain in (False, True):
+        x, W, A, B = (t.clone().requires_grad_() for t in tensors)
+        W = W.detach()
+        if plain:
+            dropped = x * masks[0].keep / masks[0].kept
+            ys = [x @ W[i].t() + 2.0 * dropped @ A[i].t() @ B[i].t() for i in range(2)]
+        else:
+            ys = [functional.lora_linear(x, W[i], None, A[i], B[i], 2.0, 0.4) for i in range(2)]
+        (ys[0].square().sum() + ys[1].sin().sum()).backward()
+        outcomes.append([*ys, x.grad, A.grad, B.grad])
+    assert masks[0].keep is masks[1].keep
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
