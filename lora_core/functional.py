@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import KeepMask, first_derivative_only, keep_mask_for, same_keep_mask_for
+from .products import product
 
 #: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
@@ -129,7 +130,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
             y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous()  # ... d_out
-            h = masked_product(x2, mask.keep, A) if mask else x2 @ A.t()  # T r
+            h = masked_product(x2, mask.keep, A) if mask else product(x2, A)  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
         ctx.save_for_backward(
@@ -153,7 +154,10 @@ class _LoraLinear(torch.autograd.Function):
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
         x_shape = (dy2.shape[0], A.shape[1])
         x2 = None if x is None else x.to(dy.dtype).reshape(x_shape)  # T d_in
-        g = (dy2 @ B).mul_(s)  # T r
+        g = product(dy2, B.t()).mul_(s)  # T r
+        if need_B:
+            h = product(x2, A) if h is None else h
+            dB = (h.t() @ dy2).mul_(s).t()  # this way round the sum over T runs along the rows of dy
         folded = source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
         if need_x:
             W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
@@ -167,9 +171,6 @@ class _LoraLinear(torch.autograd.Function):
                 dx.addmm_(g, A)
         if need_x:
             dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
-        if need_B:
-            h = x2 @ A.t() if h is None else h
-            dB = (h.t() @ dy2).mul_(s).t()  # this way round the sum over T runs along the rows of dy
         if need_bias:
             dbias = dy2.sum(0)
         return dx, None, dbias, dA, dB, None, None, None, None, None
@@ -177,10 +178,8 @@ class _LoraLinear(torch.autograd.Function):
 
 def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
     """(keep * x) A^T, (T, r), for a mask `keep` of ones and zeros, (T, d_in), uint8."""
-    h = x.new_empty(x.shape[0], A.shape[0])
-    for rows in blocks(x.shape, x):
-        torch.mm(keep[rows].to(x.dtype).mul_(x[rows]), A.t(), out=h[rows])
-    return h
+    parts = [product(keep[rows].to(x.dtype).mul_(x[rows]), A) for rows in blocks(x.shape, x)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
@@ -189,21 +188,21 @@ def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: T
     for rows in blocks(keep.shape, g):
         some, mask = g[rows], keep[rows].to(g.dtype)
         if dx is not None:
-            dx[rows].addcmul_(some @ A, mask)
+            dx[rows].addcmul_(product(some, A.t()), mask)
         if dA is not None:
             dA.addmm_(some.t(), mask.mul_(x[rows]))
     return dA
 
 
 def blocks(shape: tuple[int, int], like: Tensor) -> Iterator[slice]:
-    """The rows of a matrix in blocks, on a CPU so small that a block stays in a core's cache from one use to the next.
+    """The rows of a matrix in blocks, one at least, on a CPU so small that a block stays in a core's cache from one use to the next.
 
     One block on a GPU; and where `like` has 16 bits, in which sums over blocks would be rounded after each.
     """
     rows, width = shape
     whole = like.device.type != "cpu" or like.element_size() < 4
     size = max(1, rows if whole else BLOCK // max(1, width))
-    return (slice(start, start + size) for start in range(0, rows, size))
+    return (slice(start, start + size) for start in range(0, max(1, rows), size))
 
 
 # --- which way to multiply ------------------------------------------------------------------------------------------

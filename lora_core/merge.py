@@ -18,7 +18,7 @@ from .adapters import unload
 from .errors import MergeError
 from .layers import LoraLayer
 from .nf4 import is_quantized, to_dense
-from .registry import activate, adapter_layers, as_names, check_not_mixing, find_adapter, registry_of, unwrap
+from .registry import activate, adapter_layers, as_names, check_not_mixing, find_adapter, registry_of, submodule, unwrap
 from .sharding import refuse_sharded
 
 
@@ -132,11 +132,11 @@ def merge_and_unload(
     unload(root)
     dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
     for path in () if requantize else quantized:
-        layer = root.get_submodule(path)
+        layer = submodule(root, path)
         if layer not in dense:
             dense[layer] = to_dense(layer)
         parent, _, name = path.rpartition(".")
-        setattr(root.get_submodule(parent), name, dense[layer])
+        setattr(submodule(root, parent), name, dense[layer])
     if dense:
         _forget_quantization(root)
     if dtype is not None:

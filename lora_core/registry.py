@@ -120,7 +120,14 @@ def adapter_layers(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Lo
     """(path, layer) of each layer that carries `adapter`."""
     model = unwrap(model)
     for path in adapter.layers:
-        yield path, model.get_submodule(path)
+        yield path, submodule(model, path)
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, as `get_submodule` finds it, in a tenth of its time: most of what switching and merging did."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]
+    return model
 
 
 def lora_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -230,13 +237,13 @@ def _set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
 def get_tensor(model: nn.Module, path: str) -> Tensor:
     """The parameter or buffer at `path`."""
     parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name)
+    return getattr(submodule(model, parent), name)
 
 
 def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
     """Puts `tensor` at `path` of `model`, in the place of the one that is there, on its device and in its dtype."""
     parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
+    module = submodule(model, parent)
     there = getattr(module, name)
     if (tensor.device, tensor.dtype) != (there.device, there.dtype):  # the model was moved or cast while this one waited
         tensor.data = tensor.data.to(there.device, there.dtype)
