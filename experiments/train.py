@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_nf4, save_adapter
-from lora_core import use_fast_dropout, use_fast_linear
+from lora_core import (
+    LoraConfig,
+    base_weight_bytes,
+    count_parameters,
+    inject,
+    quantize_nf4,
+    save_adapter,
+    use_fast_dropout,
+    use_fast_linear,
+)
 from lora_core.adapters import ParameterCount
 from lora_core.config import ALL_LINEAR
 from lora_core.probe import save_probe

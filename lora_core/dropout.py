@@ -174,8 +174,9 @@ _reading, _remade = _Last(), _Last()
 
 def _forgetting(tensor: Tensor, memory: _Last) -> weakref.ref:
     """A weak reference to `tensor` that empties this thread's `memory` when the tensor goes, if that still is about it."""
+    slot = vars(memory)  # this thread's, whichever drops the tensor
 
-    def forget(reference: weakref.ref, slot: dict = vars(memory)) -> None:
+    def forget(reference: weakref.ref) -> None:
         if slot.get("last") and slot["last"][0] is reference:
             slot["last"] = None
 

@@ -195,7 +195,7 @@ def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: T
 
 
 def blocks(shape: tuple[int, int], like: Tensor) -> Iterator[slice]:
-    """The rows of a matrix in blocks, one at least, on a CPU so small that a block stays in a core's cache from one use to the next.
+    """The rows of a matrix in blocks, one at least, on a CPU so small that the copy made of a block costs little memory.
 
     One block on a GPU; and where `like` has 16 bits, in which sums over blocks would be rounded after each.
     """

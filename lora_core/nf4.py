@@ -96,7 +96,7 @@ def quantize_nf4(
         raise QuantizationError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
 
     modules = dict(model.named_modules(remove_duplicate=False))
-    skipped_names = set().union(*match_patterns("skip", skip, list(modules)).values())
+    named = set().union(*match_patterns("skip", skip, list(modules)).values())
     freezing = any(not p.requires_grad for p in model.parameters())
     head = output_layer(model)
     chosen, left = {}, []
@@ -104,7 +104,7 @@ def quantize_nf4(
         if not isinstance(module, nn.Linear) or is_quantized(module):
             continue
         trained = freezing and module.weight.requires_grad
-        if type(module) not in (nn.Linear, FastLinear) or module is head or is_head(path) or trained or _named(path, skipped_names):
+        if type(module) not in (nn.Linear, FastLinear) or module is head or is_head(path) or trained or _named(path, named):
             left.append(path)
         elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
             kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)

@@ -55,7 +55,11 @@ def _cpu_vendor() -> str:
 
 
 def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dense: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x W^T + b, (..., d_out), by `product`, with W frozen: no gradient is computed for it.
 

@@ -131,7 +131,7 @@ def test_nothing_is_shared_between_what_only_looks_alike():
     (first,) = masks_of((x, 1))
     others = [x.clone(), x.view(50, 10), x.detach()]
     assert not any(torch.equal(first, masks_of((other, 2 + i))[0]) for i, other in enumerate(others))
-    a, b, c = masks_of((x, 1), (others[0], 2), (x, 3))  # another tensor in between
+    a, _, c = masks_of((x, 1), (others[0], 2), (x, 3))  # another tensor in between
     assert not torch.equal(a, c)
     (before,) = masks_of((x, 1))
     x.add_(1)

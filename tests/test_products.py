@@ -1,11 +1,11 @@
 """`product` and what is made of it, with each of the two libraries, against float64 and against `F.linear`."""
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import oracle
 from lora_core import LoraConfig, inject, merge_and_unload, products, quantize_nf4, unload, use_fast_linear
 from lora_core.errors import SecondDerivativeError
 from lora_core.layers.linear import LoraFastLinear
