@@ -51,9 +51,17 @@ class Samples:
 
     def ratio(self, above: str, below: str) -> Ratio:
         """Time of `above` over that of `below`."""
-        each = sorted(a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True))
-        low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
-        return Ratio(self.median(above) / self.median(below), low, high)
+        within = self.ratio_within_rounds(above, below)
+        return Ratio(self.median(above) / self.median(below), within.low, within.high)
+
+    def ratio_within_rounds(self, above: str, below: str) -> Ratio:
+        """The median of the ratios within a round, for work that differs from round to round.
+
+        There the medians of two candidates may fall into different rounds, and compare different work.
+        """
+        each = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+        return Ratio(middle, low, high)
 
 
 def interleave(

@@ -4,7 +4,8 @@
 
 On x86 torch multiplies float32 matrices with MKL, which keeps its fastest kernels to Intel's processors. oneDNN, which is in
 torch too, writes its kernels for the processor that it finds. On an AMD EPYC (Zen 4, two cores) it needs 0.88 to 0.95 of
-MKL's time for 900 and more rows of widths 384 to 3072, and 0.65 to 0.9 for fewer. Elsewhere everything here is torch's own.
+MKL's time for 900 and more rows of widths 384 to 3072, and 0.65 to 0.9 for fewer; but a call costs 10 to 15 us more, so small
+products stay where they are. Elsewhere everything here is torch's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from .dropout import first_derivative_only
 
+#: Multiplications from which oneDNN makes up for its dearer call: level at 1 to 6 million, ahead from there on.
+WORTH = 2**22
+
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (..., d_out), for x, (..., d_in), and W, (d_out, d_in), by the faster library. Outside of autograd."""
@@ -29,12 +33,12 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def faster_by_onednn(x: Tensor, W: Tensor) -> bool:
-    """Whether `product` takes oneDNN for these: matrices of float32 on a CPU that is not Intel's."""
+    """Whether `product` takes oneDNN for these: large enough matrices of float32, on an AMD CPU."""
     return (
         x.dtype == W.dtype == torch.float32
         and x.device.type == W.device.type == "cpu"
         and x.dim() > 1
-        and x.numel() > 0
+        and x.numel() * W.shape[0] >= WORTH
         and onednn_suits_cpu()
         and torch.backends.mkldnn.enabled
     )

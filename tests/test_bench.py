@@ -68,6 +68,7 @@ def test_medians_and_ratios_leave_the_warm_up_out():
     ratio = samples.ratio("a", "b")
     assert ratio.value == 4 / 3  # of the medians
     assert (ratio.low, ratio.high) == (1.5, 2.5)  # quartiles of 2, 1, 3
+    assert samples.ratio_within_rounds("a", "b") == Ratio(2.0, 1.5, 2.5)
 
 
 def test_short_calls_are_timed_in_bunches_of_the_same_size():

@@ -15,7 +15,6 @@ from lora_core import (
     inject,
     merge_adapter,
     merge_and_unload,
-    products,
     quantize_nf4,
     trainable_parameters,
     unload,
@@ -28,12 +27,6 @@ from lora_core.nf4 import dequantize, is_quantized, parameter_bytes, to_dense
 bnb = pytest.importorskip("bitsandbytes")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def torchs_product(monkeypatch):
-    """Products by `F.linear`, for comparison with a plain layer bit for bit; oneDNN's order of sums: test_products.py."""
-    monkeypatch.setattr(products, "onednn_suits_cpu", lambda: False)
 
 
 def dequantized(layer):
@@ -86,7 +79,7 @@ def test_each_block_is_rounded_to_the_nearest_nf4_value_times_its_largest_magnit
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("compute_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
-def test_forward_and_input_gradient_are_those_of_the_dequantised_layer_exactly(dtype, compute_dtype, adapted, torchs_product):
+def test_forward_and_input_gradient_are_those_of_the_dequantised_layer_exactly(dtype, compute_dtype, adapted):
     layer, _ = packed(dtype=dtype, compute_dtype=compute_dtype)
     twin = dense_twin(layer)
     if adapted:
@@ -136,7 +129,7 @@ def test_autocast_decides_the_compute_dtype():
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 5), (7, 13), (1, 1), (65, 127)], ids=str)
-def test_odd_shapes(shape, torchs_product):
+def test_odd_shapes(shape):
     layer, report = packed(shape)
     x = torch.randn(2, shape[1])
     torch.testing.assert_close(layer(x), dense_twin(layer)(x), rtol=0, atol=0)

@@ -17,6 +17,7 @@ def library(request, monkeypatch):
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "onednn_suits_cpu", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "WORTH", 1)
     return request.param
 
 
@@ -43,7 +44,8 @@ def test_product_takes_strided_matrices(library, strided):
     torch.testing.assert_close(product(x, W), F.linear(x.contiguous(), W.contiguous()), rtol=1e-5, atol=1e-6)  # 6 terms
 
 
-def test_only_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
+def test_only_large_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
+    monkeypatch.setattr(products, "WORTH", 4 * 5 * 3)
     x, W = values(4, 5), values(3, 5)
     for vendor, expected in [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), ("", False)]:
         monkeypatch.setattr(products, "_cpu_vendor", lambda vendor=vendor: vendor)
@@ -52,7 +54,7 @@ def test_only_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
     products.onednn_suits_cpu.cache_clear()
     monkeypatch.setattr(products, "onednn_suits_cpu", lambda: True)
     assert faster_by_onednn(x, W)
-    others = [(x.double(), W.double()), (x.bfloat16(), W.bfloat16()), (x[0], W), (x[:0], W), (x.to("meta"), W.to("meta"))]
+    others = [(x.double(), W.double()), (x.bfloat16(), W.bfloat16()), (x[0], W), (x[:3], W), (x[:0], W), (x.to("meta"), W.to("meta"))]
     assert not any(faster_by_onednn(*other) for other in others)
     try:
         torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.flags does, without its warning about TF32
@@ -106,6 +108,7 @@ def test_a_frozen_layer_under_autocast_returns_what_linear_does(library):
 
 def test_a_second_derivative_is_refused(monkeypatch):
     monkeypatch.setattr(products, "onednn_suits_cpu", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(products, "WORTH", 1)
     layer = nn.Linear(5, 3).requires_grad_(False)
     use_fast_linear(nn.Sequential(layer))
     if not faster_by_onednn(values(4, 5), layer.weight):
