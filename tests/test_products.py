@@ -54,7 +54,8 @@ def test_only_large_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
     products.onednn_suits_cpu.cache_clear()
     monkeypatch.setattr(products, "onednn_suits_cpu", lambda: True)
     assert faster_by_onednn(x, W)
-    others = [(x.double(), W.double()), (x.bfloat16(), W.bfloat16()), (x[0], W), (x[:3], W), (x[:0], W), (x.to("meta"), W.to("meta"))]
+    others = [(x.double(), W.double()), (x.bfloat16(), W.bfloat16()), (x.to("meta"), W.to("meta"))]
+    others += [(x[0], W), (x[:3], W), (x[:0], W)]
     assert not any(faster_by_onednn(*other) for other in others)
     try:
         torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.flags does, without its warning about TF32
