@@ -105,7 +105,8 @@ def draw_keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[T
         return same_keep_mask(seed, shape, p), kept, seed
     # Without the bounds random_() leaves the sign bit of an int64 zero, and every eighth byte would be below 128.
     words = torch.empty((shape.numel() + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None)
-    keep = _keep_mask(words.view(torch.uint8), shape, p)
+    drawn = words.view(torch.uint8)[: shape.numel()].view(shape)
+    keep = torch.ge(drawn, _threshold(p), out=drawn)
     return keep, kept, keep
 
 
@@ -113,21 +114,30 @@ def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
     """The mask that `draw_keep_mask` gave for this shape and p with `source`."""
     if source.device.type != "cpu":
         return source
-    words = np.random.PCG64DXSM(_Seed(source)).random_raw((math.prod(shape) + 7) // 8)
-    return _keep_mask(torch.from_numpy(words.view(np.uint8)), shape, p)
+    size = math.prod(shape)
+    drawn = np.random.PCG64DXSM(_Seed(source)).random_raw((size + 7) // 8).view(np.uint8)[:size]
+    np.greater_equal(drawn, _threshold(p), out=drawn.view(np.bool_))  # here, where the bytes are in the core's cache
+    return torch.from_numpy(drawn.reshape(shape))
 
 
-class KeepMask(NamedTuple):
-    """A drawn mask: `keep`, uint8, 1 or 0; p; `kept`, the probability of a 1; `source`, from which it can be made again."""
+class Dropped(NamedTuple):
+    """A dropped-out input that is not rescaled yet.
 
-    keep: Tensor
+    Attributes:
+        x: keep * x, (T, d_in).
+        p: probability of a zero, as it was asked for.
+        kept: the probability of a one in the mask, by which x is to be divided.
+        source: from which `same_keep_mask` makes the mask again.
+    """
+
+    x: Tensor
     p: float
     kept: float
     source: Tensor
 
 
-def keep_mask_for(x: Tensor, p: float, reader: int) -> KeepMask:
-    """A mask for x, (..., d_in), as rows, (T, d_in): the one of the layer before, if that read this very tensor.
+def dropped_for(x: Tensor, p: float, dtype: torch.dtype, reader: int) -> Dropped:
+    """x, (..., d_in), dropped out, as rows in `dtype`: by the mask of the layer before, if that read this very tensor.
 
     A layer that reads x again, in another pass, gets a fresh mask. So does one on the other side of a checkpoint's border:
     what is recomputed alone must find its mask in the generator.
@@ -135,17 +145,18 @@ def keep_mask_for(x: Tensor, p: float, reader: int) -> KeepMask:
     Args:
         x: the input.
         p: as for `draw_keep_mask`.
+        dtype: that of the result.
         reader: what tells the layer from others.
     """
-    last, now = _reading.last, _circumstances(x, p)
+    last, now = _reading.last, _circumstances(x, p, dtype)
     if last and last.x() is x and last.circumstances == now and reader not in last.readers:
         last.readers.add(reader)
-        return last.mask
-    shape = torch.Size((x.numel() // max(1, x.shape[-1]), x.shape[-1]))
-    keep, kept, source = draw_keep_mask(shape, p, x.device)
-    mask = KeepMask(keep, p, kept, source)
-    _reading.last = _Reading(_forgetting(x, _reading), now, {reader}, mask)
-    return mask
+        return last.dropped
+    x2 = x.detach().reshape(-1, x.shape[-1])  # T d_in
+    keep, kept, source = draw_keep_mask(x2.shape, p, x.device)
+    dropped = Dropped(keep.to(dtype).mul_(x2), p, kept, source)
+    _reading.last = _Reading(_forgetting(x, _reading), now, {reader}, dropped)
+    return dropped
 
 
 def same_keep_mask_for(source: Tensor, shape: tuple[int, int], p: float) -> Tensor:
@@ -157,12 +168,12 @@ def same_keep_mask_for(source: Tensor, shape: tuple[int, int], p: float) -> Tens
 
 
 class _Reading(NamedTuple):
-    """The tensor that was read last: a weak reference to it, its `_circumstances`, the readers so far, and their mask."""
+    """The tensor that was read last: a weak reference to it, its `_circumstances`, the readers so far, and what they got."""
 
     x: Callable[[], Tensor | None]
     circumstances: tuple
     readers: set[int]
-    mask: KeepMask
+    dropped: Dropped
 
 
 class _Last(threading.local):
@@ -183,7 +194,7 @@ def _forgetting(tensor: Tensor, memory: _Last) -> weakref.ref:
     return weakref.ref(tensor, forget)
 
 
-def _circumstances(x: Tensor, p: float) -> tuple:
+def _circumstances(x: Tensor, p: float, dtype: torch.dtype) -> tuple:
     """What must be alike for two layers that read x to share its mask; never alike where that can't be known.
 
     The version of x, and what tells the inside of a checkpoint from the outside: a reentrant one switches gradients off, the
@@ -192,7 +203,7 @@ def _circumstances(x: Tensor, p: float) -> tuple:
     if x.is_inference() or _saved_tensors_hooks is None:
         return (object(),)
     hooks = _saved_tensors_hooks(True)
-    return (p, x._version, torch.is_grad_enabled(), hooks and _reference(hooks[0]))
+    return (p, dtype, x._version, torch.is_grad_enabled(), hooks and _reference(hooks[0]))
 
 
 def _reference(hook: Callable) -> Any:
@@ -215,11 +226,6 @@ class _Seed(ISeedSequence):
 
     def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
         return self.words[:n_words]
-
-
-def _keep_mask(drawn: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    mask = drawn[: math.prod(shape)].view(shape)
-    return torch.ge(mask, _threshold(p), out=mask)
 
 
 def _threshold(p: float) -> int:

@@ -9,24 +9,25 @@ and, with g = s dy B, its gradients are
     dx = dy W + dropout'(g A)        dA = g^T dropout(x)        dB = s dy^T (dropout(x) A^T)
 
 Written as separate autograd operations this makes several passes over tensors of the size of x and y, and autograd
-keeps copies of them. `lora_linear` is one autograd function instead. For the backward it keeps x itself (shared by the
-layers that read the same x), the thin product dropout(x) A^T, and the seed of the dropout's mask; the update is
-added into the base layer's output in place, dx is built in one buffer, and no gradient for W is computed.
+keeps copies of them. `lora_linear` is one autograd function instead. For the backward it keeps x, or with dropout the copy
+that was dropped out, either of them one for all layers that read the same x; the thin product dropout(x) A^T; and the seed of
+the dropout's mask. The update is added into the base layer's output in place, dx is built in one buffer, and no gradient for
+W is computed.
 
 Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import KeepMask, first_derivative_only, keep_mask_for, same_keep_mask_for
-from .products import product
+from .dropout import Dropped, dropped_for, first_derivative_only, same_keep_mask_for
+from .products import tall_product
 
 #: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
@@ -55,7 +56,7 @@ def lora_linear(
         scaling: the factor before the update, a number (lora_alpha / r).
         dropout: probability with which an element of x is zeroed before A; 0 when not training. It is rounded to a
             multiple of 1/256 and drawn from torch's generator for x's device. Layers that read the same tensor one after
-            another share its mask (`dropout.keep_mask_for`); from pass to pass it is independent.
+            another share its mask (`dropout.dropped_for`); from pass to pass it is independent.
         dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
             backward, so that only the packed form is kept in between.
         dtype: what to compute in, and the result's dtype; None: autocast's if that is on, else that of x.
@@ -74,8 +75,8 @@ def lora_linear(
         # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
         x, W = x.to(dtype), dense(weight) if dense else weight
         return F.linear(x, W, bias) + lora_product(x, lora_A, lora_B, scaling, dropout)
-    mask = keep_mask_for(x, dropout, weight.data_ptr()) if dropout else None
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, dense, dtype, linear)
+    dropped = dropped_for(x, dropout, dtype, weight.data_ptr()) if dropout else None
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropped, dense, dtype, linear)
 
 
 def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -118,30 +119,31 @@ class _LoraLinear(torch.autograd.Function):
     """The fused form of `lora_linear`; the module docstring has the equations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, dense, dtype, linear):
+    def forward(ctx, x, weight, bias, A, B, s, dropped: Dropped | None, dense, dtype, linear):
         need_A, need_B = ctx.needs_input_grad[3:5]
         x_cast = x.to(dtype)
-        x2 = x_cast.reshape(-1, x.shape[-1])  # T d_in
         h = None
-        if mask:
-            s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
-        if mask is None and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
+        if dropped:
+            s = s / dropped.kept  # dropout's rescaling, on one number instead of on every element
+        x2 = dropped.x if dropped else x_cast.reshape(-1, x.shape[-1])  # T d_in
+        if not dropped and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
             y = linear(x_cast, fold(weight, A, B, s, dense), bias)  # ... d_out
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
             y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous()  # ... d_out
-            h = masked_product(x2, mask.keep, A) if mask else product(x2, A)  # T r
+            h = x2 @ A.t()  # T r
             y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
 
+        read = dropped.x if dropped else x  # x as it came: a cast copy would not be shared
         ctx.save_for_backward(
-            x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
+            read if need_A or (need_B and h is None) else None,
             weight,
             A,
             B,
             h if need_B else None,
-            mask.source if mask else None,
+            dropped.source if dropped else None,
         )
-        ctx.s, ctx.p, ctx.dense, ctx.linear, ctx.x_dtype = s, mask and mask.p, dense, linear, x.dtype
+        ctx.s, ctx.p, ctx.dense, ctx.linear, ctx.x_dtype = s, dropped and dropped.p, dense, linear, x.dtype
         return y
 
     @staticmethod
@@ -152,57 +154,35 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         dx = dA = dB = dbias = None
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
-        x_shape = (dy2.shape[0], A.shape[1])
-        x2 = None if x is None else x.to(dy.dtype).reshape(x_shape)  # T d_in
-        g = product(dy2, B.t()).mul_(s)  # T r
+        x2 = None if x is None else x.to(dy.dtype).reshape(-1, A.shape[1])  # T d_in
+        g = (dy2 @ B).mul_(s)  # T r
         if need_B:
-            h = product(x2, A) if h is None else h
-            dB = (h.t() @ dy2).mul_(s).t()  # this way round the sum over T runs along the rows of dy
-        folded = source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
+            h = x2 @ A.t() if h is None else h
+            dB = tall_product(dy2, h).mul_(s)
+        if need_A:
+            dA = tall_product(x2, g).t()
         if need_x:
+            folded = source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
             W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
             dx = ctx.linear(dy2, W.t())  # T d_in
             del W
-        if source is not None:
-            dA = masked_gradients(x2, same_keep_mask_for(source, x_shape, ctx.p), g, A, dx)
-        else:
-            dA = g.t() @ x2 if need_A else None
-            if need_x and not folded:
+            if source is not None:
+                add_masked_(dx, g, A, same_keep_mask_for(source, dx.shape, ctx.p))
+            elif not folded:
                 dx.addmm_(g, A)
-        if need_x:
             dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
         if need_bias:
             dbias = dy2.sum(0)
         return dx, None, dbias, dA, dB, None, None, None, None, None
 
 
-def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
-    """(keep * x) A^T, (T, r), for a mask `keep` of ones and zeros, (T, d_in), uint8."""
-    parts = [product(keep[rows].to(x.dtype).mul_(x[rows]), A) for rows in blocks(x.shape, x)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
-    """The gradients of `masked_product` for g, (T, r): that of A, (r, d_in), unless x is None; that of x is added to dx."""
-    dA = None if x is None else torch.zeros_like(A)
-    for rows in blocks(keep.shape, g):
-        some, mask = g[rows], keep[rows].to(g.dtype)
-        if dx is not None:
-            dx[rows].addcmul_(product(some, A.t()), mask)
-        if dA is not None:
-            dA.addmm_(some.t(), mask.mul_(x[rows]))
-    return dA
-
-
-def blocks(shape: tuple[int, int], like: Tensor) -> Iterator[slice]:
-    """The rows of a matrix in blocks, one at least, on a CPU so small that the copy made of a block costs little memory.
-
-    One block on a GPU; and where `like` has 16 bits, in which sums over blocks would be rounded after each.
-    """
-    rows, width = shape
-    whole = like.device.type != "cpu" or like.element_size() < 4
-    size = max(1, rows if whole else BLOCK // max(1, width))
-    return (slice(start, start + size) for start in range(0, max(1, rows), size))
+def add_masked_(dx: Tensor, g: Tensor, A: Tensor, keep: Tensor) -> None:
+    """Adds keep * (g A), (T, d_in), to dx. On a CPU block by block: g A is used while it is in the caches."""
+    T = len(dx)
+    step = max(1, BLOCK // dx.shape[1]) if dx.device.type == "cpu" else max(1, T)
+    for start in range(0, T, step):
+        rows = slice(start, start + step)
+        dx[rows].addcmul_(g[rows] @ A, keep[rows].to(dx.dtype))
 
 
 # --- which way to multiply ------------------------------------------------------------------------------------------

@@ -32,6 +32,15 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, W, bias)
 
 
+def tall_product(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y, (d, r), for tall x, (T, d), and y, (T, r), of which r is small: the way round that MKL is faster with.
+
+    On an AMD CPU y as it stands takes 0.75 to 0.85 of the time (widths 384 to 1536, 400 to 2,100 rows); on an Intel Xeon it is
+    faster to sum along the rows of x.
+    """
+    return x.t() @ y if on_amd_cpu() else (y.t() @ x).t()
+
+
 def faster_by_onednn(x: Tensor, W: Tensor) -> bool:
     """Whether `product` takes oneDNN for these: large enough matrices of float32, on an AMD CPU."""
     return (
@@ -49,7 +58,12 @@ def onednn_suits_cpu() -> bool:
     """Whether this is an AMD processor, and torch has oneDNN with the operation that multiplies a plain matrix."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AuthenticAMD" in _cpu_vendor()
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and on_amd_cpu()
+
+
+@functools.cache
+def on_amd_cpu() -> bool:
+    return "AuthenticAMD" in _cpu_vendor()
 
 
 def _cpu_vendor() -> str:

@@ -16,7 +16,7 @@ from lora_core.dropout import (
     FastDropout,
     draw_keep_mask,
     dropout,
-    keep_mask_for,
+    dropped_for,
     same_keep_mask,
     same_keep_mask_for,
 )
@@ -108,66 +108,76 @@ def test_it_keeps_a_seed_for_the_backward():
 # --- one mask for the layers that read one tensor ----------------------------------------------------------------------
 
 
-def masks_of(*readings, p=0.5):
-    """The mask of each (x, reader), one after another."""
-    return [keep_mask_for(x, p, reader).keep for x, reader in readings]
+def dropped(*readings, p=0.5):
+    """x dropped out, for each (x, reader), one after another."""
+    return [dropped_for(x, p, x.dtype, reader).x for x, reader in readings]
+
+
+def same_mask(*results):
+    """Whether the same elements of all were dropped: none was zero before."""
+    first, *others = ((result == 0).view(-1, result.shape[-1]) for result in results)
+    return all(torch.equal(first, other) for other in others)
 
 
 def test_layers_that_read_one_tensor_share_its_mask():
-    x = torch.rand(2, 30, 10)
-    q, k, v = masks_of((x, 1), (x, 2), (x, 3))
-    assert q is k is v and q.shape == (60, 10)
+    x = torch.rand(2, 30, 10) + 1
+    q, k, v = dropped((x, 1), (x, 2), (x, 3))
+    assert q is k is v and torch.equal(q, x.view(60, 10) * (q != 0)) and 200 < q.count_nonzero() < 400
 
 
 def test_a_layer_that_reads_again_draws_again():
     """The same batch, at every step the same tensor: without this the first layer would drop the same elements for ever."""
-    x = torch.rand(50, 10)
-    first, k, second, again = masks_of((x, 1), (x, 2), (x, 1), (x, 2))
-    assert first is k and second is again and not torch.equal(first, second)
+    x = torch.rand(50, 10) + 1
+    first, k, second, again = dropped((x, 1), (x, 2), (x, 1), (x, 2))
+    assert first is k and second is again and not same_mask(first, second)
 
 
 def test_nothing_is_shared_between_what_only_looks_alike():
-    x = torch.rand(50, 10)
-    (first,) = masks_of((x, 1))
+    x = torch.rand(50, 10) + 1
+    (first,) = dropped((x, 1))
     others = [x.clone(), x.view(50, 10), x.detach()]
-    assert not any(torch.equal(first, masks_of((other, 2 + i))[0]) for i, other in enumerate(others))
-    a, _, c = masks_of((x, 1), (others[0], 2), (x, 3))  # another tensor in between
-    assert not torch.equal(a, c)
-    (before,) = masks_of((x, 1))
+    assert not any(same_mask(first, *dropped((other, 2 + i))) for i, other in enumerate(others))
+    a, _, c = dropped((x, 1), (others[0], 2), (x, 3))  # another tensor in between
+    assert not same_mask(a, c)
+    (before,) = dropped((x, 1))
     x.add_(1)
-    assert not torch.equal(before, masks_of((x, 2))[0])
+    assert not same_mask(before, *dropped((x, 2)))
     with torch.inference_mode():
-        y = torch.rand(50, 10)
-        one, other = masks_of((y, 1), (y, 2))
-        assert not torch.equal(one, other)
+        y = torch.rand(50, 10) + 1
+        assert not same_mask(*dropped((y, 1), (y, 2)))
 
 
 def test_another_probability_draws_another_mask():
-    x = torch.rand(50, 10)
-    first, second = keep_mask_for(x, 0.5, 1), keep_mask_for(x, 0.25, 2)
+    x = torch.rand(50, 10) + 1
+    first, second = dropped_for(x, 0.5, x.dtype, 1), dropped_for(x, 0.25, x.dtype, 2)
     assert (first.p, second.p) == (0.5, 0.25) and (first.kept, second.kept) == (0.5, 0.75)
-    assert not torch.equal(first.keep, second.keep)
+    assert not same_mask(first.x, second.x)
+
+
+def test_another_dtype_does_not_get_the_tensor_of_the_first():
+    x = torch.rand(50, 10) + 1
+    single, double = dropped_for(x, 0.5, torch.float32, 1), dropped_for(x, 0.5, torch.float64, 2)
+    assert (single.x.dtype, double.x.dtype) == (torch.float32, torch.float64)
 
 
 def test_without_knowing_where_a_checkpoint_ends_nothing_is_shared(monkeypatch):
     monkeypatch.setattr(engine, "_saved_tensors_hooks", None)
-    x = torch.rand(50, 10)
-    first, second = masks_of((x, 1), (x, 2))
-    assert not torch.equal(first, second)
+    x = torch.rand(50, 10) + 1
+    assert not same_mask(*dropped((x, 1), (x, 2)))
 
 
 def test_threads_share_nothing():
-    x, found = torch.rand(50, 10), []
-    masks = [threading.Thread(target=lambda i=i: found.extend(masks_of((x, i)))) for i in range(2)]
-    for thread in masks:
+    x, found = torch.rand(50, 10) + 1, []
+    readers = [threading.Thread(target=lambda i=i: found.extend(dropped((x, i)))) for i in range(2)]
+    for thread in readers:
         thread.start()
         thread.join()
-    assert not torch.equal(*found)
+    assert not same_mask(*found)
 
 
-def test_a_mask_goes_with_the_tensor_that_it_is_of():
+def test_what_was_drawn_goes_with_the_tensor_that_it_is_of():
     x, source = torch.rand(50, 10), torch.zeros(4, dtype=torch.int64)
-    gone = weakref.ref(keep_mask_for(x, 0.5, 1).keep), weakref.ref(same_keep_mask_for(source, (50, 10), 0.5))
+    gone = weakref.ref(dropped((x, 1))[0]), weakref.ref(same_keep_mask_for(source, (50, 10), 0.5))
     assert all(g() is not None for g in gone)
     del x, source
     gc.collect()
@@ -183,12 +193,12 @@ def test_a_layer_in_a_checkpoint_finds_its_mask_again(monkeypatch, inside, reent
     torch.manual_seed(0)
     drawn = {}
 
-    def remember(x, p, reader):
-        mask = keep_mask_for(x, p, reader)
-        drawn.setdefault(reader, []).append(mask.keep.clone())
-        return mask
+    def remember(x, p, dtype, reader):
+        found = dropped_for(x, p, dtype, reader)
+        drawn.setdefault(reader, []).append(found.x.clone())
+        return found
 
-    monkeypatch.setattr(functional, "keep_mask_for", remember)
+    monkeypatch.setattr(functional, "dropped_for", remember)
     W, A = torch.randn(3, 8, 8), torch.randn(3, 2, 8, requires_grad=True)
     B = torch.randn(3, 8, 2, requires_grad=True)
     x = torch.randn(20, 8, requires_grad=True)
@@ -210,27 +220,26 @@ def test_a_layer_in_a_checkpoint_finds_its_mask_again(monkeypatch, inside, reent
         part.square().sum().backward(retain_graph=True)
         del part
     assert len(drawn) == 3 and sum(map(len, drawn.values())) == 3 + len(inside)
-    for masks in drawn.values():
-        assert all(torch.equal(masks[0], mask) for mask in masks)
+    for first, *again in drawn.values():
+        assert all(torch.equal(first, other) for other in again)
 
 
 def test_gradients_of_layers_that_share_a_mask_are_those_of_plain_operations(monkeypatch):
     torch.manual_seed(0)
-    masks = []
-    draw = functional.keep_mask_for
-    monkeypatch.setattr(functional, "keep_mask_for", lambda *a: masks.append(draw(*a)) or masks[-1])
+    drawn = []
+    monkeypatch.setattr(functional, "dropped_for", lambda *a: drawn.append(dropped_for(*a)) or drawn[-1])
     tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((7, 5), (2, 3, 5), (2, 2, 5), (2, 3, 2))]
     outcomes = []
     for plain in (False, True):
         x, W, A, B = (t.clone().requires_grad_() for t in tensors)
         W = W.detach()
         if plain:
-            dropped = x * masks[0].keep / masks[0].kept
-            ys = [x @ W[i].t() + 2.0 * dropped @ A[i].t() @ B[i].t() for i in range(2)]
+            x_dropped = x * (drawn[0].x != 0).view(x.shape) / drawn[0].kept
+            ys = [x @ W[i].t() + 2.0 * x_dropped @ A[i].t() @ B[i].t() for i in range(2)]
         else:
             ys = [functional.lora_linear(x, W[i], None, A[i], B[i], 2.0, 0.4) for i in range(2)]
         (ys[0].square().sum() + ys[1].sin().sum()).backward()
         outcomes.append([*ys, x.grad, A.grad, B.grad])
-    assert masks[0].keep is masks[1].keep
+    assert drawn[0].x is drawn[1].x
     for found, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -453,7 +453,7 @@ def saved_tensors(function):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(40,), (4, 10)], ids=["matrix", "batch"])
-def test_three_projections_keep_one_x_and_no_copy_of_anything(dropout, shape):
+def test_three_projections_keep_one_tensor_of_the_size_of_x(dropout, shape):
     layers = [make(shape, torch.float32, seed=seed)[0] for seed in range(3)]
     x = layers[0]["x"]
     for layer in layers:
@@ -465,9 +465,9 @@ def test_three_projections_keep_one_x_and_no_copy_of_anything(dropout, shape):
     tokens = x.numel() // D_IN
     thin = tokens * R * 4  # dropout(x) A^T, float32
     seed = 4 * 8  # of the mask
-    allowed = 3 * (thin + (seed if dropout else 0))
+    allowed = 3 * thin + (x.nbytes + seed if dropout else 0)  # in place of x its dropped-out copy, one for the three
     assert sum(extra) <= allowed, (extra, allowed)
-    assert max(extra, default=0) < x.nbytes / 2
+    assert not dropout or x.untyped_storage().data_ptr() not in storages
 
 
 def test_a_packed_weight_is_not_kept_dense():

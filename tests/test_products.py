@@ -9,7 +9,7 @@ from torch import nn
 from lora_core import LoraConfig, inject, merge_and_unload, products, quantize_nf4, unload, use_fast_linear
 from lora_core.errors import SecondDerivativeError
 from lora_core.layers.linear import LoraFastLinear
-from lora_core.products import FastLinear, faster_by_onednn, frozen_linear, product
+from lora_core.products import FastLinear, faster_by_onednn, frozen_linear, product, tall_product
 
 
 @pytest.fixture(params=["torch", "onednn"])
@@ -44,14 +44,19 @@ def test_product_takes_strided_matrices(library, strided):
     torch.testing.assert_close(product(x, W), F.linear(x.contiguous(), W.contiguous()), rtol=1e-5, atol=1e-6)  # 6 terms
 
 
+def forget_cpu():
+    products.on_amd_cpu.cache_clear()
+    products.onednn_suits_cpu.cache_clear()
+
+
 def test_only_large_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
     monkeypatch.setattr(products, "WORTH", 4 * 5 * 3)
     x, W = values(4, 5), values(3, 5)
     for vendor, expected in [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), ("", False)]:
         monkeypatch.setattr(products, "_cpu_vendor", lambda vendor=vendor: vendor)
-        products.onednn_suits_cpu.cache_clear()
+        forget_cpu()
         assert faster_by_onednn(x, W) == (expected and torch.backends.mkl.is_available())
-    products.onednn_suits_cpu.cache_clear()
+    forget_cpu()
     monkeypatch.setattr(products, "onednn_suits_cpu", lambda: True)
     assert faster_by_onednn(x, W)
     others = [(x.double(), W.double()), (x.bfloat16(), W.bfloat16()), (x.to("meta"), W.to("meta"))]
@@ -62,6 +67,16 @@ def test_only_large_float32_matrices_on_an_amd_cpu_go_to_onednn(monkeypatch):
         assert not faster_by_onednn(x, W)
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize("amd", [False, True])
+@pytest.mark.parametrize("shape", [(40, 5), (1, 5), (0, 5), (5, 40)], ids=str)
+def test_a_tall_product_is_that_of_float64_rounded_either_way_round(monkeypatch, amd, shape):
+    monkeypatch.setattr(products, "on_amd_cpu", lambda: amd)
+    x, y = values(*shape), values(shape[0], 3)
+    found, bound = tall_product(x, y), x.double().abs().t() @ y.double().abs()
+    assert found.shape == (shape[1], 3) and found.is_contiguous() == (amd or not found.numel())
+    oracle.assert_within_rounding(found, x.double().t() @ y.double(), bound, max(1, shape[0]))
 
 
 @pytest.mark.parametrize("dense", [None, torch.clone], ids=["dense", "packed"])
