@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropped, dropped_for, first_derivative_only, same_keep_mask_for
-from .products import tall_product
+from .products import product, tall_product
 
 #: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
@@ -60,7 +60,7 @@ def lora_linear(
         dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
             backward, so that only the packed form is kept in between.
         dtype: what to compute in, and the result's dtype; None: autocast's if that is on, else that of x.
-        linear: how the base layer multiplies: `F.linear`, or `products.product`.
+        linear: how the base layer multiplies in the forward: `F.linear`, or `products.product`.
 
     Returns:
         y, (..., d_out).
@@ -143,7 +143,7 @@ class _LoraLinear(torch.autograd.Function):
             h if need_B else None,
             dropped.source if dropped else None,
         )
-        ctx.s, ctx.p, ctx.dense, ctx.linear, ctx.x_dtype = s, dropped and dropped.p, dense, linear, x.dtype
+        ctx.s, ctx.p, ctx.dense, ctx.x_dtype = s, dropped and dropped.p, dense, x.dtype
         return y
 
     @staticmethod
@@ -164,7 +164,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_x:
             folded = source is None and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
             W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
-            dx = ctx.linear(dy2, W.t())  # T d_in
+            dx = product(dy2, W.t())  # T d_in
             del W
             if source is not None:
                 add_masked_(dx, g, A, same_keep_mask_for(source, dx.shape, ctx.p))
