@@ -31,6 +31,7 @@ from lora_core import (
 )
 from lora_core.adapters import ParameterCount
 from lora_core.config import ALL_LINEAR
+from lora_core.heap import keep_few_shapes
 from lora_core.probe import save_probe
 from lora_core.targets import is_head
 
@@ -138,6 +139,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
     classifier = load_classifier(job.base)
     model = classifier.model
     if job.device == "cpu":
+        keep_few_shapes()  # batches have many lengths
         use_fast_linear(model)  # before layers are packed or adapted
     prepare(classifier, job)
     if job.device == "cpu":  # the base's own dropout, drawn faster; on a GPU it costs nothing worth saving

@@ -5,7 +5,7 @@
 On x86 torch multiplies float32 matrices with MKL, which keeps its fastest kernels to Intel's processors. oneDNN, which is in
 torch too, writes its kernels for the processor that it finds. On an AMD EPYC (Zen 4, two cores) it needs 0.88 to 0.95 of
 MKL's time for 900 and more rows of widths 384 to 3072, and 0.65 to 0.9 for fewer; but a call costs 10 to 15 us more, so small
-products stay where they are. Elsewhere everything here is torch's own.
+products stay where they are, and so do those with A and B, for which it is slower. Elsewhere everything here is torch's own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import first_derivative_only
+from .heap import keep_few_shapes
 
 #: Multiplications from which oneDNN makes up for its dearer call: level at 1 to 6 million, ahead from there on.
 WORTH = 2**22
@@ -28,8 +29,14 @@ WORTH = 2**22
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (..., d_out), for x, (..., d_in), and W, (d_out, d_in), by the faster library. Outside of autograd."""
     if faster_by_onednn(x, W):
-        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+        return _onednn()(x, W, bias, "none", [], "")
     return F.linear(x, W, bias)
+
+
+@functools.cache
+def _onednn() -> Callable:
+    keep_few_shapes()
+    return torch.ops.mkldnn._linear_pointwise
 
 
 def tall_product(x: Tensor, y: Tensor) -> Tensor:

@@ -1,12 +1,38 @@
-"""Freed memory goes back to the system, every so many steps and around evaluations."""
+"""Freed memory goes back to the system, every so many steps and around evaluations; and little is kept in between."""
 
+import os
 import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments import heap
+from lora_core import products
+from lora_core.heap import SHAPES, keep_few_shapes
+
+CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+#: Prints by how many bytes a process grows that multiplies matrices of 240 heights.
+MANY_SHAPES = """
+import random, sys, torch
+from lora_core.heap import keep_few_shapes
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+if sys.argv[1] == "few":
+    keep_few_shapes()
+x, W = torch.ones(2200, 16), torch.ones(1536, 16)
+torch.ones(8_000_000)  # freed, it lets glibc take blocks of its size from the heap, as a training step does
+before = resident_bytes()
+for rows in random.Random(0).sample(range(256, 2176, 8), 240):
+    torch.ops.mkldnn._linear_pointwise(x[:rows], W, None, "none", [], "")
+print(resident_bytes() - before)
+"""
 
 
 def resident_bytes():
@@ -45,3 +71,34 @@ def test_it_is_done_before_the_first_batch_and_every_large_one(monkeypatch):
     for tokens in (900, 100, 299, 301, 1200, 350, 450):
         callback.before_batch(tokens)
     assert calls == [900, 301, 1200, 450]
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    for name in CAPACITIES:  # set first, so that what a test sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="holes in the heap are glibc's")
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+def test_products_of_many_shapes_leave_few_holes(unset):
+    grown = {
+        kept: int(subprocess.run([sys.executable, "-c", MANY_SHAPES, kept], check=True, capture_output=True, text=True).stdout)
+        for kept in ("all", "few")
+    }
+    assert grown["few"] < 0.75 * grown["all"], grown
+
+
+def test_a_capacity_that_is_set_stays(unset, monkeypatch):
+    monkeypatch.setenv(CAPACITIES[0], "7")
+    keep_few_shapes()
+    assert [os.environ[name] for name in CAPACITIES] == ["7", str(SHAPES)]
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+def test_it_is_done_before_the_engine_first_multiplies_by_onednn(unset, monkeypatch):
+    monkeypatch.setattr(products, "faster_by_onednn", lambda x, W: True)
+    products._onednn.cache_clear()
+    products.product(torch.ones(2, 3), torch.ones(4, 3))
+    assert [os.environ[name] for name in CAPACITIES] == [str(SHAPES)] * 2
