@@ -87,8 +87,8 @@ def check_layers(model, configs, weights, report, method, density=0.6, majority=
         assert len(A) == new.config.rank_for(path) == report.ranks[path] == rank
         assert layer.lora_scaling["new"] == new.config.scaling_for(path) == 1
         kept, missed = oracle.truncation(expected, rank)
-        # A and B are rounded to float32, and each of the terms adds the rounding of its size.
-        scale = sum(update.norm().item() for update in updates)
+        # A and B are rounded to float32, and each of the terms adds the rounding of its size; DARE makes them larger.
+        scale = max(sum(update.norm().item() for update in updates), expected.norm().item())
         assert abs((B @ A - expected).norm().item() - missed) <= 4e-7 * scale + 1e-30
         assert report.energy[path] == pytest.approx(kept, abs=1e-6)
         if method in ("cat", "linear"):
