@@ -161,6 +161,8 @@ def dropped_for(x: Tensor, p: float, dtype: torch.dtype, reader: int) -> Dropped
 
 def same_keep_mask_for(source: Tensor, shape: tuple[int, int], p: float) -> Tensor:
     """`same_keep_mask`, made once for the layers that read one tensor, whose backwards follow on one another."""
+    if source.device.type != "cpu":  # the mask itself: remembered, it would not go
+        return source
     last = _remade.last
     if last is None or last[0]() is not source:
         _remade.last = last = (_forgetting(source, _remade), same_keep_mask(source, shape, p))

@@ -184,6 +184,15 @@ def test_what_was_drawn_goes_with_the_tensor_that_it_is_of():
     assert all(g() is None for g in gone)
 
 
+def test_a_mask_that_was_kept_itself_is_not_remembered():
+    source = torch.zeros(50, 10, dtype=torch.uint8, device="meta")  # as on a GPU, where the mask is its own source
+    assert same_keep_mask_for(source, (50, 10), 0.5) is source
+    gone = weakref.ref(source)
+    del source
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("inside", ["", "q", "k", "v", "qk", "kv", "qv", "qkv"])
 @pytest.mark.parametrize("leaf", [False, True], ids=["activation", "leaf"])
