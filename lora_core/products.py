@@ -5,7 +5,8 @@
 On x86 torch multiplies float32 matrices with MKL, which keeps its fastest kernels to Intel's processors. oneDNN, which is in
 torch too, writes its kernels for the processor that it finds. On an AMD EPYC (Zen 4, two cores) it needs 0.88 to 0.95 of
 MKL's time for 900 and more rows of widths 384 to 3072, and 0.65 to 0.9 for fewer; but a call costs 10 to 15 us more, so small
-products stay where they are, and so do those with A and B, for which it is slower. Elsewhere everything here is torch's own.
+products stay where they are, and so do those with A and B, for which it is slower up to widths of 768, but for some of many
+rows. Elsewhere everything here is torch's own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _onednn() -> Callable:
 def tall_product(x: Tensor, y: Tensor) -> Tensor:
     """x^T y, (d, r), for tall x, (T, d), and y, (T, r), of which r is small: the way round that MKL is faster with.
 
-    On an AMD CPU y as it stands takes 0.75 to 0.85 of the time (widths 384 to 1536, 400 to 2,100 rows); on an Intel Xeon it is
+    On an AMD CPU y as it stands takes 0.65 to 0.9 of the time (widths 384 to 1536, 400 to 2,100 rows); on an Intel Xeon it is
     faster to sum along the rows of x.
     """
     return x.t() @ y if on_amd_cpu() else (y.t() @ x).t()
@@ -70,6 +71,7 @@ def onednn_suits_cpu() -> bool:
 
 @functools.cache
 def on_amd_cpu() -> bool:
+    """Whether the processor is one of AMD's; False where that can't be told."""
     return "AuthenticAMD" in _cpu_vendor()
 
 

@@ -87,7 +87,7 @@ def test_products_of_many_shapes_leave_few_holes(unset):
         kept: int(subprocess.run([sys.executable, "-c", MANY_SHAPES, kept], check=True, capture_output=True, text=True).stdout)
         for kept in ("all", "few")
     }
-    assert grown["few"] < 0.75 * grown["all"], grown
+    assert grown["few"] < 0.75 * grown["all"], grown  # measured: 0.45
 
 
 def test_a_capacity_that_is_set_stays(unset, monkeypatch):

@@ -21,7 +21,7 @@ class LinearLayer(LoraLayer):
     """The products of a linear layer, however it stores its weight.
 
     Attributes:
-        base_product: how the base layer multiplies, as `F.linear` is called.
+        base_product: how the base layer multiplies in the forward, as `F.linear` is called.
     """
 
     base_product = staticmethod(F.linear)
