@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 from torch import nn
 
+from .atomic import insist
 from .errors import ConfigError, MergeError
 from .layers import LoraLayer
 from .nf4 import parameter_bytes
@@ -18,13 +20,14 @@ from .registry import (
     adapter_layers,
     adapter_parameters,
     as_names,
+    changes_adapters,
+    check_changeable,
     check_new_name,
-    check_not_mixing,
     find_adapter,
-    forget,
     has_adapters,
     lora_parameters,
     registry_of,
+    remove,
     rename,
     unwrap,
 )
@@ -43,9 +46,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         UnknownAdapterError: a name is not on the model; nothing is changed.
         MergeError: adapters are folded into the weights now, or two of `names` train the same tensor.
-        MixedBatchError: a thread is in a mixed batch.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
     """
-    check_not_mixing(model)
+    registry_of(model)
+    check_changeable(model)
     activate(model, as_names(names))
 
 
@@ -53,63 +57,92 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """A context in which the model is its base again: no updates, the base's own heads and biases.
 
+    Contexts may be nested, and open in several threads: the adapters come back when the last is closed. Until then verbs that
+    change adapters are refused, and in these threads mixed batches, which would apply adapters.
+
     Raises:
         MergeError: adapters are folded into the weights now.
         MixedBatchError: a thread is in a mixed batch.
     """
-    active = registry_of(model).active
-    check_not_mixing(model)
-    activate(model, ())
+    registry, this = registry_of(model), object()
+    if not registry.disabled:
+        check_changeable(model)
+        registry.suspended = registry.active
+
+    def leave() -> None:
+        registry.disabled.pop(this, None)
+        if not registry.disabled and registry.active != registry.suspended:
+            activate(model, registry.suspended)
+
     try:
-        yield
-    finally:
-        activate(model, active)
+        try:
+            registry.disabled[this] = get_ident()
+            activate(model, ())
+            yield
+        finally:
+            insist(leave)
+    finally:  # an interruption may come just before the line above
+        insist(leave)
 
 
+@changes_adapters
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     """Gives the adapter `old` the name `new`: active, trained or folded, it stays what it was.
 
     Raises:
         UnknownAdapterError: there is no `old`.
         AdapterExistsError, ConfigError: `new` is taken, or not a valid name.
-        MixedBatchError: a thread is in a mixed batch.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
     """
     find_adapter(model, old)
     check_new_name(model, new)
-    check_not_mixing(model)
     rename(model, old, new)
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
+@changes_adapters
+def delete_adapter(model: nn.Module, name: str) -> tuple[str, ...]:
     """Removes an adapter and frees what it held. With the last one the model is plain again.
+
+    No other adapter becomes active in its place: after deleting the only active one the model computes what its base does,
+    until `set_adapter` names another.
+
+    Returns:
+        The names of the adapters that are active now.
 
     Raises:
         UnknownAdapterError: it is not on the model.
         MergeError: adapters are folded into the weights now.
-        MixedBatchError: a thread is in a mixed batch.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
     """
-    adapter = find_adapter(model, name)
-    active = registry_of(model).active
-    check_not_mixing(model)
-    activate(model, [other for other in active if other != name])
-    for _, layer in adapter_layers(model, adapter):
-        if layer.lora_folded:
-            raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
-        layer.delete_adapter(name)
-        if not layer.lora_scaling:
-            layer.release()
-    forget(model, name)
+    adapter, registry = find_adapter(model, name), registry_of(model)
+    if any(layer.lora_folded for _, layer in adapter_layers(model, adapter)):
+        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
+    activate(model, [other for other in registry.active if other != name])
+    remove(model, name)
+    return registry.active
 
 
+@changes_adapters
 def unload(model: nn.Module) -> nn.Module:
-    """Removes every adapter: the model is exactly what it was before the first `inject`. Returns it."""
+    """Removes every adapter: the model is exactly what it was before the first `inject`. Returns it.
+
+    Raises:
+        UnknownAdapterError: it holds none.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+    """
+    remove_all(model)
+    return model
+
+
+def remove_all(model: nn.Module) -> None:
+    """What `unload` does, as a part of another verb."""
     registry = registry_of(model)
     for adapter in registry.adapters.values():
         for _, layer in adapter_layers(model, adapter):
             layer.unfold()
+    activate(model, ())
     for name in list(registry.adapters):
-        delete_adapter(model, name)
-    return model
+        remove(model, name)
 
 
 @dataclass(frozen=True)
@@ -141,7 +174,7 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts the parameters of any model, with or without adapters."""
     trainable = total = adapter = 0
-    for p in _all_parameters(model):
+    for p in unwrap(model).parameters():
         total += _size(p)
         trainable += _size(p) if p.requires_grad else 0
     if has_adapters(model):
@@ -187,17 +220,7 @@ def base_weight_bytes(model: nn.Module) -> int:
     added: set[int] = set()
     if has_adapters(model):
         added = {id(p) for name in registry_of(model).adapters for p in adapter_parameters(model, name)}
-    return sum(parameter_bytes(p) for p in _all_parameters(model) if id(p) not in added)
-
-
-def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter that the model holds, each once: those in place, and those that wait for their turn."""
-    seen = {id(p): p for p in unwrap(model).parameters()}
-    if has_adapters(model):
-        registry = registry_of(model)
-        waiting = [registry.originals.values(), *(adapter.copies.values() for adapter in registry.adapters.values())]
-        seen |= {id(t): t for tensors in waiting for t in tensors if isinstance(t, nn.Parameter)}
-    yield from seen.values()
+    return sum(parameter_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -30,7 +30,7 @@ from .errors import ConfigError, LoraError, MergeError, QuantizationError
 from .layers import LoraLayer
 from .layers.linear import LinearLayer, Lora4bit
 from .lowrank import best_of_matrix
-from .registry import Adapter, adapter_layers, check_not_mixing, find_adapter
+from .registry import Adapter, adapter_layers, changes_adapters, find_adapter
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class LoftqReport:
 # --- EVA ------------------------------------------------------------------------------------------------------------
 
 
+@changes_adapters
 @torch.no_grad()
 def initialize_eva(
     model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, rho: float = 1.0
@@ -196,6 +197,7 @@ def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[st
 # --- LoftQ ----------------------------------------------------------------------------------------------------------
 
 
+@changes_adapters
 @torch.no_grad()
 def initialize_loftq(
     model: nn.Module, dense: nn.Module | Mapping[str, Tensor], adapter_name: str = "default"
@@ -229,8 +231,9 @@ def initialize_loftq(
         W = _dense_weight(tensors, path, layer).detach().to(layer.weight.device, torch.float32)
         lost = W - layer.dense_weight()
         A, B, energy = best_of_matrix(lost, len(layer.lora_A[adapter_name]), layer.lora_scaling[adapter_name])
-        layer.lora_A[adapter_name].copy_(A)
-        layer.lora_B[adapter_name].copy_(B)
+        own = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        own[0].data, own[1].data = (torch.zeros_like(parameter) for parameter in own)
+        own[0].data[: len(A)], own[1].data[:, : len(A)] = A, B
         layer.reset_magnitude(adapter_name)
         before[path] = (lost.norm() / W.norm()).item()
         after[path] = before[path] * math.sqrt(1 - energy)
@@ -240,7 +243,6 @@ def initialize_loftq(
 def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:
     """The adapter `name` and its layers, {path: layer}, if its tensors can be replaced now."""
     adapter = find_adapter(model, name)
-    check_not_mixing(model)
     layers = dict(adapter_layers(model, adapter))
     if any(layer.lora_folded for layer in layers.values()):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig, check_rank
+from .copies import original_of
 from .errors import ConfigError, MergeError
-from .inject import Plan, attach, base_modules
+from .inject import attach
 from .layers import LoraEmbedding, LoraLayer
 from .lowrank import best_of_matrix, best_of_product
+from .plan import base_modules, plan_copies
 from .pruning import MAJORITIES, PRUNING, Rule
-from .registry import Adapter, adapter_layers, as_names, check_new_name, find_adapter, registry_of, unwrap
+from .registry import Adapter, adapter_layers, as_names, changes_adapters, check_new_name, copies_of, find_adapter, unwrap
 from .targets import Targets, match_patterns
 
 METHODS = ("linear", "cat", "svd", *PRUNING)
@@ -77,6 +79,7 @@ class _Part:
     energy: float
 
 
+@changes_adapters
 def combine_adapters(
     model: nn.Module,
     names: Sequence[str],
@@ -132,12 +135,11 @@ def combine_adapters(
     rule = Rule(method, density, majority, torch.Generator().manual_seed(seed))
     carried = {path: layer for record in records.values() for path, layer in adapter_layers(root, record)}
     parts = {path: _combine_layer(path, carried[path], sources, r, rule) for path in base_modules(root) if path in carried}
-    copies = _combine_copies(root, records, sources, rule)
-
     whole = {path for record in records.values() for path in record.saved_modules}
     saved = tuple(p for p in base_modules(root) if p in whole and not any(p.startswith(f"{outer}.") for outer in whole))
     config = _config(root, records, {path: len(part.A) for path, part in parts.items()}, saved)
-    found = Plan(Targets(tuple(parts), {}), saved, biases=())
+    found = plan_copies(root, Targets(tuple(parts), {}), saved, keep_ties=config.ensure_weight_tying)
+    copies = _combine_copies(root, found.copies, sources, rule)
     attach(root, config, adapter_name, found, trainable=any(record.trainable for record in records.values()))
     new = find_adapter(root, adapter_name)
     with torch.no_grad():
@@ -146,7 +148,7 @@ def combine_adapters(
             layer.lora_A[adapter_name].data, layer.lora_B[adapter_name].data = part.A, part.B
             if part.bias is not None:
                 layer.lora_bias[adapter_name].data = part.bias
-        for path, copy in new.copies.items():
+        for path, copy in copies_of(root, adapter_name).items():
             copy.copy_(copies[path])
     energy = {path: part.energy for path, part in parts.items()}
     return CombineReport(adapter_name, sources, method, {p: len(part.A) for p, part in parts.items()}, energy, saved)
@@ -184,24 +186,23 @@ def _combine_layer(path: str, layer: LoraLayer, sources: Mapping[str, float], r:
 
 
 def _combine_copies(
-    root: nn.Module, records: Mapping[str, Adapter], sources: Mapping[str, float], rule: Rule
+    root: nn.Module, groups: Mapping[str, object], sources: Mapping[str, float], rule: Rule
 ) -> dict[str, Tensor]:
-    """{path: tensor} of the modules that one of the adapters trains whole; tensors that are one in the base stay one."""
-    combined: dict[int, Tensor] = {}
-    result = {}
-    for path in dict.fromkeys(path for record in records.values() for path in record.copies):
-        base = registry_of(root).originals[path]
+    """{path: tensor} for the paths of `groups`, of the modules that one of the adapters trains whole; one for each group."""
+    copies = {name: copies_of(root, name) for name in sources}
+    combined: dict[object, Tensor] = {}
+    for path, group in groups.items():
+        base = original_of(root, path)
         if not base.is_floating_point():  # a counter
-            combined[id(base)] = base
-        elif id(base) not in combined:
-            copies = {name: record.copies[path].detach() for name, record in records.items() if path in record.copies}
-            W = base.detach().to(next(iter(copies.values())).device, torch.float64)
-            value = W + rule((copy.double() - W) * sources[name] for name, copy in copies.items())
+            combined[group] = base
+        elif group not in combined:
+            own = {name: tensors[path].detach() for name, tensors in copies.items() if path in tensors}
+            W = base.detach().to(next(iter(own.values())).device, torch.float64)
+            value = W + rule((copy.double() - W) * sources[name] for name, copy in own.items())
             if not value.to(base.dtype).isfinite().all():
                 raise MergeError(f"the combination has NaN or infinite values in {path}; nothing was combined")
-            combined[id(base)] = value
-        result[path] = combined[id(base)]
-    return result
+            combined[group] = value
+    return {path: combined[group] for path, group in groups.items()}
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -223,6 +224,7 @@ def _config(root: nn.Module, records: Mapping[str, Adapter], ranks: Mapping[str,
         target_modules=targets,
         modules_to_save=saved or None,
         lora_bias=any(config.lora_bias for config in configs),
+        ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
         lora_dropout=_shared([config.lora_dropout for config in configs], 0.0),
         task_type=_shared([config.task_type for config in configs], None),
         base_model_name_or_path=_shared([config.base_model_name_or_path for config in configs], None),

@@ -65,6 +65,8 @@ class LoraConfig:
         layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
         layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
         task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
+        ensure_weight_tying: train one copy for all the paths of a tied tensor in `modules_to_save` (a head that is the input
+            embeddings); else each that is named is trained apart, and the others keep the base's.
         base_model_name_or_path: which base the adapter belongs to; written to its file, not used here.
 
     Raises:
@@ -87,6 +89,7 @@ class LoraConfig:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     task_type: str | None = None
+    ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
@@ -108,7 +111,7 @@ class LoraConfig:
         _check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
             _check_choice("task_type", self.task_type, TASK_TYPES)
-        for name in ("use_rslora", "use_dora", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_start()

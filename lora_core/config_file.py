@@ -23,7 +23,6 @@ from .registry import adapter_layers, find_adapter
 NEUTRAL_FIELDS = frozenset(
     {
         "auto_mapping",
-        "ensure_weight_tying",
         "eva_config",
         "fan_in_fan_out",
         "inference_mode",

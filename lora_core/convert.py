@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter_files import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
 from .basis import settings
 from .checkpoint import Checkpoint, open_checkpoint
 from .config_file import HARMLESS_INITIALISERS
@@ -28,7 +29,6 @@ from .files import read_safetensors, to_safetensors, write_whole
 from .lowrank import best_of_matrix
 from .placement import place
 from .shards import new_directory
-from .storage import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
 from .updates import AdapterUpdates, carrier, read_updates
 
 #: The files that go along with an adapter.

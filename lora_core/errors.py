@@ -46,11 +46,15 @@ class WrongBaseError(LoraError, ValueError):
 
 
 class MixedBatchError(LoraError, RuntimeError):
-    """A batch can't be run with different adapters for its rows as things stand."""
+    """A mixed batch, or a change of the adapters while one or `disable_adapters` is open, can't be had as things stand."""
 
 
 class ShardedError(LoraError, RuntimeError):
     """The model is spread over processes, and what was asked for needs it whole."""
+
+
+class OffloadedError(LoraError, RuntimeError):
+    """Weights are on the meta device, or are kept elsewhere by accelerate, where they can't be read or written."""
 
 
 class MergeError(LoraError, RuntimeError):

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import FROM_WEIGHT, LoraConfig
+from .copies import CHILD, original_of
 from .errors import ConfigError, MergeError
-from .inject import attach, copied_paths, plan
+from .inject import attach, warn_of_untied
 from .layers import LoraLayer, lora_class
 from .layers.holder import TABLES
 from .lowrank import best_of_matrix
 from .nf4 import dequantize, is_quantized, packed_form
-from .registry import adapter_layers, check_new_name, find_adapter, get_tensor, has_adapters, registry_of, unwrap
+from .plan import plan
+from .registry import adapter_layers, changes_adapters, check_new_name, copies_of, find_adapter, has_adapters, unwrap
 
 Tuned = nn.Module | Mapping[str, Tensor]
 
@@ -54,6 +56,7 @@ class ExtractReport:
         )
 
 
+@changes_adapters
 def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_name: str = "default") -> ExtractReport:
     """Adds to `model` the adapter that brings it nearest to `tuned`, in place; as with `inject`, the first one is active.
 
@@ -90,13 +93,14 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
         *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), config.rank_for(path), s)
         if config.lora_bias and layer.bias is not None:
             biases[path] = _difference(root, source, f"{path}.bias", names[f"{path}.bias"]) / s
-    copies = {path: _read(source, names[path]).detach() for path in copied_paths(root, found)}
+    copies = {path: _read(source, names[path]).detach() for path in found.copies}
     for path, tensor in copies.items():
         _check_finite(path, tensor)
     taken = {f"{path}.weight" for path in updates} | {f"{path}.bias" for path in biases} | copies.keys()
     missed = [path for path, name in names.items() if path not in taken and _differs(root, source, path, name)]
     missed += _tensors(source).keys() - _tensors(root).keys()
 
+    warn_of_untied(found)
     attach(root, config, adapter_name, found)
     adapter = find_adapter(root, adapter_name)
     with torch.no_grad():
@@ -106,7 +110,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
             layer.lora_B[adapter_name].zero_()[:, : len(A)] = B
             if path in biases:
                 layer.lora_bias[adapter_name].copy_(biases[path])
-        for path, copy in adapter.copies.items():
+        for path, copy in copies_of(root, adapter_name).items():
             copy.copy_(copies[path])
     return ExtractReport(adapter_name, energy, adapter.saved_modules, tuple(sorted(missed)))
 
@@ -122,7 +126,7 @@ def _tensors(source: Tuned) -> dict[str, bool]:
     return {
         f"{path}.{name}" if path else name: name not in module._non_persistent_buffers_set
         for path, module in source.named_modules(remove_duplicate=False)
-        if module not in added
+        if module not in added and CHILD not in path.split(".")
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
@@ -144,8 +148,7 @@ def _read(source: Tuned, name: str) -> Tensor:
 
 
 def _own(model: nn.Module, name: str) -> Tensor:
-    originals = registry_of(model).originals if has_adapters(model) else {}
-    return originals.get(name, get_tensor(model, name))
+    return original_of(model, name)
 
 
 def _shape(source: Tuned, name: str) -> torch.Size:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
+from .forwards import stored_weight
 from .layers import LoraLayer
 from .nf4 import is_quantized, packed_form
 from .sharding import values_at
@@ -40,7 +41,7 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
 
 def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:
     """Whether `tensor` holds the values of the layer's own weight, in this dtype or a wider one."""
-    weight = _unfolded(layer).weight.detach()
+    weight = stored_weight(_unfolded(layer)).detach()
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 
@@ -52,7 +53,7 @@ def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
 
 def _describe(layer: nn.Module) -> str:
     layer = _unfolded(layer)
-    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(layer.weight)
+    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer))
 
 
 def describe_dense(weight: Tensor) -> str:

@@ -8,17 +8,23 @@ The sum W + scaling * B A is computed in float32 (float64 for float64 weights) a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .adapters import unload
+from . import copies
+from .adapters import remove_all
+from .atomic import LastSteps
+from .copies import submodule
 from .errors import MergeError
 from .layers import LoraLayer
 from .nf4 import is_quantized, to_dense
-from .registry import activate, adapter_layers, as_names, check_not_mixing, find_adapter, registry_of, submodule, unwrap
+from .registry import activate, adapter_layers, as_names, change_adapters, changes_adapters, find_adapter, registry_of, unwrap
 from .sharding import refuse_sharded
 
 
@@ -33,12 +39,14 @@ class MergeReport:
             altogether (1.0), and 4 bits usually add more error than the update is large.
         dequantized: paths of 4-bit layers that are dense now.
         requantized: paths of layers that are in 4 bits.
+        untied: paths of weights that the base tied to others, and that are apart now.
     """
 
     adapters: tuple[str, ...]
     layers: dict[str, float]
     dequantized: tuple[str, ...]
     requantized: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
 
     @property
     def largest_error(self) -> float:
@@ -47,12 +55,14 @@ class MergeReport:
     def __str__(self) -> str:
         kinds = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
         kinds += f"; {len(self.requantized)} layers in 4 bits" if self.requantized else ""
+        kinds += f"; no longer tied to others: {', '.join(self.untied)}" if self.untied else ""
         return (
             f"merged {', '.join(self.adapters)} into {len(self.layers)} layers, "
             f"losing at most {self.largest_error:.2g} of an update to rounding{kinds}"
         )
 
 
+@changes_adapters
 def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
     """Folds adapters into the weights, in place: the forward then costs what the base's does.
 
@@ -68,6 +78,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) ->
     _fold_all(model, _chosen(model, names))
 
 
+@changes_adapters
 def unmerge_adapter(model: nn.Module) -> None:
     """Takes folded adapters out of the weights again: each weight is what it was before, byte for byte.
 
@@ -76,8 +87,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     if not is_merged(model):
         raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
-    for layer in _layers(model, registry_of(model).adapters).values():
-        layer.unfold()
+    _unfold_all(model)
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -108,28 +118,35 @@ def merge_and_unload(
         requantize: pack the merged weight of a 4-bit layer in 4 bits again, in the format that it had. The report says
             what that lost.
 
+    Where the base ties an adapted or trained weight to others (a head that is the input embeddings), they are apart afterwards,
+    as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
+
     Raises:
-        MergeError: no adapter is active, an adapted weight is tied to another module's, or a merged weight would not be
-            finite in its dtype. The model is as it was.
+        MergeError: no adapter is active, or a merged weight would not be finite in its dtype. The model is as it was.
+        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
+            spread over processes, or an adapted weight is offloaded.
     """
+    change = functools.partial(_merge, model, names, dtype, requantize)
+    return change_adapters(model, change, _configs(unwrap(model)))
+
+
+def _merge(
+    model: nn.Module, names: str | Iterable[str] | None, dtype: torch.dtype | None, requantize: bool, last: LastSteps
+) -> MergeReport:
+    """`merge_and_unload`, but for what is added in place: `last` gets that to do."""
     root, registry = unwrap(model), registry_of(model)
-    names, active, merged = _chosen(model, names), registry.active, is_merged(model)
-    if merged:
-        unmerge_adapter(model)
+    names = _chosen(model, names)
+    _unfold_all(model)
     quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
-    try:
-        _check_not_tied(root, names)
-        _check_cast(root, dtype)
-        errors = _fold_all(model, names, dtype, packed=requantize, for_good=True)
-    except MergeError:
-        if merged:
-            merge_adapter(model, active)
-        raise
+    _check_cast(root, dtype)
+    ties = _ties(root)
+    errors = _fold_all(model, names, dtype, packed=requantize, last=last, shared=ties)
     for layer in _layers(model, names).values():
         layer.keep_folded()
+    copied = [path for name in names for path in registry.adapters[name].copied]
     for name in names:  # the trained copies of heads and biases become the base's own
-        registry.originals.update(registry.adapters[name].copies)
-    unload(root)
+        copies.keep(root, name, registry.adapters[name].copied, dtype)
+    remove_all(root)
     dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
     for path in () if requantize else quantized:
         layer = submodule(root, path)
@@ -137,11 +154,13 @@ def merge_and_unload(
             dense[layer] = to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(submodule(root, parent), name, dense[layer])
+    untied = _untie(root, ties.values(), {*copied, *(f"{path}.weight" for path in errors)})
     if dense:
         _forget_quantization(root)
+    _forget_ties(root, untied)
     if dtype is not None:
         root.to(dtype)
-    return MergeReport(names, errors, tuple(quantized if dense else ()), tuple(quantized if requantize else ()))
+    return MergeReport(names, errors, tuple(quantized if dense else ()), tuple(quantized if requantize else ()), untied)
 
 
 def _forget_quantization(root: nn.Module) -> None:
@@ -151,6 +170,25 @@ def _forget_quantization(root: nn.Module) -> None:
         root.__dict__.pop(flag, None)
     if hasattr(getattr(root, "config", None), "quantization_config"):
         del root.config.quantization_config
+
+
+def _forget_ties(root: nn.Module, untied: Iterable[str]) -> None:
+    """Takes off a transformers model what says that these weights are tied: it would save one of them, and tie them again."""
+    if not untied:
+        return
+    for config in _configs(root):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    ties = root.__dict__.get("all_tied_weights_keys")
+    for path in [p for p, source in ties.items() if p in untied or source in untied] if ties else ():
+        del ties[path]
+
+
+def _configs(root: nn.Module) -> list[Any]:
+    """The configuration of a transformers model, and that of its language model if it has one of its own."""
+    config = getattr(root, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return [c for c in (config, text) if hasattr(c, "__dict__")]
 
 
 def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
@@ -171,40 +209,62 @@ def _fold_all(
     dtype: torch.dtype | None = None,
     *,
     packed: bool = False,
-    for_good: bool = False,
+    last: LastSteps | None = None,
+    shared: Container[int] = (),
 ) -> dict[str, float]:
-    """Makes `names` active and folds them in; {path: what the cast lost}. If one layer refuses, nothing has changed.
+    """Makes `names` active and folds them in; {path: what the cast lost}.
 
-    4-bit layers are folded into 4-bit weights if `packed`; dense ones in their own memory, where they can be, if `for_good`.
+    4-bit layers are folded into 4-bit weights if `packed`. With `last`, dense ones are added to in their own memory, by a step
+    of it, where they can be and that is not `shared`.
     """
-    active = registry_of(model).active
-    check_not_mixing(model)
     refuse_sharded(model, "merging")
     activate(model, names)
-    layers, lost, certain = _layers(model, names), {}, []
-    try:
-        for path, layer in layers.items():
-            if for_good and dtype in (None, layer.weight.dtype) and layer.folds_in_place(names):
-                certain.append(layer)
+    lost = {}
+    for path, layer in _layers(model, names).items():
+        try:
+            in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
+            if in_place and layer.folds_in_place(names):
+                for step in layer.steps_in_place(names):
+                    last.add(layer.weight, step)
                 lost[path] = 0.0
-                continue
-            lost[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
-    except MergeError as error:
-        for layer in layers.values():
-            layer.unfold()
-        activate(model, active)
-        raise MergeError(f"{path}: {error}; nothing was merged") from None
-    for layer in certain:
-        layer.fold_in_place(names)
+            else:
+                lost[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was merged") from None
     return lost
 
 
-def _check_not_tied(root: nn.Module, names: Iterable[str]) -> None:
-    owners = {id(layer.weight): path for path, layer in _layers(root, names).items()}
-    for path, parameter in root.named_parameters(remove_duplicate=False):
-        owner = owners.get(id(parameter))
-        if owner is not None and path != f"{owner}.weight":
-            raise MergeError(f"{owner}.weight is tied to {path}, which merging would change too; untie them first")
+def _unfold_all(model: nn.Module) -> None:
+    for layer in _layers(model, registry_of(model).adapters).values():
+        layer.unfold()
+
+
+def _ties(root: nn.Module) -> dict[int, list[str]]:
+    """{where it starts in memory: the paths}, of each tensor of the base that has several paths."""
+    paths = defaultdict(list)
+    for path in copies.base_tensors(root):
+        if (place := copies.original_of(root, path).data_ptr()) != 0:
+            paths[place].append(path)
+    return {place: tied for place, tied in paths.items() if len(tied) > 1}
+
+
+def _untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str]) -> tuple[str, ...]:
+    """Gives each path of a tie that the adapters have broken a tensor of its own; the paths, of those, that they changed.
+
+    Also the paths that still are one: no library ties some of what its model ties, and not the rest.
+    """
+    untied = []
+    for paths in ties:
+        tensors = {path: copies.get_tensor(root, path) for path in paths}
+        if len({tensor.data_ptr() for tensor in tensors.values()}) > 1:
+            places = set()
+            for path, tensor in tensors.items():
+                if tensor.data_ptr() in places:
+                    parent, _, name = path.rpartition(".")
+                    setattr(submodule(root, parent), name, copies.copy_tensor(tensor))
+                places.add(tensor.data_ptr())
+            untied += [path for path in paths if path in changed]
+    return tuple(untied)
 
 
 def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .copies import Copies, copy_of, original_of, own_keys
 from .errors import MergeError, MixedBatchError
 from .layers import LoraLayer, RowAdapters
 from .layers.base import check_rows
-from .registry import Adapter, Registry, adapter_layers, find_adapter, get_tensor, registry_of, unwrap
+from .registry import Adapter, Registry, adapter_layers, find_adapter, registry_of, unwrap
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     Raises:
         UnknownAdapterError: a name is not on the model.
         MixedBatchError: the model is in training mode, an adapter trains biases of the base, or this thread is in a
-            mixed batch already; and in the forward, if an input has not as many rows as `names`.
+            mixed batch already or in `disable_adapters`; and in the forward, if an input has not as many rows as `names`.
         MergeError: adapters are folded into the weights now.
     """
     if isinstance(names, str) or not names:
@@ -56,6 +57,8 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         raise MixedBatchError("mixed batches are for inference; call model.eval() first")
     if any(layer.lora_folded for layer in layers):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before a mixed batch")
+    if thread in registry.disabled.values():
+        raise MixedBatchError("this thread is in disable_adapters, and a mixed batch would apply adapters; leave that first")
     if thread in registry.mixing:
         raise MixedBatchError("this thread is in a mixed batch already; leave it before the next")
 
@@ -66,11 +69,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     for k, group in enumerate(groups):
         place[group] = k * grouped.shape[1] + torch.arange(len(group))
     with ExitStack() as undo:
-        registry.mixing.add(thread)
         undo.callback(registry.mixing.discard, thread)
+        registry.mixing.add(thread)
         for layer in layers:
+            undo.callback(layer.lora_rows.pop, thread, None)
             layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
-            undo.callback(layer.lora_rows.pop, thread)
         for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
             hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
             undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
@@ -78,7 +81,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
 
 
 def _refuse_biases(name: str, adapter: Adapter) -> None:
-    for path in adapter.copies:
+    for path in adapter.copied:
         if not any(path.startswith(f"{module}.") for module in adapter.saved_modules):
             raise MixedBatchError(f"adapter {name!r} trains {path!r}, a bias of the base, which all rows of a batch share")
 
@@ -110,10 +113,11 @@ def _stack_factors(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, T
 def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Sequence[str]) -> dict[str, Tensor]:
     """{tensor of the module: (K, ...), that of each adapter, and last the base's own}."""
     stacked = {}
-    for key in root.get_submodule(module).state_dict():
+    for key in own_keys(root.get_submodule(module)):
         path = f"{module}.{key}"
-        base = registry.originals.get(path, get_tensor(root, path)).detach()
-        own = [registry.adapters[name].copies.get(path, base).detach().to(base) for name in names]
+        base = original_of(root, path).detach()
+        owners = [name for name in names if path in registry.adapters[name].copied]
+        own = [copy_of(root, name, path).detach().to(base) if name in owners else base for name in names]
         stacked[key] = torch.stack([*own, base])
     return stacked
 
@@ -123,7 +127,8 @@ def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thre
     # A copy, since its tensors are replaced, and that must not show in other threads. They register and remove hooks of
     # their own meanwhile: deepcopy takes what the memo has for those tables, and does not walk through them.
     hooks = module._forward_hooks, module._forward_hooks_with_kwargs
-    template = copy.deepcopy(module, {id(table): type(table)() for table in hooks})
+    waiting = [m for m in module.modules() if isinstance(m, Copies)]  # of no use there, and there may be many
+    template = copy.deepcopy(module, {id(t): type(t)() for t in hooks} | {id(m): Copies() for m in waiting})
 
     def run_row(tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda x: x[None], (args, kwargs))

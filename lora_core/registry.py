@@ -1,55 +1,62 @@
 """Which adapters a model holds: one record for each, kept on the module that `inject` was given.
 
 Also the one place that turns adapters on and off. Besides its LoRA layers an adapter may own trained copies of some of
-the base's tensors (whole modules in `modules_to_save`, biases). While it is active these stand in the base's modules in
-place of the originals, under the same names; the originals wait beside them.
+the base's tensors (whole modules in `modules_to_save`, biases); `copies.py` says where these are.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from . import copies
+from .atomic import Before, LastSteps, Record, attempt, insist
 from .config import LoraConfig
+from .copies import BASE, submodule
 from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, ShardedError, UnknownAdapterError
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 from .sharding import is_spread
 
+T = TypeVar("T")
+
 _ATTRIBUTE = "lora_registry"
 
 
 @dataclass
-class Adapter:
+class Adapter(Record):
     """One adapter of a model.
 
     Attributes:
         config: its settings.
         layers: paths of the layers that carry its A and B.
         saved_modules: paths of the modules that it trains whole.
-        copies: {tensor path: its own tensor, in place of the base's while it is active}.
+        copied: paths of the base's tensors that it has a copy of, in place of the base's while it is active.
         trainable: whether its tensors require gradients while it is active.
     """
 
     config: LoraConfig
     layers: tuple[str, ...]
     saved_modules: tuple[str, ...] = ()
-    copies: dict[str, Tensor] = field(default_factory=dict)
+    copied: tuple[str, ...] = ()
     trainable: bool = True
 
 
 @dataclass
-class Registry:
+class Registry(Record):
     """The adapters of one model.
 
     Attributes:
         adapters: {name: record}, in the order they were added.
         active: names of the active ones.
-        originals: {tensor path: the base's own tensor}, of every path that an adapter has a copy of.
+        disabled: {of each `disable_adapters` that is open: the thread that it is in}.
+        suspended: names of the adapters that are active again when the last of these is closed.
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
         layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
         mixing: threads that are in a mixed batch.
@@ -57,10 +64,14 @@ class Registry:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
-    originals: dict[str, Tensor] = field(default_factory=dict)
+    disabled: dict[object, int] = field(default_factory=dict)
+    suspended: tuple[str, ...] = ()
     trainable_before: frozenset[str] = frozenset()
     layers_4bit: list[nn.Module] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"disabled": {}, "mixing": set()}  # a copy of the model is in nobody's hands
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -93,15 +104,38 @@ def has_adapters(model: nn.Module) -> bool:
     return _ATTRIBUTE in unwrap(model).__dict__
 
 
-def check_not_mixing(model: nn.Module) -> None:
-    """Refuses to change the adapters of a model that a thread, maybe this one, is running a mixed batch on.
+def check_changeable(model: nn.Module) -> None:
+    """Refuses to change the adapters of a model while someone counts on them as they are.
 
     Raises:
-        MixedBatchError: a mixed batch is open.
+        MixedBatchError: a thread, maybe this one, is in a mixed batch, or in `disable_adapters`.
     """
-    if has_adapters(model) and (open_in := registry_of(model).mixing):
-        where = "this thread" if get_ident() in open_in else "another thread"
+    if not has_adapters(model):
+        return
+    registry = registry_of(model)
+    if registry.mixing:
+        where = "this thread" if get_ident() in registry.mixing else "another thread"
         raise MixedBatchError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
+    if registry.disabled:
+        raise MixedBatchError("disable_adapters is open on this model; change its adapters after it is closed")
+
+
+def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
+    """Makes a verb, whose first argument is a model, all or nothing, and refuses it where `check_changeable` does."""
+
+    @functools.wraps(verb)
+    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+        return change_adapters(model, lambda _: verb(model, *args, **kwargs))
+
+    return whole
+
+
+def change_adapters(model: nn.Module, change: Callable[[LastSteps], T], also: Iterable[object] = ()) -> T:
+    """`atomic.attempt`, refused where `check_changeable` does."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_changeable(model)
+    return attempt(unwrap(model), change, also)
 
 
 def find_adapter(model: nn.Module, name: str) -> Adapter:
@@ -123,13 +157,6 @@ def adapter_layers(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Lo
         yield path, submodule(model, path)
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, as `get_submodule` finds it, in a tenth of its time: most of what switching and merging did."""
-    for name in path.split(".") if path else ():
-        model = model._modules[name]
-    return model
-
-
 def lora_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """What the adapter `name` trains on its layers (A, B, ...), layer by layer."""
     for _, layer in adapter_layers(model, find_adapter(model, name)):
@@ -139,8 +166,12 @@ def lora_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """All that the adapter `name` trains: its A, B, ..., and its copies of the base's parameters, each once."""
     yield from lora_parameters(model, name)
-    copies = {id(t): t for t in find_adapter(model, name).copies.values() if isinstance(t, nn.Parameter)}
-    yield from copies.values()
+    yield from {id(t): t for t in copies_of(model, name).values() if isinstance(t, nn.Parameter)}.values()
+
+
+def copies_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """{path: tensor} of the adapter's copies of the base's tensors."""
+    return {path: copies.copy_of(unwrap(model), name, path) for path in find_adapter(model, name).copied}
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -156,25 +187,30 @@ def check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
-def register(model: nn.Module, name: str, adapter: Adapter) -> None:
-    """Adds a record. The first one freezes the base, and is made active."""
+def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Adds a record, and `tensors` as the copies that it speaks of. The first one freezes the base, and is made active."""
     model = unwrap(model)
     if not has_adapters(model):
         trainable = frozenset(path for path, p in model.named_parameters() if p.requires_grad)
         setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, layers_4bit=replace_forward(model)))
         model.requires_grad_(False)
     registry = registry_of(model)
-    for path in adapter.copies:
-        registry.originals.setdefault(path, get_tensor(model, path))
+    copies.add(model, name, tensors)
     registry.adapters[name] = adapter
     if len(registry.adapters) == 1:
         activate(model, (name,))
 
 
-def forget(model: nn.Module, name: str) -> None:
-    """Removes the record of an inactive adapter; the last one to go takes the registry along and unfreezes the base."""
+def remove(model: nn.Module, name: str) -> None:
+    """Removes an adapter that is not active from its layers and the record; the last one to go unfreezes the base."""
     model = unwrap(model)
     registry = registry_of(model)
+    adapter = registry.adapters[name]
+    copies.remove(model, name, adapter.copied)
+    for _, layer in adapter_layers(model, adapter):
+        layer.delete_adapter(name)
+        if not layer.lora_scaling:
+            layer.release()
     del registry.adapters[name]
     if not registry.adapters:
         delattr(model, _ATTRIBUTE)
@@ -185,15 +221,19 @@ def forget(model: nn.Module, name: str) -> None:
 
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Gives the adapter `old` the free name `new`; nothing else about it changes, nor about the order of adapters."""
-    for _, layer in adapter_layers(model, find_adapter(model, old)):
+    adapter = find_adapter(model, old)
+    for _, layer in adapter_layers(model, adapter):
         layer.rename_adapter(old, new)
+    copies.rename(unwrap(model), old, new, adapter.copied)
     registry = registry_of(model)
-    registry.adapters = {new if name == old else name: adapter for name, adapter in registry.adapters.items()}
+    registry.adapters = {new if name == old else name: record for name, record in registry.adapters.items()}
     registry.active = tuple(new if name == old else name for name in registry.active)
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Makes exactly `names` active. Costs what the adapters that go and come hold, however many others are loaded.
+    """Makes exactly `names` active, or changes nothing.
+
+    Costs what the adapters that go and come hold, however many others are loaded.
 
     Raises:
         UnknownAdapterError: a name is not on the model.
@@ -205,56 +245,50 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     records = {name: find_adapter(model, name) for name in names}
     owners: dict[str, str] = {}
     for name, record in records.items():
-        for path in record.copies:
+        for path in record.copied:
             if path in owners:
                 raise MergeError(f"adapters {owners[path]!r} and {name!r} can't be active together: both own {path!r}")
             owners[path] = name
-    going = {name: registry.adapters[name] for name in registry.active}
-    layers = {p: layer for record in (*going.values(), *records.values()) for p, layer in adapter_layers(model, record)}
+    touched = {name: registry.adapters[name] for name in registry.active} | records
+    layers = {p: layer for record in touched.values() for p, layer in adapter_layers(model, record)}
     if any(layer.lora_folded for layer in layers.values()):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before switching")
-    if any(record.copies for record in (*going.values(), *records.values())) and is_spread(model):
+    if any(record.copied for record in touched.values()) and is_spread(model):
         raise ShardedError("switching adapters that train modules whole puts others in their place; do it before fully_shard")
 
-    for name, record in going.items():
-        _set_trainable(model, name, False)
-        for path in record.copies:
-            _put(model, path, registry.originals[path])
-    for name, record in records.items():
-        for path, tensor in record.copies.items():
-            _put(model, path, tensor)
-        _set_trainable(model, name, record.trainable)
-    for layer in layers.values():
-        layer.activate(names)
-    registry.active = tuple(names)
+    before = _before_switching(model, registry, touched, layers.values())
+    try:
+        for name in registry.active:
+            _set_trainable(model, name, False)
+            copies.put_in_place(model, BASE, touched[name].copied)
+        for name, record in records.items():
+            copies.put_in_place(model, name, record.copied)
+            _set_trainable(model, name, record.trainable)
+        for layer in layers.values():
+            layer.activate(names)
+        registry.active = tuple(names)
+    except BaseException:
+        insist(before.restore)
+        raise
+
+
+def _before_switching(
+    model: nn.Module, registry: Registry, touched: Mapping[str, Adapter], layers: Iterable[LoraLayer]
+) -> Before:
+    """What a switch changes, as it is. Not the whole model: a switch should cost next to nothing."""
+    before = Before(module for record in touched.values() for module in copies.places(model, record.copied))
+    for name in touched:
+        for parameter in adapter_parameters(model, name):
+            before.note_tensor(parameter)
+    for layer in layers:
+        before.note_attribute(layer, "lora_active")
+    before.note_attribute(registry, "active")
+    return before
 
 
 def _set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
-
-
-def get_tensor(model: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer at `path`."""
-    parent, _, name = path.rpartition(".")
-    return getattr(submodule(model, parent), name)
-
-
-def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
-    """Puts `tensor` at `path` of `model`, in the place of the one that is there, on its device and in its dtype."""
-    parent, _, name = path.rpartition(".")
-    module = submodule(model, parent)
-    there = getattr(module, name)
-    if (tensor.device, tensor.dtype) != (there.device, there.dtype):  # the model was moved or cast while this one waited
-        tensor.data = tensor.data.to(there.device, there.dtype)
-    table = module._parameters if name in module._parameters else module._buffers
-    table[name] = tensor
-
-
-def copy_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of its own with the same values; a parameter if it was one."""
-    data = tensor.detach().clone()
-    return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
 
 
 def as_names(names: str | Iterable[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adapter_files import FLOAT_DTYPES
 from .basis import Basis, check_base, find_basis
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .companions import Result, write_companions
@@ -34,7 +35,6 @@ from .nf4 import dequantize, packed_tensors
 from .placement import place
 from .probe import quantized_layers
 from .shards import Entry, new_directory, write_index, write_shard
-from .storage import FLOAT_DTYPES
 from .targets import is_head
 from .updates import AdapterUpdates, LayerUpdate, carrier, read_updates
 

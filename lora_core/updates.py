@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_files import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
 from .config import LoraConfig
 from .errors import AdapterFormatError
 from .layers import LoraLayer, lora_class
 from .patterns import limited
-from .storage import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
 
 #: {how a key ends: the table of a layer that its tensor belongs in}.
 PARTS = {

@@ -17,6 +17,8 @@ from lora_core import (
     inject,
     lora_plus_groups,
     merge_adapter,
+    merge_and_unload,
+    mixed_batch,
     print_trainable_parameters,
     quantize_nf4,
     rename_adapter,
@@ -26,7 +28,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import AdapterExistsError, ConfigError, MergeError, TargetError, UnknownAdapterError
+from lora_core.errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, UnknownAdapterError
 from lora_core.registry import registry_of
 
 X = tiny.batch()
@@ -131,11 +133,44 @@ def test_disabling_brings_back_the_bases_biases(bias):
         assert torch.equal(model(X), base(X))
 
 
-def test_switching_while_disabled_is_undone_at_the_end():
+def test_nothing_changes_adapters_while_they_are_disabled():
+    """It would be undone at the end without a word, or apply adapters where none is to apply."""
     model = two_adapters()
+    changes = [
+        lambda: set_adapter(model, "b"),
+        lambda: delete_adapter(model, "a"),
+        lambda: rename_adapter(model, "a", "c"),
+        lambda: merge_adapter(model),
+        lambda: merge_and_unload(model, "a"),
+        lambda: unload(model),
+        lambda: inject(model, LoraConfig(r=2, target_modules=["k"]), "c"),
+    ]
+    with disable_adapters(model), disable_adapters(model):
+        before = tiny.snapshot(model)
+        for change in changes:
+            with pytest.raises(MixedBatchError, match="disable_adapters is open"):
+                change()
+        with pytest.raises(MixedBatchError, match="this thread is in disable_adapters"), mixed_batch(model.eval(), ["a"]):
+            pytest.fail("was opened")
+        model.train()
+        assert tiny.snapshot(model) == before and torch.equal(model(X), tiny.classifier()(X))
+    assert registry_of(model).active == ("a",) and {path.rpartition(".")[2] for path in trained(model)} == {"a"}
+
+
+def test_a_copy_made_while_adapters_are_disabled_can_be_switched_on():
+    model = two_adapters()
+    adapted = model(X)
     with disable_adapters(model):
-        set_adapter(model, "b")
-    assert {path.rpartition(".")[2] for path in trained(model)} == {"a"}
+        reference = copy.deepcopy(model)
+    set_adapter(reference, "a")
+    assert torch.equal(reference(X), adapted)
+
+
+def test_deleting_the_active_adapter_says_that_none_is_active():
+    model = two_adapters()
+    assert delete_adapter(model, "a") == () and torch.equal(model(X), tiny.classifier()(X))
+    model = two_adapters()
+    assert delete_adapter(model, "b") == ("a",)
 
 
 # --- deleting and unloading -------------------------------------------------------------------------------------------
@@ -278,18 +313,33 @@ def test_buffers_of_a_saved_module_belong_to_its_adapter():
     assert torch.equal(model[1].running_mean, moved)
 
 
-def test_saved_modules_tied_to_each_other_stay_tied():
+def test_saved_modules_that_are_to_stay_tied_do():
     model = tiny.build("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
-    inject(model, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"]))
+    tied = {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    report = inject(model, LoraConfig(r=2, target_modules=["c_attn"], **tied))
+    assert report.modules_to_save == ("lm_head", "transformer.wte") and not report.untied
     assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.requires_grad
     unload(model)
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_saved_module_tied_to_another_is_refused():
-    with pytest.raises(TargetError, match=r"tied to 'transformer\.wte\.weight'"):
-        inject(tiny.build("gpt2"), LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"]))
+@pytest.mark.parametrize("whole", [["lm_head"], ["wte"], ["lm_head", "wte"]])
+def test_tied_modules_are_trained_apart_and_tied_again_afterwards(whole):
+    model = tiny.build("gpt2")
+    before = tiny.snapshot(model)
+    with pytest.warns(UserWarning, match="trains it apart.*ensure_weight_tying=True"):
+        report = inject(model, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=whole))
+    assert set(report.untied) == {f"{path}.weight" for path in report.modules_to_save} and "trained apart" in str(report)
+    tiny.randomize(model)
+    head, embeddings, base = model.lm_head.weight, model.transformer.wte.weight, tiny.build("gpt2").lm_head.weight
+    assert head is not embeddings
+    assert torch.equal(head, base) == ("lm_head" not in whole) and torch.equal(embeddings, base) == ("wte" not in whole)
+    with disable_adapters(model):
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(tiny.logits(model), tiny.logits(tiny.build("gpt2")))
+    unload(model)
+    assert tiny.snapshot(model) == before
 
 
 def test_all_biases_of_a_model_with_tied_biases():

@@ -210,7 +210,7 @@ def test_a_state_dict_will_do_and_of_tied_tensors_one_name():
     tuned = tune(tiny.build("gpt2"))
     state = tuned.state_dict()
     assert state["lm_head.weight"] is not None and tuned.lm_head.weight is tuned.transformer.wte.weight
-    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"])
+    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"], ensure_weight_tying=True)
     models = {name: tiny.build("gpt2") for name in ("module", "state dict", "one name")}
     reports = [
         extract_adapter(models["module"], tuned, config),

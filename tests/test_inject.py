@@ -113,12 +113,51 @@ def test_rank_and_alpha_patterns_and_rslora_reach_the_layers():
     assert [m.lora_scaling["default"] for m in layers.values()] == [8 / 2, 4 / 2, 8 / 4, 4 / 4]
 
 
-def test_one_layer_under_two_names_carries_one_adapter():
+@pytest.mark.parametrize("targets", ["all-linear", ["0"], r"0|2"])
+def test_one_layer_in_two_places_is_refused(targets):
+    """PEFT adapts the first place alone; an adapter on the layer itself would change both."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     model.append(model[0])
-    report = inject(model, LoraConfig(r=2, target_modules="all-linear"))
-    assert report.targets == ("0",) and model[2] is model[0]
-    assert count_parameters(model).trainable == 2 * (4 + 4)
+    before = tiny.snapshot(model)
+    with pytest.raises(TargetError, match="'0' and '2' are one module"):
+        inject(model, LoraConfig(r=2, target_modules=targets))
+    assert tiny.snapshot(model) == before
+
+
+def test_a_model_under_two_names_is_one_place():
+    """What a wrapper keeps beside the model, its backbone, say, is no second place of a layer."""
+    model = nn.Module()
+    model.model = tiny.build("bert")
+    model.backbone = model.model.bert
+    report = inject(model, LoraConfig(r=2, target_modules=["query"]))
+    assert len(report.targets) == 2 and unload(model) is model
+
+
+@pytest.mark.parametrize("first", ["part", "whole"])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["out"]}])
+def test_a_part_and_the_whole_do_not_overwrite_each_other(first, settings):
+    model = tiny.classifier()
+    order = (model.layers, model) if first == "part" else (model, model.layers)
+    inject(order[0], LoraConfig(r=2, target_modules=["q"], **settings))
+    tiny.randomize(order[0])
+    before, output = tiny.snapshot(model), model(tiny.batch())
+    for verb in (
+        lambda: inject(order[1], LoraConfig(r=2, target_modules=["q"])),
+        lambda: inject(order[1], LoraConfig(r=2, target_modules=["v"]), "other"),
+    ):
+        with pytest.raises(TargetError, match="carries an adapter that was injected through another module"):
+            verb()
+    assert tiny.snapshot(model) == before and torch.equal(model(tiny.batch()), output)
+    unload(order[0])
+    assert torch.equal(model(tiny.batch()), tiny.classifier()(tiny.batch()))
+
+
+def test_two_models_that_share_layers_do_not_overwrite_each_others_adapters():
+    one, two = tiny.classifier(), tiny.classifier()
+    two.layers = one.layers
+    inject(one, LoraConfig(r=2, target_modules=["q"]))
+    with pytest.raises(TargetError, match="injected through another module"):
+        inject(two, LoraConfig(r=2, target_modules=["q"]))
 
 
 # --- trained parameters, as many as peft's ----------------------------------------------------------------------------
@@ -188,12 +227,6 @@ def test_all_linear_leaves_out_a_head_that_is_tied_to_the_embeddings(model_class
 # --- refusals, which leave the model as it was ------------------------------------------------------------------------
 
 
-def tied_head():
-    model = tiny.classifier()
-    model.layers[1].out.weight = model.layers[0].out.weight
-    return model
-
-
 class OwnForward(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
@@ -230,7 +263,6 @@ REFUSALS = {
     "misspelt exclusion": (tiny.classifier, {"exclude_modules": ["w"]}, TargetError, "exclude_modules: 'w'"),
     "misspelt rank pattern": (tiny.classifier, {"rank_pattern": {"k": 2}}, TargetError, "rank_pattern: 'k'"),
     "no head": (lambda: tiny.classifier().layers[0], {"task_type": "SEQ_CLS"}, TargetError, "no head called 'classifier'"),
-    "tied module to save": (tied_head, {"modules_to_save": ["0.out"]}, TargetError, "tied to 'layers.1.out.weight'"),
     "a grouped convolution": (grouped, {"target_modules": ["0"]}, TargetError, "'0' is a Conv2d, which can't carry.*groups"),
     "a bias of an embedding": (embedded, {"target_modules": ["0"], "lora_bias": True}, TargetError, "'0' is an embedding"),
     "PiSSA of too high a rank": (

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_core import LoraConfig, disable_adapters, inject, merge_adapter, mixed_batch, quantize_nf4, set_adapter
 from lora_core.errors import MergeError, MixedBatchError, UnknownAdapterError
-from lora_core.registry import registry_of
+from lora_core.registry import copies_of, registry_of
 
 #: Adapters that differ in all that a row can differ in: rank, scaling, layers, variant, start.
 VARIANTS = {
@@ -59,7 +59,7 @@ def test_each_row_is_what_it_is_alone(architecture):
         targets = tiny.projections(architecture)[: 1 + i % 2]
         inject(model, LoraConfig(target_modules=targets, task_type=task, **settings), name)
         tiny.randomize(model, name, seed=i)
-        for parameter in registry_of(model).adapters[name].copies.values():
+        for parameter in copies_of(model, name).values():
             parameter.data.mul_(3)
     tokens = torch.cat([tiny.TOKENS, tiny.TOKENS + 20])
     assert_rows_are_their_own(model, MIX, tokens, logits)

@@ -21,7 +21,7 @@ from lora_core.errors import (
     MergeError,
     UnknownAdapterError,
 )
-from lora_core.registry import find_adapter
+from lora_core.registry import adapter_parameters, find_adapter
 from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
 
 X = tiny.batch()
@@ -136,7 +136,8 @@ def test_all_linear_is_written_out(tmp_path):
 
 def test_saved_modules_tied_to_each_other_are_stored(tmp_path):
     model = tiny.build("gpt2")
-    inject(model, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"]))
+    tied = {"modules_to_save": ["lm_head", "wte"], "ensure_weight_tying": True}
+    inject(model, LoraConfig(r=2, target_modules=["c_attn"], **tied))
     tiny.randomize(model)
     save_adapter(model, tmp_path)
     loaded = tiny.build("gpt2")
@@ -168,7 +169,8 @@ def test_a_loaded_adapter_is_frozen_unless_it_is_to_be_trained(saved):
     for trainable in (False, True):
         model = tiny.classifier()
         load_adapter(model, saved, trainable=trainable)
-        flags = {p.requires_grad for n, p in model.named_parameters() if "lora" in n or "classifier" in n}
+        own = {id(p) for p in adapter_parameters(model, "default")}
+        flags = {p.requires_grad for p in model.parameters() if id(p) in own}
         assert flags == {trainable}
 
 

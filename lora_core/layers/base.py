@@ -10,7 +10,8 @@ Several active adapters add up: each D is worked out from the base alone, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from threading import get_ident
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, MixedBatchError
+from ..forwards import refuse_offloaded, stored_weight
 from ..functional import distance, dora_factor, fold_
 from .holder import AdapterHolder
 
@@ -107,7 +109,8 @@ class LoraLayer(AdapterHolder):
 
     def dense_weight(self) -> Tensor:
         """The weight that this layer computes with: a new tensor, in float32, or float64 if it is that."""
-        return self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        weight = stored_weight(self).detach()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
     def dense_dtype(self) -> torch.dtype:
         """The dtype of the weight once it is dense."""
@@ -218,7 +221,7 @@ class LoraLayer(AdapterHolder):
         """The bias with those of the adapters added; the layer's own if none has one."""
         own = [self.lora_bias[name].detach() * self.lora_scaling[name] for name in names if name in self.lora_bias]
         if not own:
-            return self.bias
+            return self._parameters.get("bias")
         if self.bias is None:
             raise MergeError("the adapter has a bias (lora_bias) and the layer has none to fold it into")
         bias = self.bias.detach().to(own[0].dtype) + sum(own)
@@ -235,6 +238,7 @@ class LoraLayer(AdapterHolder):
         Returns:
             What the cast lost of the update D: |cast(W + D) - (W + D)| / |D|; 0 without a cast.
         """
+        refuse_offloaded(self.lora_base_class.__name__, self, "a merged weight")
         names = tuple(name for name in names if name in self.lora_scaling)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
         weight = exact.to(dtype or self.dense_dtype())
@@ -244,9 +248,9 @@ class LoraLayer(AdapterHolder):
                 raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
             update = self.update_norm(names)
             lost = distance(exact, weight) / update if update else 0.0
-        self.lora_unfolded = (self.weight, self.bias, weight.dtype)
+        self.lora_unfolded = (self.weight, self._parameters.get("bias"), weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not self.bias:
+        if bias is not self._parameters.get("bias"):
             self.bias = bias
         self.lora_folded = names
         return lost
@@ -261,18 +265,21 @@ class LoraLayer(AdapterHolder):
         plain = not any(name in self.lora_magnitude or name in self.lora_bias for name in names)
         if W.dtype not in (torch.float32, torch.float64) or not plain or not W.is_contiguous():
             return False
+        if W.is_meta or W.is_inference():  # no values here; no version that would tell of a change
+            return False
         largest = torch.stack(W.detach().aminmax()).abs().max().double()
         for name in names:
             A, B = (factor.detach().abs().double() for factor in self.factors(name))
             largest += abs(self.lora_scaling[name]) * (B.amax(0) @ A.amax(1))  # of each rank the largest product
         return bool(largest < torch.finfo(W.dtype).max)  # no, if anything is NaN
 
-    def fold_in_place(self, names: Iterable[str]) -> None:
-        """Adds the updates of `names` to the weight's own values, for good; see `folds_in_place`."""
+    def steps_in_place(self, names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
+        """Operations that each add one of `names` to the weight's own values, for good; see `folds_in_place`."""
+        W = self.as_matrix(self.weight.detach())  # a view that shares the weight's version
         for name in names:
             if name in self.lora_scaling:
-                A, B = self.factors(name)
-                fold_(self.as_matrix(self.weight.data), A.detach(), B.detach(), self.lora_scaling[name])
+                A, B = (factor.detach().to(W.dtype) for factor in self.factors(name))
+                yield functools.partial(W.addmm_, B, A, alpha=self.lora_scaling[name])
 
     def keep_folded(self) -> None:
         """Makes the folded weight the layer's own; the one before is dropped."""
@@ -288,7 +295,7 @@ class LoraLayer(AdapterHolder):
             elif weight.device != folded.device:
                 weight = weight.to(folded.device)  # a 4-bit one, with its scales
             self.weight = weight
-            if bias is not self.bias:
+            if bias is not self._parameters.get("bias"):
                 bias.data = bias.data.to(self.bias.device, self.bias.dtype)
                 self.bias = bias
             self.lora_unfolded = self.lora_folded = ()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..forwards import change_class, execution_device
 from ..initializers import start
 
 #: The modules that hold an adapter's tensors on a layer, each by adapter name.
@@ -45,8 +46,9 @@ class AdapterHolder(nn.Module):
     @classmethod
     def adopt(cls, module: nn.Module) -> AdapterHolder:
         """Turns `module` into a `cls`, in place; no adapter is on it yet, so it computes what it did."""
-        module.lora_base_class = type(module)
-        module.__class__ = cls
+        base_class = type(module)
+        change_class(module, cls)
+        module.lora_base_class = base_class
         for table in TABLES:
             setattr(module, table, nn.ParameterDict())
         module.lora_scaling, module.lora_dropout, module.lora_rows = {}, {}, {}
@@ -57,7 +59,7 @@ class AdapterHolder(nn.Module):
     def release(self) -> nn.Module:
         """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped."""
         self.unfold()
-        self.__class__ = self.lora_base_class
+        change_class(self, self.lora_base_class)
         plain = ("lora_scaling", "lora_dropout", "lora_rows", "lora_active", "lora_folded", "lora_unfolded", "lora_base_class")
         for name in (*TABLES, *plain):
             delattr(self, name)
@@ -80,7 +82,7 @@ class AdapterHolder(nn.Module):
         """
         d_in, d_out = self.matrix_shape(self)
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
-        empty = torch.empty(0, dtype=dtype, device=self.weight.device)
+        empty = torch.empty(0, dtype=dtype, device=execution_device(self))
         A, B, from_weight = start(
             init, empty, (d_in, d_out), r, scaling, lambda: self.as_matrix(self.dense_weight()), self.zero_A
         )
@@ -100,7 +102,8 @@ class AdapterHolder(nn.Module):
     def reset_magnitude(self, name: str) -> None:
         """Makes DoRA's m, if the adapter has one, the norms |W + s B A| as they are: its factor f is then 1."""
         if name in self.lora_magnitude:
-            self.lora_magnitude[name].copy_(self.direction(name).norm(dim=1))
+            magnitude = self.lora_magnitude[name]
+            magnitude.data = self.direction(name).norm(dim=1).to(magnitude)
 
     def delete_adapter(self, name: str) -> None:
         for table in TABLES:

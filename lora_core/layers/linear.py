@@ -100,7 +100,7 @@ class Lora4bit(LoraLinear):
         """`fold` into a 4-bit weight of the same format; returns what packing lost of the update, in the same measure."""
         names = tuple(name for name in names if name in self.lora_scaling)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
-        update, before = self.update_norm(names), (self.weight, self.bias, torch.uint8)
+        update, before = self.update_norm(names), (self.weight, self._parameters.get("bias"), torch.uint8)
         self.weight = repack(self, exact)
         lost = distance(exact, dequantize(self)) / update if update else 0.0
         self.bias, self.lora_unfolded, self.lora_folded = bias, before, names

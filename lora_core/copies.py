@@ -1,0 +1,278 @@
+"""What adapters train whole: copies of the base's own tensors (heads and embeddings in `modules_to_save`, biases).
+
+The copy of the active adapter stands in the base's module, under the base's name. The others wait in a child of that module,
+and with them the base's own. So all of them move, are cast, saved and loaded with the model, and each stands in one place:
+
+    classifier.weight                            the one in place
+    classifier.lora_copies.NAME.weight           that of an adapter which is not active
+    classifier.lora_copies.@base.weight          the base's own, while an adapter's is in place
+
+What is in place is the truth: whoever puts another parameter there (a new head, `load_state_dict(assign=True)`) has changed the
+active adapter. Beside 16-bit parameters a copy is float32, as A and B are, and its module sees it rounded to 16 bits: most
+steps of an optimiser are smaller than what 16 bits can tell apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MergeError, TargetError
+from .forwards import change_class
+
+CHILD = "lora_copies"
+BASE = "@base"  # no adapter can have this name
+
+#: Parameters of these are trained as copies in float32.
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+class Waiting(nn.Module):
+    """The tensors of one adapter, or of the base, that are not in place.
+
+    Attributes:
+        names: of all that it owns in this module, in place or not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: frozenset[str] = frozenset()
+
+    def has_in_place(self, name: str) -> bool:
+        return name in self.names and name not in _table(self, name)
+
+
+class Copies(nn.ModuleDict):
+    """{adapter or BASE: Waiting}, a child of the module that the tensors are for."""
+
+    def owner(self, name: str) -> str:
+        """Whose tensor `name` is in place."""
+        return next(key for key, held in self.items() if held.has_in_place(name))
+
+    def put_in_place(self, module: nn.Module, name: str, owner: str) -> None:
+        """Exchanges the tensor `name` of `module` for that of `owner`; the one that was there waits."""
+        now = self.owner(name)
+        if now != owner:
+            table = _table(module, name)
+            _table(self[now], name, like=table is module._parameters)[name] = table[name]
+            tensor = _table(self[owner], name).pop(name)
+            if isinstance(tensor, nn.Parameter):
+                setattr(module, name, tensor)  # recurrent layers keep a list of their parameters
+            else:
+                table[name] = tensor
+
+    def tensor(self, module: nn.Module, name: str, owner: str) -> Tensor:
+        """The tensor `name` of `owner`, wherever it is."""
+        return _table(module if self.owner(name) == owner else self[owner], name)[name]
+
+    def route(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Sees to it that each tensor of a state dict comes to its owner, whichever was in place when it was made.
+
+        The owner that the state dict has no waiting tensor of was in place then.
+        """
+        for name in sorted(self[BASE].names):
+            now = self.owner(name)
+            owners = [key for key, held in self.items() if name in held.names]
+            keys = {owner: f"{prefix}{CHILD}.{owner}.{name}" for owner in owners}
+            then = [owner for owner, key in keys.items() if key not in state]
+            if len(then) == 1 and then != [now] and f"{prefix}{name}" in state:
+                state[keys[then[0]]] = state[f"{prefix}{name}"]
+                state[f"{prefix}{name}"] = state.pop(keys[now])
+
+
+def _table(module: nn.Module, name: str, like: bool | None = None) -> dict[str, Tensor | None]:
+    """Where `module` has, or would have, the tensor `name`."""
+    parameter = name in module._parameters if like is None else like
+    return module._parameters if parameter else module._buffers
+
+
+# --- what a module sees of a copy in float32 --------------------------------------------------------------------------
+
+
+class Rounding:
+    """What the class of a module is mixed with if it has copies in float32 of 16-bit parameters: it reads them rounded."""
+
+    rounded: frozenset[str] = frozenset()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _unpickled, (_without_rounding(type(self)), self.rounded), *rest
+
+
+@functools.cache
+def _rounding_class(kind: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+    return type(kind.__name__, (Rounding, kind), {name: _rounded(name) for name in names} | {"rounded": names})
+
+
+def _unpickled(kind: type[nn.Module], names: frozenset[str]) -> nn.Module:
+    rounding = _rounding_class(kind, names)
+    return rounding.__new__(rounding)
+
+
+def _without_rounding(kind: type[nn.Module]) -> type[nn.Module]:
+    return kind.__bases__[1] if issubclass(kind, Rounding) else kind
+
+
+def _rounded(name: str) -> property:
+    def read(module: nn.Module) -> Tensor:
+        tensor = module._parameters[name]
+        base = module._modules[CHILD]._modules.get(BASE)
+        own = None if base is None else base._parameters.get(name)  # None while it is in place itself
+        return tensor if own is None else tensor.to(own.dtype)
+
+    return property(read, lambda module, value: nn.Module.__setattr__(module, name, value))
+
+
+# --- the copies of a model, by path -----------------------------------------------------------------------------------
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, as `get_submodule` finds it, in a tenth of its time: most of what switching and merging did."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]
+    return model
+
+
+def get_tensor(model: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer that is in place at `path`."""
+    parent, _, name = path.rpartition(".")
+    module = submodule(model, parent)
+    return _table(module, name)[name]
+
+
+def add(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Gives an adapter its own tensors, {path: tensor}, in place of the base's. They wait."""
+    for path, tensor in tensors.items():
+        module, name = _split(model, path)
+        if CHILD not in module._modules:
+            module.add_module(CHILD, Copies({BASE: Waiting()}))
+            copies = module._modules[CHILD]
+            copies.hook = module.register_load_state_dict_pre_hook(copies.route)
+        copies = module._modules[CHILD]
+        if adapter not in copies:
+            copies[adapter] = Waiting()
+        own = _table(module, name)[name]
+        for held in (copies[BASE], copies[adapter]):
+            held.names |= {name}
+        _table(copies[adapter], name, like=isinstance(own, nn.Parameter))[name] = tensor
+        if tensor.dtype != own.dtype:
+            kind = type(module)
+            names = getattr(kind, "rounded", frozenset()) | {name}
+            change_class(module, _rounding_class(_without_rounding(kind), names))
+
+
+def remove(model: nn.Module, adapter: str, paths: Iterable[str]) -> None:
+    """Drops the tensors of an adapter, and with the last ones all that `add` has left."""
+    for path in paths:
+        module, name = _split(model, path)
+        copies = _copies(module, path)
+        copies.put_in_place(module, name, BASE)
+        held = copies[adapter]
+        held.names -= {name}
+        del _table(held, name)[name]
+        if not held.names:
+            del copies[adapter]
+        if not any(name in held.names for key, held in copies.items() if key != BASE):
+            copies[BASE].names -= {name}
+        if len(copies) == 1:
+            copies.hook.remove()
+            del module._modules[CHILD]
+            if isinstance(module, Rounding):
+                change_class(module, _without_rounding(type(module)))
+
+
+def put_in_place(model: nn.Module, owner: str, paths: Iterable[str]) -> None:
+    """Puts the tensors of an adapter, or those of BASE, in place; those that are there wait."""
+    for path in paths:
+        module, name = _split(model, path)
+        _copies(module, path).put_in_place(module, name, owner)
+
+
+def copy_of(model: nn.Module, owner: str, path: str) -> Tensor:
+    """The tensor of an adapter, or of BASE, at `path`, in place or not."""
+    module, name = _split(model, path)
+    return _copies(module, path).tensor(module, name, owner)
+
+
+def original_of(model: nn.Module, path: str) -> Tensor:
+    """The base's own tensor at `path`, whether or not an adapter's is in place."""
+    module, name = _split(model, path)
+    copies = module._modules.get(CHILD)
+    waits = copies is not None and name in copies[BASE].names and not copies[BASE].has_in_place(name)
+    return _table(copies[BASE] if waits else module, name)[name]
+
+
+def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtype | None = None) -> None:
+    """Makes the values of an adapter the base's own: new tensors, one where the adapter's are one.
+
+    Args:
+        model: the module at the root.
+        adapter: whose.
+        paths: of the tensors.
+        dtype: what floating-point ones are cast to; None: that of the base's.
+
+    Raises:
+        MergeError: one is finite, and would not be in that dtype.
+    """
+    cast: dict[tuple[int, torch.dtype], Tensor] = {}
+    for path in paths:
+        module, name = _split(model, path)
+        copies = _copies(module, path)
+        tensor, own = copies.tensor(module, name, adapter), copies.tensor(module, name, BASE)
+        key = id(tensor), dtype if dtype and own.is_floating_point() else own.dtype
+        if key not in cast:
+            cast[key] = copy_tensor(tensor, key[1])
+            if tensor.isfinite().all() and not cast[key].isfinite().all():
+                name_of = str(key[1]).removeprefix("torch.")
+                raise MergeError(f"{path} overflows {name_of}; use dtype=torch.bfloat16; nothing was merged")
+        copies.put_in_place(module, name, adapter)
+        _table(copies[BASE], name)[name] = cast[key]
+
+
+def rename(model: nn.Module, old: str, new: str, paths: Iterable[str]) -> None:
+    for module in dict.fromkeys(_split(model, path)[0] for path in paths):
+        copies = module._modules[CHILD]
+        copies._modules = {new if key == old else key: held for key, held in copies._modules.items()}
+
+
+def places(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules that hold the tensors at `paths`, in place and waiting."""
+    for path in paths:
+        module, _ = _split(model, path)
+        yield module
+        yield from _copies(module, path).modules()
+
+
+def copy_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of its own with the same values, in `dtype` (None: its own); a parameter if it was one."""
+    data = tensor.detach().to(dtype or tensor.dtype, copy=True)
+    return nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
+
+
+def base_tensors(model: nn.Module) -> list[str]:
+    """The paths of all parameters of the base, under each of their names: without what adapters added."""
+    return [path for path, _ in model.named_parameters(remove_duplicate=False) if CHILD not in path.split(".")]
+
+
+def own_keys(module: nn.Module) -> list[str]:
+    """The names of a module's state dict, without those of tensors that wait."""
+    return [key for key in module.state_dict() if CHILD not in key.split(".")]
+
+
+def _split(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return submodule(model, parent), name
+
+
+def _copies(module: nn.Module, path: str) -> Copies:
+    copies = module._modules.get(CHILD)
+    if copies is None:
+        raise TargetError(
+            f"the module of {path!r} was replaced by another after adapters got copies of its tensors; put new parameters into "
+            "the module that is there instead, or delete the adapters first"
+        )
+    return copies

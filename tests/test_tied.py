@@ -1,0 +1,175 @@
+"""Tied weights (a head that is the input embeddings): trained apart as in PEFT, merged, saved and loaded."""
+
+import warnings
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+
+from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, save_adapter, unload
+from lora_core.errors import AdapterFormatError, TargetError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
+
+SMALL = {**tiny.SMALL, "num_key_value_heads": 2}
+BART = {"d_model": 32, "vocab_size": 99}
+for side in ("encoder", "decoder"):
+    BART |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+#: {name: (model, a projection, its embeddings, its head)}; T5's and BART's tensor has four names.
+MODELS = {
+    "llama": (
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=True, **SMALL)),
+        "q_proj",
+        "embed_tokens",
+        "lm_head",
+    ),
+    "qwen2": (
+        lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(tie_word_embeddings=True, **SMALL)),
+        "q_proj",
+        "embed_tokens",
+        "lm_head",
+    ),
+    "gpt2": (lambda: tiny.build("gpt2"), "c_attn", "wte", "lm_head"),
+    "t5": (lambda: tiny.build("t5"), "q", "shared", "lm_head"),
+    "bart": (
+        lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)),
+        "q_proj",
+        "shared",
+        "lm_head",
+    ),
+    "bert": (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**tiny.SMALL)),
+        "query",
+        "word_embeddings",
+        "cls.predictions.decoder",
+    ),
+}
+CASES = {
+    "embeddings whole": ((), ("embeddings",), False),
+    "head whole": ((), ("head",), False),
+    "both whole": ((), ("embeddings", "head"), False),
+    "as one": ((), ("embeddings",), True),
+    "adapter on the head": (("head",), (), False),
+    "adapter on the embeddings": (("embeddings",), (), False),
+    "adapters on both": (("embeddings", "head"), (), False),
+}
+EVERY = [
+    (model, case)
+    for model in MODELS
+    for case, (targets, *_) in CASES.items()
+    if not (model == "bart" and "embeddings" in targets)  # scaled embeddings, with a forward of their own
+]
+
+
+def build(model):
+    torch.manual_seed(0)
+    return MODELS[model][0]().eval()
+
+
+def settings(model, case):
+    _, projection, embeddings, head = MODELS[model]
+    names = {"embeddings": embeddings, "head": head}
+    targets, whole, as_one = CASES[case]
+    return {
+        "r": 2,
+        "target_modules": [projection, *(names[t] for t in targets)],
+        "modules_to_save": [names[w] for w in whole] or None,
+        "ensure_weight_tying": as_one,
+    }
+
+
+def adapted(model, case):
+    found = build(model)
+    inject(found, LoraConfig(**settings(model, case)))
+    return tiny.randomize(found)
+
+
+@pytest.mark.parametrize(("model", "case"), EVERY)
+def test_merging_computes_what_the_adapter_did_and_so_does_the_saved_model(model, case, tmp_path):
+    found = adapted(model, case)
+    expected, base = tiny.logits(found), tiny.logits(build(model))
+    assert (expected - base).abs().max() > 1e-3 or model == "bart"
+    report = merge_and_unload(found)
+    bound = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}  # float32 sums in another order
+    torch.testing.assert_close(tiny.logits(found), expected, **bound)
+    assert bool(report.untied) == (case != "as one") and found.config.tie_word_embeddings == (case == "as one")
+    assert case == "as one" or "no longer tied" in str(report)
+    found.save_pretrained(tmp_path)
+    again = type(found).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(tiny.logits(again), expected, **bound)
+
+
+@pytest.mark.parametrize(("model", "case"), EVERY)
+def test_files_go_to_peft_and_back(model, case, tmp_path):
+    found = adapted(model, case)
+    save_adapter(found, tmp_path / "ours")
+    again = build(model)
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(tiny.logits(again), tiny.logits(found))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(build(model), tmp_path / "ours").eval()
+    expected = tiny.logits(found)
+    torch.testing.assert_close(tiny.logits(theirs), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("model", "case"), [e for e in EVERY if e[0] in ("llama", "qwen2", "gpt2")])
+def test_files_of_peft_load_here(model, case, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(build(model), peft.LoraConfig(**settings(model, case))).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in theirs.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        theirs.save_pretrained(tmp_path)
+    ours = build(model)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(tiny.logits(ours), tiny.logits(theirs.base_model.model), rtol=0, atol=1e-5)
+    unload(ours)
+    assert torch.equal(tiny.logits(ours), tiny.logits(build(model)))
+    paths = [path for path, p in ours.named_parameters(remove_duplicate=False) if p is ours.get_output_embeddings().weight]
+    assert len(paths) == 2  # tied again
+
+
+def test_loading_says_that_the_tie_is_gone(tmp_path):
+    save_adapter(adapted("llama", "both whole"), tmp_path)
+    with pytest.warns(UserWarning, match="trains it apart"):
+        report = load_adapter(build("llama"), tmp_path)
+    assert set(report.untied) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_one_of_two_names_is_enough_and_two_values_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    found = adapted("llama", "as one")
+    save_adapter(found, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    save_file(tensors, file)
+    again = build("llama")
+    load_adapter(again, tmp_path)
+    assert torch.equal(tiny.logits(again), tiny.logits(found)) and again.lm_head.weight is again.model.embed_tokens.weight
+    save_file(tensors | {"base_model.model.lm_head.weight": head + 1}, file)
+    with pytest.raises(AdapterFormatError, match=r"differ, and ensure_weight_tying is set"):
+        load_adapter(build("llama"), tmp_path)
+
+
+def test_two_adapters_that_are_to_be_one_are_refused():
+    with pytest.raises(TargetError, match=r"ensure_weight_tying: .* are tied, and an adapter goes on one of them"):
+        inject(build("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True))
+
+
+def test_memory_that_is_shared_without_being_one_parameter_is_not_written_to():
+    """`lm_head.weight.data = embed_tokens.weight.data`: two parameters, one memory."""
+    model = tiny.classifier()
+    model.layers[1].q.weight.data = model.layers[0].q.weight.data
+    inject(model, LoraConfig(r=2, target_modules=["layers.0.q"]))
+    tiny.randomize(model)
+    expected = model(tiny.batch())
+    assert merge_and_unload(model).untied == ("layers.0.q.weight",)
+    torch.testing.assert_close(model(tiny.batch()), expected)
