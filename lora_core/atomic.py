@@ -47,13 +47,14 @@ class Before:
         for value in vars(thing).values():
             if isinstance(value, Record):
                 self.note(value)
-            elif isinstance(value, (dict, set, list)):
+                continue
+            if isinstance(value, (dict, set, list)):
                 self._tables.append((value, value.copy()))
-                for entry in value.values() if isinstance(value, dict) else ():
-                    if isinstance(entry, Tensor):
-                        self.note_tensor(entry)
-                    elif isinstance(entry, Record):
-                        self.note(entry)
+            for entry in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+                if isinstance(entry, Tensor):
+                    self.note_tensor(entry)
+                elif isinstance(entry, Record):
+                    self.note(entry)
 
     def note_tensor(self, tensor: Tensor) -> None:
         """Notes whether a tensor requires gradients, what its data are, and what it carries (the scales of a 4-bit one)."""

@@ -141,15 +141,13 @@ def combine_adapters(
     found = plan_copies(root, Targets(tuple(parts), {}), saved, keep_ties=config.ensure_weight_tying)
     copies = _combine_copies(root, found.copies, sources, rule)
     attach(root, config, adapter_name, found, trainable=any(record.trainable for record in records.values()))
-    new = find_adapter(root, adapter_name)
-    with torch.no_grad():
-        for path, layer in adapter_layers(root, new):
-            part = parts[path]
-            layer.lora_A[adapter_name].data, layer.lora_B[adapter_name].data = part.A, part.B
-            if part.bias is not None:
-                layer.lora_bias[adapter_name].data = part.bias
-        for path, copy in copies_of(root, adapter_name).items():
-            copy.copy_(copies[path])
+    for path, layer in adapter_layers(root, find_adapter(root, adapter_name)):
+        part = parts[path]
+        layer.lora_A[adapter_name].data, layer.lora_B[adapter_name].data = part.A, part.B
+        if part.bias is not None:
+            layer.lora_bias[adapter_name].data = part.bias
+    for path, copy in copies_of(root, adapter_name).items():
+        copy.data = copies[path].to(copy)
     energy = {path: part.energy for path, part in parts.items()}
     return CombineReport(adapter_name, sources, method, {p: len(part.A) for p, part in parts.items()}, energy, saved)
 

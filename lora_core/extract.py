@@ -103,15 +103,14 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     warn_of_untied(found)
     attach(root, config, adapter_name, found)
     adapter = find_adapter(root, adapter_name)
-    with torch.no_grad():
-        for path, layer in adapter_layers(root, adapter):
-            A, B = updates[path]
-            layer.lora_A[adapter_name][: len(A)] = A  # fewer than r where the shape allows no more: the rest meets zeros in B
-            layer.lora_B[adapter_name].zero_()[:, : len(A)] = B
-            if path in biases:
-                layer.lora_bias[adapter_name].copy_(biases[path])
-        for path, copy in copies_of(root, adapter_name).items():
-            copy.copy_(copies[path])
+    for path, layer in adapter_layers(root, adapter):
+        A, B = updates[path]
+        layer.lora_A[adapter_name].data[: len(A)] = A  # fewer than r where the shape allows no more: the rest meets zeros in B
+        layer.lora_B[adapter_name].data.zero_()[:, : len(A)] = B
+        if path in biases:
+            layer.lora_bias[adapter_name].data.copy_(biases[path])
+    for path, copy in copies_of(root, adapter_name).items():
+        copy.data = copies[path].to(copy, copy=True)
     return ExtractReport(adapter_name, energy, adapter.saved_modules, tuple(sorted(missed)))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .atomic import insist
 from .copies import Copies, copy_of, original_of, own_keys
 from .errors import MergeError, MixedBatchError
 from .layers import LoraLayer, RowAdapters
@@ -68,16 +69,22 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     place = torch.empty_like(index)
     for k, group in enumerate(groups):
         place[group] = k * grouped.shape[1] + torch.arange(len(group))
-    with ExitStack() as undo:
-        undo.callback(registry.mixing.discard, thread)
-        registry.mixing.add(thread)
-        for layer in layers:
-            undo.callback(layer.lora_rows.pop, thread, None)
-            layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
-        for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
-            hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
-            undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
-        yield
+    undo = ExitStack()
+    try:
+        try:
+            undo.callback(registry.mixing.discard, thread)
+            registry.mixing.add(thread)
+            for layer in layers:
+                undo.callback(layer.lora_rows.pop, thread, None)
+                layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
+            for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
+                hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
+                undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+        finally:
+            insist(undo.close)
+    finally:  # an interruption may come just before the line above
+        insist(undo.close)
 
 
 def _refuse_biases(name: str, adapter: Adapter) -> None:
