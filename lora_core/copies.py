@@ -8,13 +8,11 @@ and with them the base's own. So all of them move, are cast, saved and loaded wi
     classifier.lora_copies.@base.weight          the base's own, while an adapter's is in place
 
 What is in place is the truth: whoever puts another parameter there (a new head, `load_state_dict(assign=True)`) has changed the
-active adapter. Beside 16-bit parameters a copy is float32, as A and B are, and its module sees it rounded to 16 bits: most
-steps of an optimiser are smaller than what 16 bits can tell apart.
+active adapter.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,13 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError, TargetError
-from .forwards import change_class
-
-CHILD = "lora_copies"
-BASE = "@base"  # no adapter can have this name
-
-#: Parameters of these are trained as copies in float32.
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from .wide import BASE, CHILD, restore_class, round_, widen
 
 
 class Waiting(nn.Module):
@@ -90,43 +82,6 @@ def _table(module: nn.Module, name: str, like: bool | None = None) -> dict[str, 
     return module._parameters if parameter else module._buffers
 
 
-# --- what a module sees of a copy in float32 --------------------------------------------------------------------------
-
-
-class Rounding:
-    """What the class of a module is mixed with if it has copies in float32 of 16-bit parameters: it reads them rounded."""
-
-    rounded: frozenset[str] = frozenset()
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return _unpickled, (_without_rounding(type(self)), self.rounded), *rest
-
-
-@functools.cache
-def _rounding_class(kind: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    return type(kind.__name__, (Rounding, kind), {name: _rounded(name) for name in names} | {"rounded": names})
-
-
-def _unpickled(kind: type[nn.Module], names: frozenset[str]) -> nn.Module:
-    rounding = _rounding_class(kind, names)
-    return rounding.__new__(rounding)
-
-
-def _without_rounding(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__bases__[1] if issubclass(kind, Rounding) else kind
-
-
-def _rounded(name: str) -> property:
-    def read(module: nn.Module) -> Tensor:
-        tensor = module._parameters[name]
-        base = module._modules[CHILD]._modules.get(BASE)
-        own = None if base is None else base._parameters.get(name)  # None while it is in place itself
-        return tensor if own is None else tensor.to(own.dtype)
-
-    return property(read, lambda module, value: nn.Module.__setattr__(module, name, value))
-
-
 # --- the copies of a model, by path -----------------------------------------------------------------------------------
 
 
@@ -144,10 +99,13 @@ def get_tensor(model: nn.Module, path: str) -> Tensor:
     return _table(module, name)[name]
 
 
-def add(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Gives an adapter its own tensors, {path: tensor}, in place of the base's. They wait."""
+def add(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor], saved: Iterable[str] = ()) -> None:
+    """Gives an adapter its own tensors, {path: tensor}, in place of the base's; `saved` are the modules that are its own whole.
+
+    They wait. Those in float32 beside 16-bit ones change how their modules compute: see `wide.py`.
+    """
     for path, tensor in tensors.items():
-        module, name = _split(model, path)
+        (module, name), own = _split(model, path), original_of(model, path)
         if CHILD not in module._modules:
             module.add_module(CHILD, Copies({BASE: Waiting()}))
             copies = module._modules[CHILD]
@@ -155,14 +113,15 @@ def add(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         copies = module._modules[CHILD]
         if adapter not in copies:
             copies[adapter] = Waiting()
-        own = _table(module, name)[name]
         for held in (copies[BASE], copies[adapter]):
             held.names |= {name}
         _table(copies[adapter], name, like=isinstance(own, nn.Parameter))[name] = tensor
         if tensor.dtype != own.dtype:
-            kind = type(module)
-            names = getattr(kind, "rounded", frozenset()) | {name}
-            change_class(module, _rounding_class(_without_rounding(kind), names))
+            inside = next((m for m in saved if path.startswith(f"{m}.")), None)
+            if inside is None:
+                round_(module, name)
+            else:
+                widen(submodule(model, inside))
 
 
 def remove(model: nn.Module, adapter: str, paths: Iterable[str]) -> None:
@@ -181,8 +140,7 @@ def remove(model: nn.Module, adapter: str, paths: Iterable[str]) -> None:
         if len(copies) == 1:
             copies.hook.remove()
             del module._modules[CHILD]
-            if isinstance(module, Rounding):
-                change_class(module, _without_rounding(type(module)))
+            restore_class(module)
 
 
 def put_in_place(model: nn.Module, owner: str, paths: Iterable[str]) -> None:
@@ -237,6 +195,18 @@ def rename(model: nn.Module, old: str, new: str, paths: Iterable[str]) -> None:
     for module in dict.fromkeys(_split(model, path)[0] for path in paths):
         copies = module._modules[CHILD]
         copies._modules = {new if key == old else key: held for key, held in copies._modules.items()}
+
+
+def without_copies(module: nn.Module) -> dict[int, Copies]:
+    """{id of the `Copies` of each part: one with the base's own tensors alone}: a memo for `copy.deepcopy`."""
+    memo = {}
+    for part in module.modules():
+        if (copies := part._modules.get(CHILD)) is not None:
+            memo[id(copies)] = bare = Copies({BASE: Waiting()})
+            for name in copies[BASE].names:
+                own = copies.tensor(part, name, BASE)
+                _table(bare[BASE], name, like=isinstance(own, nn.Parameter))[name] = own
+    return memo
 
 
 def places(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:

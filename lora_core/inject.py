@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .copies import SIXTEEN_BITS, copy_tensor, original_of, submodule
+from .copies import copy_tensor, original_of, submodule
 from .errors import ConfigError
 from .layers import LoraLayer, lora_class
 from .plan import Plan, plan
@@ -28,6 +28,7 @@ from .registry import (
     unwrap,
 )
 from .sharding import refuse_sharded
+from .wide import SIXTEEN_BITS
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .atomic import insist
-from .copies import Copies, copy_of, original_of, own_keys
+from .copies import copy_of, original_of, own_keys, without_copies
 from .errors import MergeError, MixedBatchError
 from .layers import LoraLayer, RowAdapters
 from .layers.base import check_rows
@@ -123,9 +123,9 @@ def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Seque
     for key in own_keys(root.get_submodule(module)):
         path = f"{module}.{key}"
         base = original_of(root, path).detach()
-        owners = [name for name in names if path in registry.adapters[name].copied]
-        own = [copy_of(root, name, path).detach().to(base) if name in owners else base for name in names]
-        stacked[key] = torch.stack([*own, base])
+        copies = {name: copy_of(root, name, path).detach() for name in names if path in registry.adapters[name].copied}
+        like = next(iter(copies.values()), base).to(base.device)  # in float32 beside a 16-bit base
+        stacked[key] = torch.stack([copies.get(name, base).to(like) for name in names] + [base.to(like)])
     return stacked
 
 
@@ -134,8 +134,7 @@ def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thre
     # A copy, since its tensors are replaced, and that must not show in other threads. They register and remove hooks of
     # their own meanwhile: deepcopy takes what the memo has for those tables, and does not walk through them.
     hooks = module._forward_hooks, module._forward_hooks_with_kwargs
-    waiting = [m for m in module.modules() if isinstance(m, Copies)]  # of no use there, and there may be many
-    template = copy.deepcopy(module, {id(t): type(t)() for t in hooks} | {id(m): Copies() for m in waiting})
+    template = copy.deepcopy(module, {id(table): type(table)() for table in hooks} | without_copies(module))
 
     def run_row(tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda x: x[None], (args, kwargs))

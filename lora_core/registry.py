@@ -23,6 +23,7 @@ from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 from .sharding import is_spread
+from .wide import restore_class
 
 T = TypeVar("T")
 
@@ -195,7 +196,7 @@ def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str
         setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, layers_4bit=replace_forward(model)))
         model.requires_grad_(False)
     registry = registry_of(model)
-    copies.add(model, name, tensors)
+    copies.add(model, name, tensors, adapter.saved_modules)
     registry.adapters[name] = adapter
     if len(registry.adapters) == 1:
         activate(model, (name,))
@@ -207,6 +208,10 @@ def remove(model: nn.Module, name: str) -> None:
     registry = registry_of(model)
     adapter = registry.adapters[name]
     copies.remove(model, name, adapter.copied)
+    others = {path for other, record in registry.adapters.items() if other != name for path in record.saved_modules}
+    for path in adapter.saved_modules:
+        if path not in others:
+            restore_class(submodule(model, path))
     for _, layer in adapter_layers(model, adapter):
         layer.delete_adapter(name)
         if not layer.lora_scaling:

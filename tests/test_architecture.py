@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "atomic",
     "forwards",
+    "wide",
     "copies",
     "sharding",
     "files",
