@@ -19,6 +19,7 @@ from .adapters import (
     print_trainable_parameters,
     rename_adapter,
     set_adapter,
+    share_dropout_masks,
     trainable_parameters,
     unload,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "rename_adapter",
     "save_adapter",
     "set_adapter",
+    "share_dropout_masks",
     "trainable_parameters",
     "unload",
     "unmerge_adapter",

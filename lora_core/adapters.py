@@ -14,6 +14,8 @@ from torch import nn
 from .atomic import insist
 from .errors import ConfigError, MergeError
 from .layers import LoraLayer
+from .layers.linear import LinearLayer
+from .masks import MaskGroup
 from .nf4 import parameter_bytes
 from .registry import (
     activate,
@@ -143,6 +145,35 @@ def remove_all(model: nn.Module) -> None:
     activate(model, ())
     for name in list(registry.adapters):
         remove(model, name)
+
+
+@changes_adapters
+def share_dropout_masks(model: nn.Module) -> int:
+    """Makes sibling LoRA layers that read one tensor share its dropout mask, in place: query, key and value; gate and up.
+
+    By default the masks of layers are independent, as in the paper and in PEFT. Sharing saves their drawing, as the merged
+    projections of loralib do: each layer still drops every element with its probability, independently of all others, but what
+    one of them does not see in a step its siblings do not see either. `masks.py` says when exactly a mask is shared. Layers
+    that get their first adapter later are not among them until this is called again.
+
+    Returns:
+        The number of layers that have siblings to share with.
+
+    Raises:
+        UnknownAdapterError: the model holds no adapters; call it after `inject`.
+    """
+    registry_of(model)
+    total = 0
+    for parent in list(unwrap(model).modules()):
+        layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LinearLayer)]
+        if len(layers) > 1:
+            total += len(layers)
+            for layer in layers:
+                layer.leave_mask_group()
+            group = MaskGroup(parent, layers)
+            for layer in layers:
+                layer.lora_masks = group
+    return total
 
 
 @dataclass(frozen=True)

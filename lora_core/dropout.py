@@ -2,24 +2,22 @@
 
     use_fast_dropout(model)      # the model's own nn.Dropout layers, in place: same meaning, a tenth of the time
 
-Each element compares one random byte with a threshold, and eight bytes are drawn at a time, where `F.dropout` draws a
-double for each element. So the probability is rounded to a multiple of 1/256 (0.1 to 26/256), and the rescaling uses the
-rounded value. On a CPU torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bytes, in less time
-than torch would draw them; for the backward the seed is kept and the mask made again. So masks are reproducible under
-torch's seed, and the same under gradient checkpointing.
+Each element compares random bits with a threshold, where `F.dropout` draws a double for each. Eight bits are enough for most
+probabilities; they round 0.1 to 26/256, and the rescaling uses the rounded value. Where they would change the chance of a zero,
+or of a one, by more than a 32nd of it (0.01 would become 0.0117, and 0.001 nothing), 16 or 32 bits are compared. On a CPU
+torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bits, in less time than torch would draw them;
+for the backward the seed is kept and the mask made again. So masks are reproducible under torch's seed, and the same under
+gradient checkpointing. On other devices torch draws the mask.
 
-LoRA layers that read the very same tensor one after another (query, key and value; gate and up) share its mask, as the merged
-projections of loralib do: each still drops every element with probability p, independently of all others.
+Each LoRA layer draws a mask of its own; `share_dropout_masks` (`sharing.py`) says when some may share one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,131 +91,50 @@ def use_fast_dropout(model: nn.Module) -> int:
     return len(layers)
 
 
-def draw_keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float, Tensor]:
-    """A fresh dropout mask: uint8 of `shape`, 1 (keep) or 0 (drop); the probability of a 1; and what to keep of it.
+class KeepMask(NamedTuple):
+    """A dropout mask.
 
-    `p` is rounded to a multiple of 1/256, but not up to 1. `same_keep_mask` gives the mask again for what is kept: on a CPU
-    a seed, (4,), int64; elsewhere the mask itself.
+    Attributes:
+        keep: uint8, 1 (keep) or 0 (drop).
+        kept: the probability of a 1.
+        source: from which `same_keep_mask` makes it again: on a CPU a seed, (4,), int64; elsewhere the mask itself.
     """
-    kept = 1 - _threshold(p) / 256
+
+    keep: Tensor
+    kept: float
+    source: Tensor
+
+
+def draw_keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> KeepMask:
+    """A fresh mask of `shape` for the probability p of a zero, which is rounded as above, but not up to 1."""
     if device.type == "cpu":
-        seed = torch.empty(4, dtype=torch.int64).random_(-(2**63), None)
-        return same_keep_mask(seed, shape, p), kept, seed
-    # Without the bounds random_() leaves the sign bit of an int64 zero, and every eighth byte would be below 128.
-    words = torch.empty((shape.numel() + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None)
-    drawn = words.view(torch.uint8)[: shape.numel()].view(shape)
-    keep = torch.ge(drawn, _threshold(p), out=drawn)
-    return keep, kept, keep
+        seed = torch.empty(4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
+        bits, threshold = rounded(p)
+        return KeepMask(same_keep_mask(seed, shape, p), 1 - threshold / 2**bits, seed)
+    keep = torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - p)
+    return KeepMask(keep, 1 - p, keep)
 
 
 def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
     """The mask that `draw_keep_mask` gave for this shape and p with `source`."""
     if source.device.type != "cpu":
         return source
-    size = math.prod(shape)
-    drawn = np.random.PCG64DXSM(_Seed(source)).random_raw((size + 7) // 8).view(np.uint8)[:size]
-    np.greater_equal(drawn, _threshold(p), out=drawn.view(np.bool_))  # here, where the bytes are in the core's cache
-    return torch.from_numpy(drawn.reshape(shape))
+    size, (bits, threshold) = math.prod(shape), rounded(p)
+    words = np.random.PCG64DXSM(_Seed(source)).random_raw(-(-size * bits // 64))
+    drawn = words.view(np.dtype(f"u{bits // 8}"))[:size]
+    keep = drawn.view(np.bool_) if bits == 8 else np.empty(size, np.bool_)
+    np.greater_equal(drawn, threshold, out=keep)  # of 8 bits in place, where they are in the core's cache
+    return torch.from_numpy(keep.view(np.uint8).reshape(shape))
 
 
-class Dropped(NamedTuple):
-    """A dropped-out input that is not rescaled yet.
-
-    Attributes:
-        x: keep * x, (T, d_in).
-        p: probability of a zero, as it was asked for.
-        kept: the probability of a one in the mask, by which x is to be divided.
-        source: from which `same_keep_mask` makes the mask again.
-    """
-
-    x: Tensor
-    p: float
-    kept: float
-    source: Tensor
-
-
-def dropped_for(x: Tensor, p: float, dtype: torch.dtype, reader: int) -> Dropped:
-    """x, (..., d_in), dropped out, as rows in `dtype`: by the mask of the layer before, if that read this very tensor.
-
-    A layer that reads x again, in another pass, gets a fresh mask. So does one on the other side of a checkpoint's border:
-    what is recomputed alone must find its mask in the generator.
-
-    Args:
-        x: the input.
-        p: as for `draw_keep_mask`.
-        dtype: that of the result.
-        reader: what tells the layer from others.
-    """
-    last, now = _reading.last, _circumstances(x, p, dtype)
-    if last and last.x() is x and last.circumstances == now and reader not in last.readers:
-        last.readers.add(reader)
-        return last.dropped
-    x2 = x.detach().reshape(-1, x.shape[-1])  # T d_in
-    keep, kept, source = draw_keep_mask(x2.shape, p, x.device)
-    dropped = Dropped(keep.to(dtype).mul_(x2), p, kept, source)
-    _reading.last = _Reading(_forgetting(x, _reading), now, {reader}, dropped)
-    return dropped
-
-
-def same_keep_mask_for(source: Tensor, shape: tuple[int, int], p: float) -> Tensor:
-    """`same_keep_mask`, made once for the layers that read one tensor, whose backwards follow on one another."""
-    if source.device.type != "cpu":  # the mask itself: remembered, it would not go
-        return source
-    last = _remade.last
-    if last is None or last[0]() is not source:
-        _remade.last = last = (_forgetting(source, _remade), same_keep_mask(source, shape, p))
-    return last[1]
-
-
-class _Reading(NamedTuple):
-    """The tensor that was read last: a weak reference to it, its `_circumstances`, the readers so far, and what they got."""
-
-    x: Callable[[], Tensor | None]
-    circumstances: tuple
-    readers: set[int]
-    dropped: Dropped
-
-
-class _Last(threading.local):
-    last: Any = None
-
-
-_reading, _remade = _Last(), _Last()
-
-
-def _forgetting(tensor: Tensor, memory: _Last) -> weakref.ref:
-    """A weak reference to `tensor` that empties this thread's `memory` when the tensor goes, if that still is about it."""
-    slot = vars(memory)  # this thread's, whichever drops the tensor
-
-    def forget(reference: weakref.ref) -> None:
-        if slot.get("last") and slot["last"][0] is reference:
-            slot["last"] = None
-
-    return weakref.ref(tensor, forget)
-
-
-def _circumstances(x: Tensor, p: float, dtype: torch.dtype) -> tuple:
-    """What must be alike for two layers that read x to share its mask; never alike where that can't be known.
-
-    The version of x, and what tells the inside of a checkpoint from the outside: a reentrant one switches gradients off, the
-    other has hooks for the tensors saved inside, by which torch recognises them.
-    """
-    if x.is_inference() or _saved_tensors_hooks is None:
-        return (object(),)
-    hooks = _saved_tensors_hooks(True)
-    return (p, dtype, x._version, torch.is_grad_enabled(), hooks and _reference(hooks[0]))
-
-
-def _reference(hook: Callable) -> Any:
-    """Something equal for the same hook only, which does not keep it: it may hold x."""
-    try:
-        return weakref.ref(hook)
-    except TypeError:
-        return object()
-
-
-#: The innermost hooks on saved tensors; torch has no public way to ask for them. Without it nothing is shared.
-_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+@functools.cache
+def rounded(p: float) -> tuple[int, int]:
+    """(b, t): a zero where b random bits are below t, so with probability t / 2^b, near enough to p."""
+    for bits in (8, 16, 32):
+        threshold = min(round(p * 2**bits), 2**bits - 1)
+        if abs(threshold / 2**bits - p) <= min(p, 1 - p) / 32:
+            break
+    return bits, max(threshold, 1)
 
 
 class _Seed(ISeedSequence):
@@ -229,6 +146,3 @@ class _Seed(ISeedSequence):
     def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
         return self.words[:n_words]
 
-
-def _threshold(p: float) -> int:
-    return min(round(p * 256), 255)

@@ -20,6 +20,7 @@ ORDER = [
     "files",
     "heap",
     "dropout",
+    "masks",
     "products",
     "functional",
     "lowrank",

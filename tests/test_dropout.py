@@ -1,25 +1,13 @@
 """`FastDropout` means what `nn.Dropout` means, at a tenth of the cost. (The mask itself: see test_functional.py.)"""
 
-import gc
 import math
-import threading
-import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from lora_core import dropout as engine
-from lora_core import functional, use_fast_dropout
-from lora_core.dropout import (
-    FastDropout,
-    draw_keep_mask,
-    dropout,
-    dropped_for,
-    same_keep_mask,
-    same_keep_mask_for,
-)
+from lora_core import use_fast_dropout
+from lora_core.dropout import FastDropout, draw_keep_mask, dropout, same_keep_mask
 
 
 def test_it_zeroes_and_rescales_and_the_gradient_uses_the_same_mask():
@@ -54,11 +42,11 @@ def test_inputs_of_any_layout():
 def test_the_mask_is_never_empty_of_chances():
     for p in (0.999, 0.9999999):
         mask, kept, _ = draw_keep_mask(torch.Size((100_000,)), p, torch.device("cpu"))
-        assert kept == 1 / 256 and mask.sum() > 0
+        assert abs(kept - (1 - p)) < (1 - p) / 30 and abs(mask.sum() - 100_000 * kept) <= 5 * math.sqrt(100_000 * kept)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (3, 3), (4, 0, 2), (7, 11, 13)])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999, 0.01, 1e-5])
 def test_a_mask_is_made_again_from_what_is_kept_of_it(shape, p):
     mask, _, source = draw_keep_mask(torch.Size(shape), p, torch.device("cpu"))
     assert mask.shape == shape and mask.dtype == torch.uint8 and ((mask == 0) | (mask == 1)).all()
@@ -103,152 +91,3 @@ def test_it_keeps_a_seed_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         dropout(x, 0.1)
     assert sum(t.nbytes for t in kept) == 32
-
-
-# --- one mask for the layers that read one tensor ----------------------------------------------------------------------
-
-
-def dropped(*readings, p=0.5):
-    """x dropped out, for each (x, reader), one after another."""
-    return [dropped_for(x, p, x.dtype, reader).x for x, reader in readings]
-
-
-def same_mask(*results):
-    """Whether the same elements of all were dropped: none was zero before."""
-    first, *others = ((result == 0).view(-1, result.shape[-1]) for result in results)
-    return all(torch.equal(first, other) for other in others)
-
-
-def test_layers_that_read_one_tensor_share_its_mask():
-    x = torch.rand(2, 30, 10) + 1
-    q, k, v = dropped((x, 1), (x, 2), (x, 3))
-    assert q is k is v and torch.equal(q, x.view(60, 10) * (q != 0)) and 200 < q.count_nonzero() < 400
-
-
-def test_a_layer_that_reads_again_draws_again():
-    """The same batch, at every step the same tensor: without this the first layer would drop the same elements for ever."""
-    x = torch.rand(50, 10) + 1
-    first, k, second, again = dropped((x, 1), (x, 2), (x, 1), (x, 2))
-    assert first is k and second is again and not same_mask(first, second)
-
-
-def test_nothing_is_shared_between_what_only_looks_alike():
-    x = torch.rand(50, 10) + 1
-    (first,) = dropped((x, 1))
-    others = [x.clone(), x.view(50, 10), x.detach()]
-    assert not any(same_mask(first, *dropped((other, 2 + i))) for i, other in enumerate(others))
-    a, _, c = dropped((x, 1), (others[0], 2), (x, 3))  # another tensor in between
-    assert not same_mask(a, c)
-    (before,) = dropped((x, 1))
-    x.add_(1)
-    assert not same_mask(before, *dropped((x, 2)))
-    with torch.inference_mode():
-        y = torch.rand(50, 10) + 1
-        assert not same_mask(*dropped((y, 1), (y, 2)))
-
-
-def test_another_probability_draws_another_mask():
-    x = torch.rand(50, 10) + 1
-    first, second = dropped_for(x, 0.5, x.dtype, 1), dropped_for(x, 0.25, x.dtype, 2)
-    assert (first.p, second.p) == (0.5, 0.25) and (first.kept, second.kept) == (0.5, 0.75)
-    assert not same_mask(first.x, second.x)
-
-
-def test_another_dtype_does_not_get_the_tensor_of_the_first():
-    x = torch.rand(50, 10) + 1
-    single, double = dropped_for(x, 0.5, torch.float32, 1), dropped_for(x, 0.5, torch.float64, 2)
-    assert (single.x.dtype, double.x.dtype) == (torch.float32, torch.float64)
-
-
-def test_without_knowing_where_a_checkpoint_ends_nothing_is_shared(monkeypatch):
-    monkeypatch.setattr(engine, "_saved_tensors_hooks", None)
-    x = torch.rand(50, 10) + 1
-    assert not same_mask(*dropped((x, 1), (x, 2)))
-
-
-def test_threads_share_nothing():
-    x, found = torch.rand(50, 10) + 1, []
-    readers = [threading.Thread(target=lambda i=i: found.extend(dropped((x, i)))) for i in range(2)]
-    for thread in readers:
-        thread.start()
-        thread.join()
-    assert not same_mask(*found)
-
-
-def test_what_was_drawn_goes_with_the_tensor_that_it_is_of():
-    x, source = torch.rand(50, 10), torch.zeros(4, dtype=torch.int64)
-    gone = weakref.ref(dropped((x, 1))[0]), weakref.ref(same_keep_mask_for(source, (50, 10), 0.5))
-    assert all(g() is not None for g in gone)
-    del x, source
-    gc.collect()
-    assert all(g() is None for g in gone)
-
-
-def test_a_mask_that_was_kept_itself_is_not_remembered():
-    source = torch.zeros(50, 10, dtype=torch.uint8, device="meta")  # as on a GPU, where the mask is its own source
-    assert same_keep_mask_for(source, (50, 10), 0.5) is source
-    gone = weakref.ref(source)
-    del source
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("inside", ["", "q", "k", "v", "qk", "kv", "qv", "qkv"])
-@pytest.mark.parametrize("leaf", [False, True], ids=["activation", "leaf"])
-@pytest.mark.parametrize("backward_first", ["outside", "inside"])
-def test_a_layer_in_a_checkpoint_finds_its_mask_again(monkeypatch, inside, reentrant, leaf, backward_first):
-    """Whichever of q, k and v are checkpointed, alone or together, and whatever is freed before they run again."""
-    torch.manual_seed(0)
-    drawn = {}
-
-    def remember(x, p, dtype, reader):
-        found = dropped_for(x, p, dtype, reader)
-        drawn.setdefault(reader, []).append(found.x.clone())
-        return found
-
-    monkeypatch.setattr(functional, "dropped_for", remember)
-    W, A = torch.randn(3, 8, 8), torch.randn(3, 2, 8, requires_grad=True)
-    B = torch.randn(3, 8, 2, requires_grad=True)
-    x = torch.randn(20, 8, requires_grad=True)
-    x = x if leaf else x * 1
-
-    def layers(x, names):
-        found = [functional.lora_linear(x, W[i], None, A[i], B[i], 1.0, 0.5) for i in map("qkv".index, names)]
-        return torch.stack(found) if found else torch.zeros(0)
-
-    parts = {name: None for name in (inside, *(n for n in "qkv" if n not in inside))}
-    for name in sorted(parts, key=lambda name: name[:1]):
-        if name == inside and name:
-            parts[name] = checkpoint(layers, x, name, use_reentrant=reentrant)
-        else:
-            parts[name] = layers(x, name)
-    order = sorted((n for n in parts if n), key=lambda n: (n == inside) != (backward_first == "inside"))
-    for name in order:
-        part = parts.pop(name)
-        part.square().sum().backward(retain_graph=True)
-        del part
-    assert len(drawn) == 3 and sum(map(len, drawn.values())) == 3 + len(inside)
-    for first, *again in drawn.values():
-        assert all(torch.equal(first, other) for other in again)
-
-
-def test_gradients_of_layers_that_share_a_mask_are_those_of_plain_operations(monkeypatch):
-    torch.manual_seed(0)
-    drawn = []
-    monkeypatch.setattr(functional, "dropped_for", lambda *a: drawn.append(dropped_for(*a)) or drawn[-1])
-    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((7, 5), (2, 3, 5), (2, 2, 5), (2, 3, 2))]
-    outcomes = []
-    for plain in (False, True):
-        x, W, A, B = (t.clone().requires_grad_() for t in tensors)
-        W = W.detach()
-        if plain:
-            x_dropped = x * (drawn[0].x != 0).view(x.shape) / drawn[0].kept
-            ys = [x @ W[i].t() + 2.0 * x_dropped @ A[i].t() @ B[i].t() for i in range(2)]
-        else:
-            ys = [functional.lora_linear(x, W[i], None, A[i], B[i], 2.0, 0.4) for i in range(2)]
-        (ys[0].square().sum() + ys[1].sin().sum()).backward()
-        outcomes.append([*ys, x.grad, A.grad, B.grad])
-    assert drawn[0].x is drawn[1].x
-    for found, expected in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -92,16 +92,14 @@ class LoraLayer(AdapterHolder):
         raise NotImplementedError
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
-        """The base layer's output with the products added."""
+        """The base layer's output with the products added, rounded once to the dtype that the base gives."""
         y = self.base_forward(x, bias)
-        for product in products:
-            y = y + self.product(x, *product)
-        return y
+        return sum((self.product(x, *product) for product in products), start=y).to(y.dtype)
 
     def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
         """y with each row's product added to it."""
         own = rows.A[rows.index], rows.B[rows.index]  # N R d_in, N R d_out
-        return y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, *own)
+        return (y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, *own)).to(y.dtype)
 
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         """`values`, one for each output feature (d_out,) and maybe row (N, d_out), in a shape that y broadcasts with."""
@@ -125,45 +123,50 @@ class LoraLayer(AdapterHolder):
             return self.base_forward(x, self.bias)
         if any(name in self.lora_magnitude for name in self.lora_active):
             return self._dora_forward(x)
-        return self.adapted_forward(x, self._bias_now(), self.active_products())
+        y = self.adapted_forward(x, self.bias, self.active_products())
+        own = self._own_bias()
+        return y if own is None else (y + self.spread(own, y)).to(y.dtype)
 
-    def _bias_now(self) -> Tensor | None:
-        """The base's bias with those of the active adapters added."""
-        bias = self.bias
-        for name in self.lora_active:
-            if name in self.lora_bias:
-                own = self.lora_bias[name] * self.lora_scaling[name]
-                bias = own if bias is None else bias + own
-        return bias
+    def _own_bias(self) -> Tensor | None:
+        """The sum of the active adapters' biases of B, (d_out,)."""
+        own = [self.lora_bias[name] * self.lora_scaling[name] for name in self.lora_active if name in self.lora_bias]
+        return sum(own[1:], start=own[0]) if own else None
 
     def active_products(self) -> list[Product]:
-        """What the forward must add: adapters of the same dropout make one product of summed rank, and share its mask."""
-        if len(self.lora_active) == 1:
-            (name,) = self.lora_active
-            return [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name))]
-        groups: dict[float, list[str]] = {}
-        for name in self.lora_active:
-            groups.setdefault(self._dropout_now(name), []).append(name)
-        return [(*self.joined_factors(names), 1.0, dropout) for dropout, names in groups.items()]
+        """What the forward must add. Adapters without dropout make one product of summed rank; each other has its own mask."""
+        plain = [name for name in self.lora_active if not self._dropout_now(name)]
+        dropped = [name for name in self.lora_active if name not in plain]
+        products = [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name)) for name in dropped]
+        if len(plain) == 1:
+            products.append((*self.factors(plain[0]), self.lora_scaling[plain[0]], 0.0))
+        elif plain:
+            products.append((*self.joined_factors(plain), 1.0, 0.0))
+        return products
 
     def _dropout_now(self, name: str) -> float:
         return self.lora_dropout[name] if self.training else 0.0
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         factors = {name: self.dora_factor(name) for name in self.lora_active if name in self.lora_magnitude}
-        if len(self.lora_active) == 1:  # f (W x + s B A x): one pass over the plain layer's output
+        if len(self.lora_active) == 1 and not self._rounds(x):  # f (W x + s B A x): one pass over the plain layer's output
             (factor,) = factors.values()
             y = self.adapted_forward(x, None, self.active_products())
-            y = y * self.spread(factor.to(y.dtype), y)
+            dtype, y = y.dtype, y * self.spread(factor.to(y.dtype), y)
         else:
             y = self.base_forward(x, None)
-            y = y * self.spread(1 + sum(f.to(y.dtype) - 1 for f in factors.values()), y)
+            dtype, y = y.dtype, y * self.spread(1 + sum(f - 1 for f in factors.values()), y)
             for name in self.lora_active:
                 A, B = self.factors(name)
                 B = B * factors[name].to(B.dtype)[:, None] if name in factors else B
                 y = y + self.product(x, A, B, self.lora_scaling[name], self._dropout_now(name))
-        bias = self._bias_now()
-        return y if bias is None else y + self.spread(bias.to(y.dtype), y)
+        for bias in (self.bias, self._own_bias()):
+            y = y if bias is None else y + self.spread(bias, y)
+        return y.to(dtype)
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether the base gives 16 bits and the update has more: then what is made of their sum is rounded at the end."""
+        dtype = x.dtype if x.is_floating_point() else self.weight.dtype
+        return dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type)
 
     def dora_factor(self, name: str) -> Tensor:
         """DoRA's f = m / |W + s B A|, (d_out,), with the norm a constant in the gradient."""
@@ -178,12 +181,14 @@ class LoraLayer(AdapterHolder):
         index = rows.index
         check_rows(x, index)
         y = self.base_forward(x, None if rows.factor is not None else self.bias)
+        dtype = y.dtype
         if rows.A.shape[1]:
             y = self.add_products_by_row(y, x, rows)
         if rows.factor is not None:
-            y = y * self.spread(rows.factor[index].to(y.dtype), y)
-            y = y if self.bias is None else y + self.spread(self.bias.to(y.dtype), y)
-        return y if rows.bias is None else y + self.spread(rows.bias[index].to(y.dtype), y)
+            y = y * self.spread(rows.factor[index], y)
+            y = y if self.bias is None else y + self.spread(self.bias, y)
+        y = y if rows.bias is None else y + self.spread(rows.bias[index], y)
+        return y.to(dtype)
 
     # --- folding ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import update_dtype
 from .base import LoraLayer
 
 
@@ -40,10 +41,11 @@ class LoraConv(LoraLayer):
         return self._conv_forward(x, self.weight, None if bias is None else bias.to(self.weight.dtype))
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
-        kernel = A.to(x.dtype).view(len(A), self.in_channels, *self.kernel_size)
-        h = self._conv_forward(F.dropout(x, dropout), kernel, None)  # N r *size
+        dtype = update_dtype(x, A)
+        kernel = A.to(dtype).view(len(A), self.in_channels, *self.kernel_size)
+        h = self._conv_forward(F.dropout(x.to(dtype), dropout), kernel, None)  # N r *size
         channel = h.dim() - len(self.kernel_size) - 1
-        return scaling * (h.movedim(channel, -1) @ B.to(x.dtype).t()).movedim(-1, channel)
+        return scaling * (h.movedim(channel, -1) @ B.to(dtype).t()).movedim(-1, channel)
 
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         return values.view(*values.shape, *(1,) * len(self.kernel_size))

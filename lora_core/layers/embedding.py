@@ -32,4 +32,4 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         rows = F.embedding(x, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # ... r
         dtype = torch.promote_types(rows.dtype, self.weight.dtype)  # there is no input whose dtype would decide
-        return scaling * (rows.to(dtype) @ B.to(dtype).t()).to(self.weight.dtype)
+        return scaling * (rows.to(dtype) @ B.to(dtype).t())

@@ -36,6 +36,7 @@ class AdapterHolder(nn.Module):
         lora_dropout: {adapter: probability of dropout on the adapter's input}.
         lora_active: names of the adapters that the forward applies, in order.
         lora_folded: names of the adapters that are folded into `weight` now.
+        lora_masks: the siblings that share a dropout mask with it; None if none do.
         lora_rows: {thread: the adapters that each row of its batch uses}.
     """
 
@@ -51,7 +52,7 @@ class AdapterHolder(nn.Module):
         module.lora_base_class = base_class
         for table in TABLES:
             setattr(module, table, nn.ParameterDict())
-        module.lora_scaling, module.lora_dropout, module.lora_rows = {}, {}, {}
+        module.lora_scaling, module.lora_dropout, module.lora_rows, module.lora_masks = {}, {}, {}, None
         module.lora_active = module.lora_folded = ()
         module.lora_unfolded = ()  # (weight, bias, dtype of the folded weight): in a tuple they are not registered
         return module
@@ -59,11 +60,18 @@ class AdapterHolder(nn.Module):
     def release(self) -> nn.Module:
         """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped."""
         self.unfold()
+        self.leave_mask_group()
         change_class(self, self.lora_base_class)
-        plain = ("lora_scaling", "lora_dropout", "lora_rows", "lora_active", "lora_folded", "lora_unfolded", "lora_base_class")
-        for name in (*TABLES, *plain):
+        plain = ("scaling", "dropout", "rows", "masks", "active", "folded", "unfolded", "base_class")
+        for name in (*TABLES, *(f"lora_{attribute}" for attribute in plain)):
             delattr(self, name)
         return self
+
+    def leave_mask_group(self) -> None:
+        """Makes the layer draw its dropout masks alone again."""
+        if self.lora_masks is not None:
+            self.lora_masks.leave(self)
+            self.lora_masks = None
 
     def add_adapter(
         self,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import distance, lora_linear, lora_product
+from ..functional import Draw, distance, lora_linear, lora_product, update_dtype
 from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward, repack
 from ..products import FastLinear, fast_linear, product
 from .base import LoraLayer, Product, RowAdapters
@@ -31,15 +31,19 @@ class LinearLayer(LoraLayer):
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
-        y = lora_linear(x, self.as_matrix(self.weight), bias, *first, linear=self.base_product)
-        for one in more:
-            y = y + lora_product(x, *one)
-        return y
+        y = lora_linear(x, self.as_matrix(self.weight), bias, *first, linear=self.base_product, draw=self.draw())
+        return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
+
+    def draw(self) -> Draw | None:
+        """What gives a dropout mask, if siblings share theirs."""
+        group = self.lora_masks
+        return None if group is None else lambda x, p: group.draw(self, x, p)
 
     def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
-        x3 = x.to(y.dtype).reshape(len(x), -1, x.shape[-1])  # N T d_in
-        y3 = y.view(len(x), -1, y.shape[-1])  # N T d_out
-        A, B = rows.A.to(y.dtype), rows.B.to(y.dtype)
+        dtype = update_dtype(x, rows.A)
+        x3 = x.to(dtype).reshape(len(x), -1, x.shape[-1])  # N T d_in
+        y3 = y.to(dtype).view(len(x), -1, y.shape[-1])  # N T d_out
+        A, B = rows.A.to(dtype), rows.B.to(dtype)
         if rows.grouped.numel() * x3.shape[1] < len(x) * A.shape[1]:
             # Few tokens: sort the rows by adapter, which moves fewer vectors than giving each row its A and B.
             K, M = rows.grouped.shape
@@ -84,11 +88,9 @@ class Lora4bit(LoraLinear):
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
-        dtype, result_dtype = compute_dtypes(self, x)
-        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype, self.base_product)
-        for one in more:
-            y = y + lora_product(x.to(dtype), *one)
-        return y.to(result_dtype)
+        dtype, _ = compute_dtypes(self, x)
+        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype, self.base_product, self.draw())
+        return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         return dequantize(self)
