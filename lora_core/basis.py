@@ -91,7 +91,7 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
 
 def settings(paths: Iterable[str], config: LoraConfig) -> str:
     """The part of a fingerprint that is about an adapter's settings on layers of these paths."""
-    nothing = SimpleNamespace(weight=torch.empty(0))  # the base does not count for it
+    nothing = SimpleNamespace(weight=torch.empty(0, device="cpu"))  # the base does not count for it
     return fingerprint([(path, nothing) for path in paths], config)["settings"]
 
 

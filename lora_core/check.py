@@ -73,7 +73,7 @@ def probe_inputs(merge: StreamMerge, texts: Sequence[str] | None) -> dict[str, T
             return read_probe(adapter.directory).inputs
     vocabulary = merge.base.config.get("vocab_size")
     high = vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else 100
-    ids = torch.randint(high, RANDOM_SHAPE, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(high, RANDOM_SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

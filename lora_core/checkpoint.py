@@ -70,7 +70,7 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self.nbytes:
             with self._open() as file:
                 _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), self.file)

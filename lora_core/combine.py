@@ -132,7 +132,7 @@ def combine_adapters(
     check_new_name(model, adapter_name)
 
     root = unwrap(model)
-    rule = Rule(method, density, majority, torch.Generator().manual_seed(seed))
+    rule = Rule(method, density, majority, torch.Generator("cpu").manual_seed(seed))
     carried = {path: layer for record in records.values() for path, layer in adapter_layers(root, record)}
     parts = {path: _combine_layer(path, carried[path], sources, r, rule) for path in base_modules(root) if path in carried}
     whole = {path for record in records.values() for path in record.saved_modules}

@@ -99,7 +99,7 @@ def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _orthogonal(d_in: int, d_out: int, r: int) -> tuple[Tensor, Tensor]:
     """A of the odd and B of the even rows of one orthogonal (r, r) matrix, spread at random: so B A = 0."""
-    Q, _ = torch.linalg.qr(torch.randn(r, r))
-    A = torch.randn(d_in, r // 2) @ Q[0::2]
-    B = torch.randn(r // 2, d_out).t() @ Q[1::2]
+    Q, _ = torch.linalg.qr(torch.randn(r, r, device="cpu"))
+    A = torch.randn(d_in, r // 2, device="cpu") @ Q[0::2]
+    B = torch.randn(r // 2, d_out, device="cpu").t() @ Q[1::2]
     return A.t() / 10, B / 10

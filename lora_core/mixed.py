@@ -63,12 +63,12 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     if thread in registry.mixing:
         raise MixedBatchError("this thread is in a mixed batch already; leave it before the next")
 
-    index = torch.tensor([len(chosen) if name is None else chosen.index(name) for name in names])
+    index = torch.tensor([len(chosen) if name is None else chosen.index(name) for name in names], device="cpu")
     groups = [(index == k).nonzero().flatten() for k in range(len(chosen) + 1)]
     grouped = pad_sequence(groups, batch_first=True)
     place = torch.empty_like(index)
     for k, group in enumerate(groups):
-        place[group] = k * grouped.shape[1] + torch.arange(len(group))
+        place[group] = k * grouped.shape[1] + torch.arange(len(group), device="cpu")
     undo = ExitStack()
     try:
         try:

@@ -51,7 +51,8 @@ class Rule:
             size = D.abs()
             return torch.where(size >= size.flatten().kthvalue(D.numel() - keep + 1).values, D, 0)
         if self.method in PRUNING:
-            keep = torch.rand(D.shape, dtype=torch.float64, generator=self.generator) < self.density
+            draws = torch.rand(D.shape, dtype=torch.float64, generator=self.generator, device=self.generator.device)
+            keep = draws < self.density
             return torch.where(keep.to(D.device), D / self.density, 0)
         return D
 

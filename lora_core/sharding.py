@@ -61,7 +61,8 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     values = torch.zeros(len(positions), dtype=local.dtype, device=local.device)
     for chunk in tensor.__create_chunk_list__():
         place = [c - start for c, start in zip(torch.unravel_index(positions, tensor.shape), chunk.offsets, strict=True)]
-        here = math.prod(((p >= 0) & (p < size) for p, size in zip(place, chunk.sizes, strict=True)), start=torch.tensor(True))
+        inside = ((p >= 0) & (p < size) for p, size in zip(place, chunk.sizes, strict=True))
+        here = math.prod(inside, start=torch.tensor(True, device="cpu"))
         values[here] = local[tuple(p[here] for p in place)]
     # One process has each value and the others zeros, so the sum of the bytes is exact whatever the dtype.
     data = values.view(torch.uint8)
