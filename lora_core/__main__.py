@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import Parser, run
+from .command_line import Parser, finite, run
 
 DTYPES = ("float32", "float16", "bfloat16")
 BASES = ("original", "nf4-dequantized", "nf4")
@@ -58,13 +58,15 @@ It must not exist yet, and it is there whole or not at all.
 What the adapter is folded into (--base-as): for an adapter that was trained on a 4-bit base
 (QLoRA), nf4-dequantized gives exactly the model that was trained; original gives the base's own
 weights with an update that was made for others; nf4 gives a 4-bit checkpoint, and loses a part of
-the update. --check measures all three."""
+the update. --check measures all three. If less than half of the update would be left in some layer,
+nothing is merged, unless --allow-loss is given."""
     _base(p)
     _adapters(p, "adapter to fold in; may be given several times")
     p.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="a factor for each adapter's update, in the order given; 1 if not"
+        "--weights", type=finite, nargs="+", metavar="W", help="a factor for each adapter's update, in order; 1 if not given"
     )
     _output(p)
+    p.add_argument("--allow-loss", action="store_true", help="merge although rounding loses most of the update in some layer")
     p.add_argument("--dtype", choices=DTYPES, help="what to cast the weights to; as they are in the base if not given")
     p.add_argument(
         "--base-as", choices=BASES, help="what to fold into; if not given, nf4-dequantized for an adapter that says that it "
@@ -93,11 +95,11 @@ def _combine(p: Parser) -> None:
 from getting in each other's way. Needs transformers."""
     _base(p)
     _adapters(p, "adapter to combine; give two or more")
-    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="a factor for each adapter; 1 if not given")
+    p.add_argument("--weights", type=finite, nargs="+", metavar="W", help="a factor for each adapter; 1 if not given")
     _output(p)
     p.add_argument("--method", default="linear", help="linear, cat, svd, ties, dare_linear, dare_ties or magnitude_prune")
     p.add_argument("--rank", type=int, metavar="R", help="rank of the result, for the methods that cut it")
-    p.add_argument("--density", type=float, metavar="P", help="share of values to keep, for the methods that prune")
+    p.add_argument("--density", type=finite, metavar="P", help="share of values to keep, for the methods that prune")
 
 
 def _extract(p: Parser) -> None:
@@ -141,7 +143,7 @@ def _output(p: Parser) -> None:
 
 def _tolerance(p: Parser, when: str = "") -> None:
     text = "largest deviation of a logit that passes, as a share of the largest logit; by the dtype if not given"
-    p.add_argument("--tolerance", type=float, metavar="X", help=when + text)
+    p.add_argument("--tolerance", type=finite, metavar="X", help=when + text)
 
 
 def call(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from .atomic import insist
-from .errors import ConfigError, MergeError
+from .config import check_alpha
+from .errors import MergeError
 from .layers import LoraLayer
 from .layers.linear import LinearLayer
 from .masks import MaskGroup
@@ -235,8 +235,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         ConfigError: lr or ratio is not a positive number.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        check_alpha(name, value)
     layers = {m for m in unwrap(model).modules() if isinstance(m, LoraLayer) and not m.zero_A}
     fast = {id(p) for layer in layers for p in layer.lora_B.values()}
     parameters = trainable_parameters(model)

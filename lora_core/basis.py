@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .errors import AdapterFormatError, WrongBaseError
-from .fingerprint import describe_dense, describe_packed, difference, fingerprint
+from .fingerprint import describe_dense, describe_packed, difference, fingerprint, same_values
 from .nf4 import packed_form, to_4bit
 from .updates import AdapterUpdates
 
@@ -73,6 +73,9 @@ def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basi
 def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> None:
     """Raises a WrongBaseError if W, as the file holds it, is not the weight that an adapter at `path` was trained on."""
     for adapter in adapters:
+        own = adapter.base_weights.get(path)
+        if own is not None and not same_values(W, own):
+            raise WrongBaseError(f"{adapter.directory} holds the weight of {path} that it was trained on; the base has another")
         mark = adapter.fingerprint
         if mark is None or path not in adapter.layers:
             continue

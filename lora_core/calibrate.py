@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import check_finite
 from .errors import ConfigError, LoraError, MergeError, QuantizationError
 from .layers import LoraLayer
 from .layers.linear import LinearLayer, Lora4bit
@@ -100,7 +101,8 @@ def initialize_eva(
             not finite.
         MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
-    if not rho >= 1:
+    check_finite("rho", rho)
+    if rho < 1:
         raise ConfigError(f"rho must be at least 1, not {rho!r}")
     adapter, layers = _changeable(model, adapter_name)
     for path, layer in layers.items():

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import set_adapter
-from .errors import CheckFailedError, LoraError
+from .errors import CheckFailedError, LoraError, one_line
 from .nf4 import dequantize, is_quantized
 from .pretrained import in_float32, load_base, load_model, tokenize
 from .probe import PROBE_FILE, read_probe, run_probe
+from .recipe import BASES, NF4
 from .registry import adapter_layers, find_adapter, registry_of
 from .storage import load_adapter
-from .stream import BASES, NF4, StreamMerge
+from .stream import StreamMerge
 
 #: The largest deviation of a logit that passes, as a share of the largest logit, by what the weights were cast to: float32
 #: sums in another order; a rounding of each weight; a new quantisation, which can only be called a change of model.
@@ -132,8 +133,8 @@ def _deviation_of(
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as place:
             other.write(Path(place))
             return _deviation(other, Path(place), adapted, expected, inputs)
-    except LoraError as error:
-        return Deviation(base_as, obstacle=str(error))
+    except Exception as error:  # of any library: that a comparison can't be had says nothing of the merge
+        return Deviation(base_as, obstacle=one_line(str(error)) or type(error).__name__)
 
 
 def _deviation(

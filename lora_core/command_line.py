@@ -33,6 +33,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help if hidden else f"{action.help} (default: %(default)s)"
 
 
+def finite(text: str) -> float:
+    """An argument that is a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def run(command: Callable[[], int]) -> int:
     """Runs the body of a command; returns its exit code."""
     try:

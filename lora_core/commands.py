@@ -21,9 +21,10 @@ from .errors import CheckFailedError, CheckpointError, ConfigError
 from .files import expanded, is_directory
 from .heap import keep_freed_memory
 from .inspection import inspect_adapter
+from .recipe import Recipe
 from .shards import check_free, new_directory
 from .storage import load_adapter, read_adapter, save_adapter
-from .stream import Recipe, StreamMerge
+from .stream import StreamMerge
 from .updates import read_updates
 
 
@@ -38,7 +39,8 @@ def merge(args: Namespace) -> int:
     check_free(args.output)
     keep_freed_memory()
     texts = _lines(args.check) if isinstance(args.check, str) else None
-    recipe = Recipe(_dtype(args.dtype), args.base_as, tuple(args.weights) if args.weights else None)
+    weights = tuple(args.weights) if args.weights else None
+    recipe = Recipe(_dtype(args.dtype), args.base_as, weights, allow_loss=args.allow_loss)
     adapters = [read_updates(path) for path in args.adapters]
     stream = StreamMerge(open_checkpoint(_base(args.base, args.adapters[0])), adapters, recipe)
     deviations = []

@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint import CONFIG_FILE, Checkpoint
 from .merge import MergeReport
+from .tied_names import OUTPUT_LAYERS
 from .updates import AdapterUpdates
 
 CARD = "README.md"
@@ -84,7 +85,8 @@ def _config(result: Result) -> dict[str, Any]:
             "bnb_4bit_blocksize": int(block_size),
             "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": list(result.dense),
+            # Output layers too that the file does not hold, since they are tied: transformers would pack them.
+            "llm_int8_skip_modules": list(dict.fromkeys((*result.dense, *OUTPUT_LAYERS))),
         }
     }
 

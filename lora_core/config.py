@@ -228,6 +228,11 @@ def check_alpha(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a positive number, not {_shown(value)}")
 
 
+def check_finite(name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, not {_shown(value)}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

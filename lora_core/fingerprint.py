@@ -41,7 +41,11 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
 
 def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:
     """Whether `tensor` holds the values of the layer's own weight, in this dtype or a wider one."""
-    weight = stored_weight(_unfolded(layer)).detach()
+    return same_values(stored_weight(_unfolded(layer)).detach(), tensor)
+
+
+def same_values(weight: Tensor, tensor: Tensor) -> bool:
+    """Whether `tensor` holds the values of `weight`, in this dtype or a wider one."""
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 

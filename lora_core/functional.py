@@ -113,13 +113,6 @@ def dora_factor(V: Tensor, magnitude: Tensor) -> Tensor:
     return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """|a - b| in the Frobenius norm, row by row in blocks: without a third tensor of their size, which takes longer."""
-    rows = max(1, 2**18 // max(1, a[:1].numel()))
-    parts = [torch.linalg.vector_norm(x - y).double() for x, y in zip(a.split(rows), b.split(rows), strict=True)]
-    return torch.stack(parts).norm().item()
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a product with x is computed in: autocast's if that is on, which leaves float64 alone."""
     device = x.device.type

@@ -9,10 +9,8 @@ The sum W + scaling * B A is computed in float32 (float64 for float64 weights) a
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,9 +21,18 @@ from .atomic import LastSteps
 from .copies import submodule
 from .errors import MergeError
 from .layers import LoraLayer
+from .loss import Cost, describe_loss, refuse_loss
 from .nf4 import is_quantized, to_dense
 from .registry import activate, adapter_layers, as_names, change_adapters, changes_adapters, find_adapter, registry_of, unwrap
 from .sharding import refuse_sharded
+from .untie import configs, forget_quantization, forget_ties, ties, untie
+
+#: What helps where the weights' own precision is too coarse for an update.
+_REMEDY = "merge with dtype=torch.float32"
+_REMEDY_NF4 = (
+    "merge over the base's files, where the original weights are at hand (python -m lora_core merge --base-as nf4), or without "
+    "requantize"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class MergeReport:
         dequantized: paths of 4-bit layers that are dense now.
         requantized: paths of layers that are in 4 bits.
         untied: paths of weights that the base tied to others, and that are apart now.
+        kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `loss.py`.
     """
 
     adapters: tuple[str, ...]
@@ -47,23 +55,27 @@ class MergeReport:
     dequantized: tuple[str, ...]
     requantized: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
+    kept: dict[str, float] = field(default_factory=dict)
 
     @property
     def largest_error(self) -> float:
         return max(self.layers.values(), default=0.0)
 
+    @property
+    def least_kept(self) -> float:
+        return min(self.kept.values(), default=1.0)
+
     def __str__(self) -> str:
         kinds = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
         kinds += f"; {len(self.requantized)} layers in 4 bits" if self.requantized else ""
         kinds += f"; no longer tied to others: {', '.join(self.untied)}" if self.untied else ""
-        return (
-            f"merged {', '.join(self.adapters)} into {len(self.layers)} layers, "
-            f"losing at most {self.largest_error:.2g} of an update to rounding{kinds}"
-        )
+        left = describe_loss(self.kept) or f"at least {min(self.least_kept, 1):.1%} of each update is there"
+        error = f"; rounding moved a weight by up to {self.largest_error:.2g} times its update" if self.largest_error else ""
+        return f"merged {', '.join(self.adapters)} into {len(self.layers)} layers: {left}{error}{kinds}"
 
 
 @changes_adapters
-def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
+def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *, allow_loss: bool = False) -> None:
     """Folds adapters into the weights, in place: the forward then costs what the base's does.
 
     The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile.
@@ -71,11 +83,16 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None) ->
     Args:
         model: a model with adapters.
         names: the adapters to fold, which are made active; None: the active ones.
+        allow_loss: merge although the weights' 16 bits lose more than half of the update in some layer.
 
     Raises:
-        MergeError: adapters are folded in already, none is active, or a folded weight is not finite.
+        MergeError: adapters are folded in already, none is active, a folded weight is not finite, or too much would be lost.
+        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
+            spread over processes, or an adapted weight is offloaded.
     """
-    _fold_all(model, _chosen(model, names))
+    spent = _fold_all(model, _chosen(model, names))
+    if not allow_loss:
+        refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
 
 
 @changes_adapters
@@ -101,6 +118,7 @@ def merge_and_unload(
     dtype: torch.dtype | None = None,
     *,
     requantize: bool = False,
+    allow_loss: bool = False,
 ) -> MergeReport:
     """Folds adapters into the weights for good: plain modules again, no adapter left.
 
@@ -116,22 +134,29 @@ def merge_and_unload(
         dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one takes that from
             before it was packed).
         requantize: pack the merged weight of a 4-bit layer in 4 bits again, in the format that it had. The report says
-            what that lost.
+            what that lost: weights that lie on the 4-bit grid snap back after a small update.
+        allow_loss: merge although the cast, or packing, loses more than half of the update in some layer.
 
     Where the base ties an adapted or trained weight to others (a head that is the input embeddings), they are apart afterwards,
     as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
 
     Raises:
-        MergeError: no adapter is active, or a merged weight would not be finite in its dtype. The model is as it was.
+        MergeError: no adapter is active, a merged weight would not be finite in its dtype, or in some layer less than half of
+            the update would be left. The model is as it was.
         MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
             spread over processes, or an adapted weight is offloaded.
     """
-    change = functools.partial(_merge, model, names, dtype, requantize)
-    return change_adapters(model, change, _configs(unwrap(model)))
+    change = functools.partial(_merge, model, names, dtype, requantize, allow_loss)
+    return change_adapters(model, change, configs(unwrap(model)))
 
 
 def _merge(
-    model: nn.Module, names: str | Iterable[str] | None, dtype: torch.dtype | None, requantize: bool, last: LastSteps
+    model: nn.Module,
+    names: str | Iterable[str] | None,
+    dtype: torch.dtype | None,
+    requantize: bool,
+    allow_loss: bool,
+    last: LastSteps,
 ) -> MergeReport:
     """`merge_and_unload`, but for what is added in place: `last` gets that to do."""
     root, registry = unwrap(model), registry_of(model)
@@ -139,8 +164,11 @@ def _merge(
     _unfold_all(model)
     quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
     _check_cast(root, dtype)
-    ties = _ties(root)
-    errors = _fold_all(model, names, dtype, packed=requantize, last=last, shared=ties)
+    tied = ties(root)
+    spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
+    kept = {path: c.kept for path, c in spent.items()}
+    if not allow_loss:
+        refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
     for layer in _layers(model, names).values():
         layer.keep_folded()
     copied = [path for name in names for path in registry.adapters[name].copied]
@@ -154,41 +182,20 @@ def _merge(
             dense[layer] = to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(submodule(root, parent), name, dense[layer])
-    untied = _untie(root, ties.values(), {*copied, *(f"{path}.weight" for path in errors)})
+    untied = untie(root, tied.values(), {*copied, *(f"{path}.weight" for path in spent)})
     if dense:
-        _forget_quantization(root)
-    _forget_ties(root, untied)
+        forget_quantization(root)
+    forget_ties(root, untied)
     if dtype is not None:
         root.to(dtype)
-    return MergeReport(names, errors, tuple(quantized if dense else ()), tuple(quantized if requantize else ()), untied)
-
-
-def _forget_quantization(root: nn.Module) -> None:
-    """Takes off a transformers model what says that its weights are 4-bit: it would save, move and load as such."""
-    root.__dict__.pop("hf_quantizer", None)
-    for flag in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
-        root.__dict__.pop(flag, None)
-    if hasattr(getattr(root, "config", None), "quantization_config"):
-        del root.config.quantization_config
-
-
-def _forget_ties(root: nn.Module, untied: Iterable[str]) -> None:
-    """Takes off a transformers model what says that these weights are tied: it would save one of them, and tie them again."""
-    if not untied:
-        return
-    for config in _configs(root):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-    ties = root.__dict__.get("all_tied_weights_keys")
-    for path in [p for p, source in ties.items() if p in untied or source in untied] if ties else ():
-        del ties[path]
-
-
-def _configs(root: nn.Module) -> list[Any]:
-    """The configuration of a transformers model, and that of its language model if it has one of its own."""
-    config = getattr(root, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return [c for c in (config, text) if hasattr(c, "__dict__")]
+    return MergeReport(
+        adapters=names,
+        layers={path: c.lost for path, c in spent.items()},
+        dequantized=tuple(quantized if dense else ()),
+        requantized=tuple(quantized if requantize else ()),
+        untied=untied,
+        kept=kept,
+    )
 
 
 def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
@@ -211,7 +218,7 @@ def _fold_all(
     packed: bool = False,
     last: LastSteps | None = None,
     shared: Container[int] = (),
-) -> dict[str, float]:
+) -> dict[str, Cost]:
     """Makes `names` active and folds them in; {path: what the cast lost}.
 
     4-bit layers are folded into 4-bit weights if `packed`. With `last`, dense ones are added to in their own memory, by a step
@@ -219,52 +226,24 @@ def _fold_all(
     """
     refuse_sharded(model, "merging")
     activate(model, names)
-    lost = {}
+    spent = {}
     for path, layer in _layers(model, names).items():
         try:
             in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
             if in_place and layer.folds_in_place(names):
                 for step in layer.steps_in_place(names):
                     last.add(layer.weight, step)
-                lost[path] = 0.0
+                spent[path] = Cost()
             else:
-                lost[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
+                spent[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
-    return lost
+    return spent
 
 
 def _unfold_all(model: nn.Module) -> None:
     for layer in _layers(model, registry_of(model).adapters).values():
         layer.unfold()
-
-
-def _ties(root: nn.Module) -> dict[int, list[str]]:
-    """{where it starts in memory: the paths}, of each tensor of the base that has several paths."""
-    paths = defaultdict(list)
-    for path in copies.base_tensors(root):
-        if (place := copies.original_of(root, path).data_ptr()) != 0:
-            paths[place].append(path)
-    return {place: tied for place, tied in paths.items() if len(tied) > 1}
-
-
-def _untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str]) -> tuple[str, ...]:
-    """Gives each path of a tie that the adapters have broken a tensor of its own; the paths, of those, that they changed.
-
-    Also the paths that still are one: no library ties some of what its model ties, and not the rest.
-    """
-    untied = []
-    for paths in ties:
-        tensors = {path: copies.get_tensor(root, path) for path in paths}
-        if len({tensor.data_ptr() for tensor in tensors.values()}) > 1:
-            places = set()
-            for path, tensor in tensors.items():
-                if tensor.data_ptr() in places:
-                    parent, _, name = path.rpartition(".")
-                    setattr(submodule(root, parent), name, copies.copy_tensor(tensor))
-                places.add(tensor.data_ptr())
-            untied += [path for path in paths if path in changed]
-    return tuple(untied)
 
 
 def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:

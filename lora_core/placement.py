@@ -18,9 +18,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .checkpoint import Checkpoint
 from .errors import MergeError, WrongBaseError
 from .targets import match_saved_modules, select_targets
+from .tied_names import OUTPUT_LAYER, may_be_tied, tied_groups
 from .updates import AdapterUpdates
 
 #: {task: how the class of a model for it is called}, for the tasks that bring a head.
@@ -30,13 +33,7 @@ CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 _CLASS = re.compile(r"(\w+?)(Model|LMHeadModel|For[A-Z]\w*)")
-_LANGUAGE_MODEL = re.compile(r"\w+(LMHeadModel|ForCausalLM|ForConditionalGeneration)")
-_OTHERWISE_TIED = re.compile(r"\w+(ForMaskedLM|ForPreTraining)")
 _LABELS = re.compile(r"(?:.*\.)?(?:classifier|score|qa_outputs)(?:\.out_proj)?\.weight")
-
-#: What input embeddings are called, and the output layer that is tied to them.
-EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_in)\.weight")
-OUTPUT_LAYER = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,13 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
     copies = _copies(adapters)
     names = _prefixed(base, layers, adapters)
+    touched = {f"{path}.weight" for path in layers} | copies.keys()
     config, backbone = _config(base, adapters), _common_root(layers)
     if config.get("architectures") != base.config.get("architectures") and backbone:
         # Another task's heads have no place beside the adapter's: transformers would call them unexpected.
         names = {name: source for name, source in names.items() if name in copies or name.startswith(f"{backbone}.")}
-    names, config = _untied(names, config, {f"{path}.weight" for path in layers} | copies.keys(), base)
+    if any(map(may_be_tied, touched)):
+        names, config = _untied(names, config, touched, base, adapters)
     missing = [path for path in layers if f"{path}.weight" not in names]
     if missing:
         raise WrongBaseError(
@@ -101,7 +100,7 @@ def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
 
 def _prefixed(base: Checkpoint, layers: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
     """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off."""
-    known = [path for path in layers if f"{path}.weight" != OUTPUT_LAYER]  # a tied one is not in the files
+    known = [path for path in layers if not may_be_tied(f"{path}.weight")]  # a tied one may not be in the files
     if all(f"{path}.weight" in base.tensors for path in known):
         return {name: name for name in base.tensors}
     first = known[0]
@@ -124,7 +123,7 @@ def _prefixed(base: Checkpoint, layers: Sequence[str], adapters: Sequence[Adapte
 
 def _common_root(layers: Sequence[str]) -> str | None:
     """The module at the top that holds all the layers."""
-    roots = {path.partition(".")[0] for path in layers if f"{path}.weight" != OUTPUT_LAYER}
+    roots = {path.partition(".")[0] for path in layers if not may_be_tied(f"{path}.weight")}
     return roots.pop() if len(roots) == 1 else None
 
 
@@ -153,25 +152,47 @@ def _label_count(config: Mapping[str, Any]) -> int:
 
 
 def _untied(
-    names: dict[str, str], config: dict[str, Any], touched: Collection[str], base: Checkpoint
+    names: dict[str, str],
+    config: dict[str, Any],
+    touched: Collection[str],
+    base: Checkpoint,
+    adapters: Sequence[AdapterUpdates],
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """With the input embeddings and the output layer apart, if they were tied and the adapters change one of them.
+    """With what is tied apart, if the adapters change a part of it.
 
-    An adapter changes the layer that it is on, and no other: so it was trained, and so the merged model computes.
+    An adapter changes the tensors that it names, and no other: so it was trained, and so the merged model computes. What the
+    base has once is then there under each of its names, since no library ties some of them and not the rest.
     """
-    model = str((config.get("architectures") or [""])[0])
-    embeddings = next((name for name in names if EMBEDDINGS.fullmatch(name)), None)
-    apart = OUTPUT_LAYER in names and config.get("tie_word_embeddings") is not True
-    if touched.isdisjoint({embeddings, OUTPUT_LAYER}) or apart or config.get("tie_word_embeddings") is False:
+    architecture = str((config.get("architectures") or [""])[0])
+    tie = config.get("tie_word_embeddings")
+    if tie is False or (tie is None and OUTPUT_LAYER in names):
         return names, config
-    if embeddings is None or _OTHERWISE_TIED.fullmatch(model):
+    groups = tied_groups(base.directory, architecture, names)
+    if groups is None:
         raise MergeError(
-            f"{base.directory}: the adapter changes weights that a {model} ties to others, whose names are not known here; "
-            "untie them first"
+            f"{base.directory}: the adapter changes weights that a {architecture} ties to others, whose names are not known "
+            "here; install transformers, which knows them, or merge in memory: load_adapter, then merge_and_unload"
         )
-    if not _LANGUAGE_MODEL.fullmatch(model):
+    hit = [group for group in groups if not touched.isdisjoint(group)]
+    if all(_stays_tied(group, adapters) for group in hit):
         return names, config
-    return {**names, OUTPUT_LAYER: names.get(OUTPUT_LAYER, names[embeddings])}, config | {"tie_word_embeddings": False}
+    names = dict(names)
+    for group in groups:
+        source = next((names[name] for name in group if name in names), None)
+        names |= {name: source for name in group if name not in names and source is not None}
+    return names, config | {"tie_word_embeddings": False}
+
+
+def _stays_tied(group: Sequence[str], adapters: Sequence[AdapterUpdates]) -> bool:
+    """Whether an adapter has trained what this group of names means as one tensor (`ensure_weight_tying`)."""
+    for adapter in adapters:
+        own = [adapter.copies[name] for name in group if name in adapter.copies]
+        whole = adapter.config.ensure_weight_tying and len(own) == len(group)
+        if any(f"{path}.weight" in group for path in adapter.layers) or (own and not whole):
+            return False
+        if any(not torch.equal(own[0], other) for other in own):
+            return False
+    return True
 
 
 def _check_complete(placement: Placement, base: Checkpoint, adapter: AdapterUpdates) -> None:

@@ -16,7 +16,6 @@ What the adapter is folded into, `base_as`:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,49 +27,23 @@ from .basis import Basis, check_base, find_basis
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .companions import Result, write_companions
 from .errors import AdapterFormatError, CheckpointError, ConfigError, MergeError
-from .functional import distance
 from .layers import LoraLayer
+from .loss import Cost, cost, refuse_loss
 from .merge import MergeReport
 from .nf4 import dequantize, packed_tensors
 from .placement import place
 from .probe import quantized_layers
+from .recipe import AS_IT_IS, DEQUANTIZED, NF4, ORIGINAL, REMEDY, Recipe
 from .shards import Entry, new_directory, write_index, write_shard
 from .targets import is_head
 from .updates import AdapterUpdates, LayerUpdate, carrier, read_updates
-
-ORIGINAL, DEQUANTIZED, NF4 = BASES = ("original", "nf4-dequantized", "nf4")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to merge.
-
-    Attributes:
-        dtype: what floating-point tensors are cast to; None: each keeps the base's.
-        base_as: one of BASES; None: "nf4-dequantized" if an adapter's fingerprint says that it was trained on an NF4 base,
-            else "original".
-        weights: a factor for the update of each adapter; None: 1 each.
-        quantized: paths of the layers that are 4-bit in NF4; None: what the adapter's probe says of its model, or else every
-            matrix but embeddings and heads, which is what `quantize_nf4` takes in the models of transformers.
-    """
-
-    dtype: torch.dtype | None = None
-    base_as: str | None = None
-    weights: tuple[float, ...] | None = None
-    quantized: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.base_as not in (None, *BASES):
-            raise ConfigError(f"base_as must be one of {', '.join(map(repr, BASES))}, not {self.base_as!r}")
-        if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ConfigError(f"dtype must be float32, float16, bfloat16 or float64, not {self.dtype}")
 
 
 def merge_checkpoint(
     base: str | Path,
     adapters: Sequence[str | Path],
     output: str | Path,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = AS_IT_IS,
     progress: Callable[[int], object] = int,
 ) -> MergeReport:
     """Merges adapter directories into a base's files; `output` is there whole or not at all, and loads in transformers.
@@ -104,7 +77,7 @@ class StreamMerge:
         nbytes: bytes of the tensors to be written, for a progress bar: about, with NF4.
     """
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = Recipe()) -> None:
+    def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
         if "quantization_config" in base.config:
             raise CheckpointError(f"{base.directory} is quantised already; give the base that it was made from")
         weights = recipe.weights or (1.0,) * len(adapters)
@@ -120,7 +93,7 @@ class StreamMerge:
             for path, update in adapter.layers.items():
                 self.updates.setdefault(path, {})[f"adapter{i}"] = (update, weight)
         self.transposed = any(adapter.transposed for adapter in adapters)
-        self.lost: dict[str, float] = {}
+        self.spent: dict[str, Cost] = {}
         first = next(iter(self.updates))
         self.basis = find_basis(adapters, first, self._read(first))
         self.base_as = recipe.base_as or (DEQUANTIZED if self.basis.trained_on_nf4 else ORIGINAL)
@@ -145,11 +118,15 @@ class StreamMerge:
         if len(self.base.shards) > 1:
             write_index(directory, places, size)
         packed = tuple(sorted(self.quantized)) if self.base_as == NF4 else ()
+        kept = {path: c.kept for path, c in self.spent.items()}
+        if not self.recipe.allow_loss:
+            refuse_loss(kept, REMEDY)
         report = MergeReport(
             adapters=tuple(str(adapter.directory.name) for adapter in self.adapters),
-            layers=self.lost,
+            layers={path: c.lost for path, c in self.spent.items()},
             dequantized=tuple(sorted(self.quantized - set(packed))),
             requantized=packed,
+            kept=kept,
         )
         own = {name.removesuffix(".weight") for name, tensor in self.copies.items() if tensor.dim() == 2}
         dense = tuple(sorted((self._matrices() | own) - self.quantized))
@@ -193,23 +170,28 @@ class StreamMerge:
         """The merged weight, laid out as in the file."""
         layer, names = self._adapted(path, source, unpack=path in self.quantized)
         try:
-            self.lost[path] = layer.fold(names, dtype)
+            self.spent[path] = layer.fold(names, dtype)
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
         return layer.weight.data.t() if self._is_transposed(path, source) else layer.weight.data
 
     def _packed(self, path: str, source: StoredTensor) -> nn.Module:
-        """A 4-bit layer with the weight, merged if it is adapted."""
+        """A 4-bit layer with the weight, merged if it is adapted.
+
+        The update is added to the weight of the file, and not to what that becomes in 4 bits, which would snap back.
+        """
+        W = source.read()
         if path not in self.updates:
-            return self.basis.pack(source.read())
+            return self.basis.pack(W)
         layer, names = self._adapted(path, source, unpack=self.basis.trained_on_nf4)
         try:
-            exact = layer.folded_weight(names)
+            exact, trained_on = layer.folded_weight(names), layer.dense_weight()
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
-        packed = self.basis.repack(exact.to(self._result_dtype(source.dtype)))
-        update = layer.update_norm(names)
-        self.lost[path] = distance(exact, dequantize(packed)) / update if update else 0.0
+        dtype = self._result_dtype(source.dtype)
+        packed = self.basis.repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
+        before = dequantize(self.basis.repack(W.to(dtype)))
+        self.spent[path] = cost(exact, trained_on, dequantize(packed), before)
         return packed
 
     def _adapted(self, path: str, source: StoredTensor, unpack: bool) -> tuple[LoraLayer, list[str]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class AdapterUpdates:
         config: its settings.
         layers: {path: what it has for that layer}.
         copies: {path of a tensor of the base: the adapter's own in its place}; heads and biases.
+        base_weights: {path of a layer: the base's own weight}, which PEFT stores beside A and B of embeddings and their heads.
         transposed: whether the configuration says that weights are stored as (d_in, d_out).
         fingerprint: what the file says of the base; None if nothing.
     """
@@ -120,6 +122,7 @@ class AdapterUpdates:
     config: LoraConfig
     layers: dict[str, LayerUpdate]
     copies: dict[str, Tensor]
+    base_weights: dict[str, Tensor]
     transposed: bool
     fingerprint: Any
 
@@ -158,8 +161,7 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
             raise AdapterFormatError(f"{directory} has NaN or infinite values ({key})")
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
         if match is None:
-            owner, _, name = key.removeprefix(PREFIX).rpartition(".")
-            copies[f"{owner.removesuffix('.base_layer')}.{name}"] = tensor
+            copies[key.removeprefix(PREFIX)] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise AdapterFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
@@ -168,6 +170,7 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
             embeddings.add(match["path"])
     if not by_path:
         raise AdapterFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
+    copies, base_weights = _without_wrappers(copies, by_path)
     with limited():
         layers = {
             path: _checked(LayerUpdate(path, parts, config.scaling_for(path), path in embeddings), config, directory)
@@ -175,7 +178,25 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
         }
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
     fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    return AdapterUpdates(directory, config, layers, copies, fields.get("fan_in_fan_out") is True, mark)
+    return AdapterUpdates(directory, config, layers, copies, base_weights, fields.get("fan_in_fan_out") is True, mark)
+
+
+def _without_wrappers(copies: Mapping[str, Tensor], layers: Container[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({path of a tensor: the adapter's own}, {path of a layer: the base's own weight}) of what is there besides A and B.
+
+    PEFT calls a layer that carries A and B "base_layer" inside of its wrapper; a bias there is trained, a weight is not.
+    """
+    own, base_weights = {}, {}
+    for path, tensor in copies.items():
+        owner, _, name = path.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if layer == owner or layer not in layers:
+            own[path] = tensor
+        elif name == "weight":
+            base_weights[layer] = tensor
+        else:
+            own[f"{layer}.{name}"] = tensor
+    return own, base_weights
 
 
 def _checked(update: LayerUpdate, config: LoraConfig, directory: Path) -> LayerUpdate:

@@ -23,6 +23,7 @@ ORDER = [
     "masks",
     "products",
     "functional",
+    "loss",
     "lowrank",
     "pruning",
     "patterns",
@@ -49,6 +50,7 @@ ORDER = [
     "keys",
     "fit",
     "storage",
+    "untie",
     "merge",
     "combine",
     "extract",
@@ -56,9 +58,11 @@ ORDER = [
     "shards",
     "updates",
     "basis",
+    "tied_names",
     "placement",
     "probe",
     "companions",
+    "recipe",
     "stream",
     "pretrained",
     "check",
@@ -73,7 +77,11 @@ ORDER = [
 FORBIDDEN_IN_ENGINE = {"transformers", "datasets", "peft", "experiments", "bench", "tests", "loralib", "accelerate"}
 ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}
 #: The command line's own: checks that run a model build it with transformers, in one file; bars are drawn in one.
-ALSO_ALLOWED = {"pretrained": {"transformers", "huggingface_hub"}, "commands": {"tqdm"}}
+ALSO_ALLOWED = {
+    "pretrained": {"transformers", "huggingface_hub"},
+    "tied_names": {"transformers"},
+    "commands": {"tqdm"},
+}
 MAX_LINES = 310  # "about 300"
 
 

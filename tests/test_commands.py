@@ -17,8 +17,8 @@ from lora_core.errors import ConfigError
 from lora_core.inspection import inspect_adapter
 from lora_core.nf4 import dequantize, is_quantized
 from lora_core.probe import PROBE_FILE, read_probe, save_probe
+from lora_core.recipe import BASES
 from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
-from lora_core.stream import BASES
 
 COMMANDS = ("inspect", "merge", "verify", "combine", "extract", "convert")
 INPUTS = {"input_ids": tiny.TOKENS, "attention_mask": torch.ones_like(tiny.TOKENS)}

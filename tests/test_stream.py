@@ -15,15 +15,18 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench import checkpoints
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quantize_nf4, save_adapter
 from lora_core.checkpoint import INDEX_FILE
 from lora_core.errors import AdapterFormatError, CheckpointError, ConfigError, LoraError, MergeError, WrongBaseError
-from lora_core.nf4 import is_quantized
+from lora_core.layers import LoraLayer
+from lora_core.nf4 import dequantize, is_quantized
 from lora_core.probe import run_probe, save_probe
+from lora_core.recipe import BASES, Recipe
 from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE
-from lora_core.stream import BASES, Recipe, merge_checkpoint
+from lora_core.stream import merge_checkpoint
 from lora_core.updates import read_updates
 
 ROOT = Path(__file__).parents[1]
@@ -100,15 +103,25 @@ def test_qlora_gives_exactly_what_was_trained(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_packed_again_it_is_what_merging_the_model_so_gives(tmp_path, architecture):
+def test_in_4_bits_it_is_the_original_with_the_update_packed(tmp_path, architecture):
+    """And not the 4-bit weight with the update, packed again: that would snap back."""
     model, base, adapter = saved(tmp_path, architecture, quantized=True)
     report = merge_checkpoint(base, [adapter], tmp_path / "out", Recipe(base_as="nf4"))
-    found = loaded(tmp_path / "out", model)
-    merged = merge_and_unload(model, requantize=True)
-    assert sorted(merged.requantized) == list(report.requantized) and report.layers == pytest.approx(merged.layers)
+    found, original = loaded(tmp_path / "out", model), tiny.build(architecture)
     packed = {path: m for path, m in found.named_modules() if is_quantized(m)}
-    assert packed.keys() == set(merged.requantized)
-    assert all(torch.equal(m.weight.data, model.get_submodule(path).weight.data) for path, m in packed.items())
+    adapted = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert packed.keys() == set(report.requantized) and adapted.keys() <= packed.keys()
+    for path, layer in adapted.items():
+        W, W0, D = original.get_submodule(path).weight, dequantize(layer), layer.folded_weight(["default"]) - dequantize(layer)
+        reference = nn.ModuleDict({"one": nn.Linear(W.shape[1], W.shape[0], bias=False)})
+        for weight, expected in ((W + D, packed[path].weight.data), (W, layer.weight.data)):
+            reference["one"] = nn.Linear(W.shape[1], W.shape[0], bias=False)
+            reference["one"].weight.data = weight.detach().clone()
+            quantize_nf4(reference)
+            assert torch.equal(reference["one"].weight.data, expected)
+        M = dequantize(packed[path])
+        assert report.kept[path] == pytest.approx((((M - W0) * D).sum() / D.square().sum()).item(), rel=1e-4)
+        assert report.layers[path] == pytest.approx(((M - W0 - D).norm() / D.norm()).item(), rel=1e-4)
 
 
 def test_the_original_base_takes_a_qlora_adapter_if_asked_to(tmp_path):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import MergeError, MixedBatchError
 from ..forwards import refuse_offloaded, stored_weight
-from ..functional import distance, dora_factor, fold_
+from ..functional import dora_factor, fold_
+from ..loss import Cost, cost
 from .holder import AdapterHolder
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
@@ -234,31 +235,31 @@ class LoraLayer(AdapterHolder):
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite biases")
         return nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
 
-    def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> float:
+    def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Cost:
         """Folds those of `names` that are on this layer into `weight`, cast to `dtype` (None: that of the dense weight).
 
         The weight before is kept, for `unfold`. The folded one is a parameter of its own, dense for a 4-bit layer: what
         is tied to this weight elsewhere keeps the old values.
 
         Returns:
-            What the cast lost of the update D: |cast(W + D) - (W + D)| / |D|; 0 without a cast.
+            What the cast lost of the update.
         """
         refuse_offloaded(self.lora_base_class.__name__, self, "a merged weight")
         names = tuple(name for name in names if name in self.lora_scaling)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
         weight = exact.to(dtype or self.dense_dtype())
-        lost = 0.0
+        spent = Cost()
         if weight.dtype != exact.dtype:
             if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
                 raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
-            update = self.update_norm(names)
-            lost = distance(exact, weight) / update if update else 0.0
+            base = self.dense_weight()
+            spent = cost(exact, base, weight, base.to(weight.dtype))
         self.lora_unfolded = (self.weight, self._parameters.get("bias"), weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not self._parameters.get("bias"):
             self.bias = bias
         self.lora_folded = names
-        return lost
+        return spent
 
     def folds_in_place(self, names: Iterable[str]) -> bool:
         """Whether the updates of `names` can be added to the weight's own values, with nothing to refuse.

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import Draw, distance, lora_linear, lora_product, update_dtype
+from ..functional import Draw, lora_linear, lora_product, update_dtype
+from ..loss import Cost, cost
 from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward, repack
 from ..products import FastLinear, fast_linear, product
 from .base import LoraLayer, Product, RowAdapters
@@ -98,15 +99,14 @@ class Lora4bit(LoraLinear):
     def dense_dtype(self) -> torch.dtype:
         return dense_dtype(self)
 
-    def fold_packed(self, names: Iterable[str]) -> float:
-        """`fold` into a 4-bit weight of the same format; returns what packing lost of the update, in the same measure."""
+    def fold_packed(self, names: Iterable[str]) -> Cost:
+        """`fold` into a 4-bit weight of the same format; returns what packing lost of the update."""
         names = tuple(name for name in names if name in self.lora_scaling)
-        exact, bias = self.folded_weight(names), self.folded_bias(names)
-        update, before = self.update_norm(names), (self.weight, self._parameters.get("bias"), torch.uint8)
+        exact, bias, base = self.folded_weight(names), self.folded_bias(names), self.dense_weight()
+        before = self.weight, self._parameters.get("bias"), torch.uint8
         self.weight = repack(self, exact)
-        lost = distance(exact, dequantize(self)) / update if update else 0.0
         self.bias, self.lora_unfolded, self.lora_folded = bias, before, names
-        return lost
+        return cost(exact, base, dequantize(self), base)
 
 
 class LoraConv1D(LinearLayer):
