@@ -32,8 +32,8 @@ from .extract import ExtractReport, extract_adapter
 from .inject import InjectionReport, inject
 from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .mixed import mixed_batch
-from .nf4 import QuantizationReport, quantize_nf4
 from .products import use_fast_linear
+from .quantize import QuantizationReport, quantize_nf4
 from .sharding import packed_parameters
 from .storage import load_adapter, save_adapter
 

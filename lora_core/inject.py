@@ -16,6 +16,7 @@ from .config import LoraConfig
 from .copies import copy_tensor, original_of, submodule
 from .errors import ConfigError
 from .layers import LoraLayer, lora_class
+from .left_out import HEAD
 from .plan import Plan, plan
 from .registry import (
     Adapter,
@@ -42,6 +43,7 @@ class InjectionReport:
         modules_to_save: paths of the modules that are trained whole.
         trainable_parameters: number of values that the adapter trains.
         untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
+        left_out: {path of what "all-linear" passed over: why}.
     """
 
     adapter_name: str
@@ -50,13 +52,15 @@ class InjectionReport:
     modules_to_save: tuple[str, ...]
     trainable_parameters: int
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
         untied = f"; trained apart from what it is tied to: {', '.join(self.untied)}" if self.untied else ""
+        left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
         return (
             f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
-            f"{self.trainable_parameters:,} trainable parameters{untied}"
+            f"{self.trainable_parameters:,} trainable parameters{untied}{left}"
         )
 
 
@@ -88,6 +92,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     check_new_name(model, adapter_name)
     found = plan(model, config)
     warn_of_untied(found)
+    _warn_of_left_out(found)
     return attach(model, config, adapter_name, found)
 
 
@@ -118,7 +123,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
 def describe(model: nn.Module, name: str, found: Plan) -> InjectionReport:
     """The report on an adapter that is on the model, by the plan that it has."""
     size = sum(p.numel() for p in adapter_parameters(model, name))
-    return InjectionReport(name, found.layers.paths, found.layers.hits, found.saved_modules, size, found.untied)
+    layers = found.layers
+    return InjectionReport(name, layers.paths, layers.hits, found.saved_modules, size, found.untied, found.left_out)
 
 
 def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:
@@ -130,6 +136,15 @@ def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:
             wide = isinstance(own, nn.Parameter) and own.dtype in SIXTEEN_BITS
             copies[group] = copy_tensor(own, torch.float32 if wide else None)
     return {path: copies[group] for path, group in found.copies.items()}
+
+
+def _warn_of_left_out(found: Plan) -> None:
+    """Says once what "all-linear" does not adapt, but for the head, which it never means."""
+    reasons = {path: why for path, why in found.left_out.items() if why != HEAD}
+    if reasons:
+        path, why = next(iter(reasons.items()))
+        more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
+        warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
 
 
 def warn_of_untied(found: Plan) -> None:

@@ -228,6 +228,11 @@ def _fold_all(
     activate(model, names)
     spent = {}
     for path, layer in _layers(model, names).items():
+        if "weight" not in layer._parameters:
+            raise MergeError(
+                f"{path}: its weight is computed from other tensors (pruned, or weight norm); make it a plain one first, as "
+                "torch.nn.utils.prune.remove(layer, 'weight') or remove_weight_norm(layer) do; nothing was merged"
+            )
         try:
             in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
             if in_place and layer.folds_in_place(names):

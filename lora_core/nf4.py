@@ -1,6 +1,4 @@
-"""4-bit NF4 base weights: quantise, dequantise, count bytes. The only file that touches bitsandbytes.
-
-    report = quantize_nf4(model, skip=["classifier"])     # in place; then inject(...): QLoRA
+"""4-bit NF4 weights: pack, dequantise, multiply, count bytes. The only file that touches bitsandbytes.
 
 NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314, section 3) cuts a weight into blocks of 64 values, divides each block
 by its largest magnitude, and stores for each value the index of the nearest of 16 quantiles of a normal distribution.
@@ -15,124 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MissingDependencyError, QuantizationError
+from .forwards import change_class
 from .functional import autocast_dtype
-from .products import FastLinear, frozen_linear
-from .targets import is_head, match_patterns, output_layer
+from .products import frozen_linear
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What `quantize_nf4` did.
-
-    Attributes:
-        layers: paths of the layers that are now 4-bit.
-        skipped: paths of the linear layers that were left as they are.
-        parameters: number of weights quantised.
-        bytes_before, bytes_after: bytes of those weights, before and after, quantisation constants included.
-    """
-
-    layers: tuple[str, ...]
-    skipped: tuple[str, ...]
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def bits_per_parameter(self) -> float:
-        return 8 * self.bytes_after / self.parameters
-
-    def __str__(self) -> str:
-        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
-        return (
-            f"{len(self.layers)} layers to NF4: {before:.1f} -> {after:.1f} MiB, "
-            f"{self.bits_per_parameter:.3f} bits a parameter; {len(self.skipped)} linear layers left as they are"
-        )
-
-
-def quantize_nf4(
-    model: nn.Module,
-    skip: Sequence[str] = (),
-    *,
-    compute_dtype: torch.dtype | None = None,
-    double_quant: bool = True,
-    block_size: int = 64,
-) -> QuantizationReport:
-    """Replaces the linear layers of `model` by 4-bit ones, in place, on whatever device they are (CPU or CUDA).
-
-    Left as they are: layers that `skip` names; heads (HEAD_NAMES), which are usually new; layers that carry an adapter or
-    are trained whole; and, once anything in the model has been frozen, every layer whose weight is not. (In a model as
-    loaded everything still requires gradients, so there the flag says nothing.)
-
-    Args:
-        model: any module; its layers of type `nn.Linear` are candidates.
-        skip: names to leave dense: a whole path or the end of one, after a dot. Name newly initialised layers here.
-        compute_dtype: dtype that the products are computed in; None: that of the weight before.
-        double_quant: store the block scales in 8 bits too.
-        block_size: values that share a scale: 64, 128, 256, ..., 4096.
-
-    Returns:
-        A report of layers and bytes.
-
-    Raises:
-        TargetError: a name in `skip` matches nothing.
-        QuantizationError: nothing is left to quantise, or a setting or a weight's dtype is not supported.
-        MissingDependencyError: bitsandbytes is not installed.
-    """
-    if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise QuantizationError(f"compute_dtype must be float32, bfloat16 or float16, not {compute_dtype}")
-    if block_size not in BLOCK_SIZES:
-        raise QuantizationError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size!r}")
-    if isinstance(skip, str):
-        raise QuantizationError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
-
-    modules = dict(model.named_modules(remove_duplicate=False))
-    named = set().union(*match_patterns("skip", skip, list(modules)).values())
-    freezing = any(not p.requires_grad for p in model.parameters())
-    head = output_layer(model)
-    chosen, left = {}, []
-    for path, module in modules.items():
-        if not isinstance(module, nn.Linear) or is_quantized(module):
-            continue
-        trained = freezing and module.weight.requires_grad
-        if type(module) not in (nn.Linear, FastLinear) or module is head or is_head(path) or trained or _named(path, named):
-            left.append(path)
-        elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
-            kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
-            raise QuantizationError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
-        else:
-            chosen[path] = module
-    if not chosen:
-        raise QuantizationError("found no dense nn.Linear layer to quantise: all are 4-bit already, skipped or trained")
-
-    before = sum(m.weight.nbytes for m in set(chosen.values()))
-    quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
-    for path, module in chosen.items():
-        if module not in quantized:
-            quantized[module] = to_4bit(module, compute_dtype, double_quant, block_size)
-        parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, quantized[module])
-    return QuantizationReport(
-        layers=tuple(chosen),
-        skipped=tuple(left),
-        parameters=sum(m.in_features * m.out_features for m in quantized.values()),
-        bytes_before=before,
-        bytes_after=sum(parameter_bytes(m.weight) for m in quantized.values()),
-    )
-
-
-def _named(path: str, names: set[str]) -> bool:
-    """Whether `path` is one of `names` or inside one."""
-    return any(path == n or path.startswith(f"{n}.") for n in names)
 
 
 def to_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None, double_quant: bool, block_size: int) -> nn.Module:
@@ -185,7 +77,31 @@ def linear_4bit_class() -> type[nn.Linear]:
         def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
             return frozen_forward(self, x, self.bias)
 
+        def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+            return follow_cast(super()._apply(fn, recurse), fn)
+
+    Linear4bit.__qualname__ = "Linear4bit"  # pickle finds it by this name, below
     return Linear4bit
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Linear4bit":
+        return linear_4bit_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def follow_cast(layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Notes on a 4-bit layer that the model around it was cast by `fn`, as `nn.Module.half` does; returns the layer."""
+    if is_quantized(layer):
+        set_dense_dtype(layer.weight, fn(torch.empty(0, dtype=dense_dtype(layer), device=layer.weight.device)).dtype)
+    return layer
+
+
+def set_dense_dtype(weight: nn.Parameter, dtype: torch.dtype) -> None:
+    """Makes a 4-bit weight one that becomes `dtype` when it is dense."""
+    weight.quant_state.dtype = dtype
+    if hasattr(weight.quant_state, "original_dtype"):
+        weight.quant_state.original_dtype = dtype
 
 
 def frozen_forward(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -203,14 +119,14 @@ def replace_forward(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if is_quantized(m) and type(m).__module__.startswith("bitsandbytes.")]
     layers = [m for m in layers if type(m) is bitsandbytes().nn.Linear4bit]
     for layer in layers:
-        layer.__class__ = linear_4bit_class()
+        change_class(layer, linear_4bit_class())
     return layers
 
 
 def restore_forward(layers: Sequence[nn.Module]) -> None:
     """The reverse of `replace_forward`."""
     for layer in layers:
-        layer.__class__ = bitsandbytes().nn.Linear4bit
+        change_class(layer, bitsandbytes().nn.Linear4bit)
 
 
 def compute_dtypes(layer: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -9,21 +9,23 @@ is gone while the adapter is active. `ensure_weight_tying` trains one copy for a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .config import TASK_HEADS, LoraConfig
+from .config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from .copies import CHILD, base_tensors, original_of, own_keys
 from .errors import TargetError
 from .forwards import refuse_hidden_forward, refuse_offloaded
 from .initializers import check_rank_fits
 from .layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
 from .layers.holder import TABLES
+from .left_out import left_out
 from .nf4 import is_quantized
 from .patterns import limited
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
@@ -41,12 +43,14 @@ class Plan:
         saved_modules: paths of the modules to train whole.
         copies: {path of a tensor of the base to train a copy of: what is equal for the paths that share one copy}.
         untied: {path of such a tensor: paths that the base ties it to, and the adapter does not}.
+        left_out: {path of what "all-linear" might mean, and passes over: why}.
     """
 
     layers: Targets
     saved_modules: tuple[str, ...]
     copies: Mapping[str, object]
     untied: Mapping[str, tuple[str, ...]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
@@ -87,7 +91,10 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
             )
     for path in saved:
         _check_saved(path, modules[path])
-    return plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
+    found = plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
+    if config.target_modules == ALL_LINEAR:
+        return dataclasses.replace(found, left_out=left_out(modules, head))
+    return found
 
 
 def plan_copies(

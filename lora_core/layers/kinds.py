@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 from torch import nn
 
@@ -39,4 +40,15 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
 
 @functools.cache
 def _subclass(kind: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
-    return type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__})
+    made = type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__, "__module__": __name__})
+    # Pickle finds a class by this name, in `__getattr__` below.
+    made.__qualname__ = f"{kind.__name__}:{base.__module__.replace('.', '/')}:{base.__qualname__}"
+    return made
+
+
+def __getattr__(name: str) -> type[LoraLayer]:
+    kind, *base = name.split(":")
+    if len(base) != 2:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, name = base
+    return _subclass(globals()[kind], getattr(importlib.import_module(module.replace("/", ".")), name))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..functional import Draw, lora_linear, lora_product, update_dtype
 from ..loss import Cost, cost
-from ..nf4 import compute_dtypes, dense_dtype, dequantize, dequantizer, frozen_forward, repack
+from ..nf4 import (
+    compute_dtypes,
+    dense_dtype,
+    dequantize,
+    dequantizer,
+    follow_cast,
+    frozen_forward,
+    is_quantized,
+    repack,
+    set_dense_dtype,
+)
 from ..products import FastLinear, fast_linear, product
 from .base import LoraLayer, Product, RowAdapters
 
@@ -92,6 +102,15 @@ class Lora4bit(LoraLinear):
         dtype, _ = compute_dtypes(self, x)
         y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype, self.base_product, self.draw())
         return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return follow_cast(super()._apply(fn, recurse), fn)
+
+    def unfold(self) -> None:
+        was, now = (self.lora_unfolded[2], self.weight.dtype) if self.lora_folded else (None, None)
+        super().unfold()
+        if was != now and is_quantized(self) and now.is_floating_point:  # the model was cast meanwhile
+            set_dense_dtype(self.weight, now)
 
     def dense_weight(self) -> Tensor:
         return dequantize(self)

@@ -1,0 +1,165 @@
+"""Models that can be pickled (`torch.save(model)`), before and after they got adapters; casts after packing; odd weights."""
+
+import io
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from lora_core import (
+    LoraConfig,
+    inject,
+    merge_adapter,
+    merge_and_unload,
+    quantize_nf4,
+    set_adapter,
+    trainable_parameters,
+    unload,
+    unmerge_adapter,
+    use_fast_dropout,
+    use_fast_linear,
+)
+from lora_core.errors import MergeError, QuantizationError
+from lora_core.registry import registry_of
+
+X = tiny.batch()
+
+
+def again(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+# --- pickling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_a_model_comes_back_and_goes_on(architecture, packed):
+    model = tiny.build(architecture)
+    if packed and architecture in ("gpt2", "convnet"):
+        pytest.skip("has no nn.Linear layer to pack")
+    if packed:
+        quantize_nf4(model)
+        assert torch.equal(tiny.logits(again(model)), tiny.logits(model))
+    for i, name in enumerate("ab"):
+        inject(model, LoraConfig(r=2 + i, target_modules=tiny.projections(architecture), use_dora=i == 1), name)
+        tiny.randomize(model, name, seed=i)
+    set_adapter(model, "b")
+    other = again(model)
+    assert registry_of(other).active == ("b",) and torch.equal(tiny.logits(other), tiny.logits(model))
+    assert [type(m).__name__ for m in other.modules()] == [type(m).__name__ for m in model.modules()]
+    set_adapter(other, "a")
+    assert trainable_parameters(other)
+    unload(other)
+    base = tiny.build(architecture)
+    if packed:
+        quantize_nf4(base)
+    assert torch.equal(tiny.logits(other), tiny.logits(base))
+
+
+def test_fast_layers_and_what_is_trained_whole():
+    model = tiny.classifier()
+    use_fast_linear(model)
+    use_fast_dropout(model)
+    inject(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["classifier"]))
+    tiny.randomize(model)
+    assert torch.equal(again(model)(X), model(X))
+    merge_adapter(model)
+    other = again(model)
+    assert torch.equal(other(X), model(X))
+    unmerge_adapter(other)
+    unmerge_adapter(model)
+    assert torch.equal(other(X), model(X))
+
+
+def test_bitsandbytes_own_layers():
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_nf4(model)
+    model[0].__class__ = bnb.nn.Linear4bit  # as transformers loads them
+    inject(model, LoraConfig(r=2, target_modules=["0"]))
+    other = again(model)
+    assert torch.equal(other(X), model(X))
+    assert type(unload(other)[0]) is bnb.nn.Linear4bit
+
+
+# --- casts after packing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("when", ["packed", "injected", "merged"])
+def test_a_model_that_was_cast_is_of_one_dtype_when_it_is_merged(dtype, when):
+    model = tiny.classifier()
+    quantize_nf4(model)
+    if when == "packed":
+        model.to(dtype)
+    inject(model, LoraConfig(r=2, target_modules=["q", "k"]))
+    tiny.randomize(model)
+    if when == "merged":
+        merge_adapter(model)
+        model.to(dtype)
+        unmerge_adapter(model)
+    elif when == "injected":
+        model.to(dtype)
+    expected = model(X.to(dtype))
+    assert expected.dtype == dtype
+    merge_and_unload(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    found = model(X.to(dtype))
+    assert (found - expected).abs().max() <= 20 * torch.finfo(dtype).eps * expected.abs().max()  # layers rounded elsewhere
+
+
+# --- weights that can't be packed or merged -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_not_packed(value):
+    model = tiny.classifier()
+    with torch.no_grad():
+        model.layers[1].v.weight[3, 5] = value
+    before = tiny.snapshot(model)
+    with pytest.raises(QuantizationError, match=r"layers\.1\.v has NaN or infinite weights; nothing was quantised"):
+        quantize_nf4(model)
+    assert {p: t for p, (t, _) in tiny.snapshot(model)["state"].items()} == {p: t for p, (t, _) in before["state"].items()}
+    assert quantize_nf4(model, skip=["layers.1.v"]).layers
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+    "weight norm": lambda layer: torch.nn.utils.weight_norm(layer),
+    "parametrised": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("merge", [merge_adapter, merge_and_unload])
+def test_a_computed_weight_is_not_merged(kind, when, merge, tmp_path):
+    if (kind, when) == ("parametrised", "before"):
+        pytest.skip("its class is another, which carries no adapter")
+    model = tiny.classifier()
+    if when == "before":
+        COMPUTED[kind](model.layers[0].q)
+    inject(model, LoraConfig(r=2, target_modules=["q", "v"]))
+    tiny.randomize(model)
+    if when == "after":
+        COMPUTED[kind](model.layers[0].q)
+    output = model(X)
+    with pytest.raises(MergeError, match=r"layers\.0\.q: its weight is computed from other tensors .*prune\.remove"):
+        merge(model)
+    assert torch.equal(model(X), output)
+    model(X).square().sum().backward()  # training goes on
+    assert all(p.grad is not None for p in model.layers[0].q.lora_A.parameters())
+
+
+def test_a_pruned_layer_is_not_packed():
+    model = tiny.classifier()
+    prune.l1_unstructured(model.layers[0].q, "weight", amount=0.3)
+    assert "layers.0.q" in quantize_nf4(model).skipped
