@@ -5,9 +5,10 @@
 MiniLM learns real sentences: batches of 32 padded to their longest, r=16 on query, key, value and attention.output.dense,
 dropout 0.1, AdamW in one kernel (transformers' default), clipping at 1. A step is forward, backward, clipping, optimiser,
 zeroing; every candidate takes the same batches in the same order, and is compared with the others on each (sentences of 66
-tokens cost eight times as much as sentences of 8). The base is untouched, but for "ours, as experiments",
-which has what the experiments change about it: a cheaper draw for its own dropout layers and for the dropout in its
-attention, and on AMD's processors oneDNN for the products with its frozen weights.
+tokens cost eight times as much as sentences of 8). The base is untouched, and every LoRA layer draws a dropout mask of its
+own. With "ours, shared masks" the layers that read one tensor share one. "Ours, as experiments" has what the experiments
+change besides: a cheaper draw for the base's own dropout layers and for the dropout in its attention, and on AMD's processors
+oneDNN for the products with its frozen weights.
 
 The frozen base is the floor: its head is trained, and gradients flow down to where the lowest adapter would stand (see
 `peers.freeze`).
@@ -17,13 +18,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from experiments.attention import use_fast_attention
-from lora_core import use_fast_dropout, use_fast_linear
+from lora_core import share_dropout_masks, use_fast_dropout, use_fast_linear
 
 from .measure import Measure
 from .models import DROPOUT, R, classification_loss, classifier, sentences
@@ -61,13 +62,16 @@ def lora(settings: Settings, batches: Sequence[Mapping[str, Tensor]]) -> Measure
     build = functools.partial(classifier, device=settings.device)
     models = {name: build(name) for name in ("frozen", "full", "ours")}
     models["peft"] = build("peft", like=models["ours"])
-    models["ours, as experiments"] = _as_experiments(build("ours", prepare=use_fast_linear))
-    difference = _check({n: models[n] for n in ("ours", "peft", "ours, as experiments")}, batches[0], settings)
+    models |= _variants(build)
+    adapted = {name: model for name, model in models.items() if name not in ("frozen", "full")}
+    difference = _check(adapted, batches[0], settings)
     samples = _time(models, batches, settings)
     pairs = [
         ("peft", "ours"),
         ("full", "ours"),
         ("frozen", "ours"),
+        ("peft", "ours, shared masks"),
+        ("frozen", "ours, shared masks"),
         ("peft", "ours, as experiments"),
         ("full", "ours, as experiments"),
         ("frozen", "peft"),
@@ -80,19 +84,22 @@ def qlora(settings: Settings, batches: Sequence[Mapping[str, Tensor]]) -> Measur
     build = functools.partial(classifier, quantize=True, device=settings.device)
     models = {"ours": build("ours")}
     models["peft"] = build("peft", like=models["ours"])
-    models["ours, as experiments"] = _as_experiments(build("ours", prepare=use_fast_linear))
+    models |= _variants(build)
     difference = _check(models, batches[0], settings)
     samples = _time(models, batches, settings)
-    pairs = [("peft", "ours"), ("peft", "ours, as experiments")]
+    pairs = [("peft", "ours"), ("peft", "ours, shared masks"), ("peft", "ours, as experiments")]
     title = "MiniLM training step, QLoRA r=16 on q, k, v, out"
     return _measure("train-qlora", title, samples, pairs, batches, settings, difference)
 
 
-def _as_experiments(model: nn.Module) -> nn.Module:
-    """What the experiments change about the base, with `use_fast_linear` before: how its dropout masks are drawn."""
-    use_fast_dropout(model)
-    use_fast_attention(model)
-    return model
+def _variants(build: Callable[..., nn.Module]) -> dict[str, nn.Module]:
+    """Our model with masks shared, and with all that the experiments change besides."""
+    shared, changed = build("ours"), build("ours", prepare=use_fast_linear)
+    use_fast_dropout(changed)
+    use_fast_attention(changed)
+    for model in (shared, changed):
+        share_dropout_masks(model)
+    return {"ours, shared masks": shared, "ours, as experiments": changed}
 
 
 def _check(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], settings: Settings) -> float:

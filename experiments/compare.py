@@ -7,7 +7,7 @@
 A process of its own makes a method's peak memory its own. What is done is skipped, so an interrupted comparison goes on
 where it stopped. Runs go to DIR/BUDGET/METHOD-seedN, the report to DIR/report.md, figures to DIR/figures.
 
-With --check the exit code is 1 when a run misses what is expected of it (`expected.py`).
+With --check the exit code is 1 when a run misses what is expected of it (`expected.py`), and 2 when there is no such run.
 """
 
 from __future__ import annotations
@@ -175,14 +175,23 @@ def _run(one: Planned, args: argparse.Namespace, bar: tqdm, start: int) -> str |
 
 
 def check(directory: Path) -> int:
-    """Print each expectation and its verdict; 1 when one is not met."""
+    """Print each expectation and its verdict; 1 when one is not met.
+
+    Raises:
+        ExperimentError: there is nothing to check: no run, or none that an expectation speaks of.
+    """
     from . import measured
     from .expected import MET, NOT_MET, NOT_RUN, judge
     from .report import check_table
 
     runs = measured.read(directory)
-    print(check_table(runs))
     verdicts = [row.verdict for row in judge(runs)]
+    if all(verdict == NOT_RUN for verdict in verdicts):
+        raise ExperimentError(
+            f"--check: {len(runs)} runs are below {str(directory)!r}, and none is of those that a number is expected of; name "
+            "the directory of a comparison with --output-dir"
+        )
+    print(check_table(runs))
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (MET, NOT_MET, NOT_RUN))
     print(f"\n{len(runs)} runs below {directory}: {counts}")
     return 1 if NOT_MET in verdicts else 0

@@ -29,6 +29,8 @@ NOTE = "experiment.json"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "tokenizers", "numpy")
 #: What makes two runs the same run.
 IDENTITY = ("method", "base_model", "data", "hyperparameters", "seed")
+#: Those that are known by a hash of their content too, and not by their name and size alone.
+HASHED = ("base_model", "data")
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,17 @@ def finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         return None
     metrics = read_json(path)
     planned = json.loads(json.dumps(plan))
-    if differing := [key for key in IDENTITY if not _same(metrics.get(key), planned[key])]:
+    if differing := [_named(key, metrics.get(key)) for key in IDENTITY if not _same(metrics.get(key), planned[key])]:
         raise ExperimentError(
             f"--output-dir: {str(output)!r} holds another run (its {', '.join(differing)} differ); pass --overwrite to "
             "replace it, or another directory"
         )
     return metrics
+
+
+def _named(key: str, old: Any) -> str:
+    """How a part of the identity is called that differs; older files do not tell data, or bases, of one name apart."""
+    return f"{key} (no hash recorded)" if key in HASHED and isinstance(old, dict) and "sha256" not in old else key
 
 
 def _same(old: Any, new: Any) -> bool:

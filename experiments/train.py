@@ -10,7 +10,6 @@ Loading and tokenising stand outside the measured time; so does evaluation.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from lora_core import (
     inject,
     quantize_nf4,
     save_adapter,
+    share_dropout_masks,
     use_fast_dropout,
     use_fast_linear,
 )
@@ -87,13 +87,20 @@ class Job:
             adapter["lora_plus_ratio"] = self.method.lora_plus_ratio
         return {
             "method": self.method.name,
-            "base_model": {"name": self.base.name, "source": self.base.source, "why": self.base.why, **shape},
+            "base_model": {
+                "name": self.base.name,
+                "source": self.base.source,
+                "why": self.base.why,
+                "sha256": self.base.sha256,
+                **shape,
+            },
             "data": {
                 "name": self.data.name,
                 "source": self.data.source,
                 "why": self.data.why,
                 "train": self.schedule.train_samples or len(self.data.train),
                 "validation": len(self.data.validation),
+                "sha256": self.data.sha256,
             },
             "hyperparameters": {
                 **schedule,
@@ -108,8 +115,6 @@ class Job:
         """What makes two runs end with the same weights, bit for bit: what a checkpoint must share with what goes on."""
         plan = self.plan()
         found = {key: {k: v for k, v in plan[key].items() if k not in ("why", "source")} for key in ("base_model", "data")}
-        sentences = hashlib.sha256("\n".join(self.data.train.texts).encode() + self.data.train.labels.tobytes()).hexdigest()
-        found["data"]["sha256"] = sentences[:16]
         plan = {key: plan[key] for key in record.IDENTITY} | found
         return {**plan, "processes": self.processes.count, "device": self.device}
 
@@ -240,6 +245,7 @@ def prepare(classifier: Classifier, job: Job) -> None:
         **variants(method),
     )
     inject(model, config)
+    share_dropout_masks(model)
     for name in classifier.new:
         if not any(p.requires_grad for p in model.get_submodule(name).parameters()):
             print(f"note: the checkpoint has no weights for {name!r}; it stays random, since it is not part of the head")

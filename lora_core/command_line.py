@@ -35,9 +35,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def finite(text: str) -> float:
     """An argument that is a finite number."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 

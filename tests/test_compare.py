@@ -186,3 +186,10 @@ def test_a_worse_number_in_a_file_fails_the_check(call, tmp_path, run, key, wors
     code, out, err = call("--check", "--output-dir", directory)
     assert code == 1 and not err
     assert any(line.endswith("| NOT MET |") for line in out.splitlines())
+
+
+def test_a_check_of_nothing_fails(call, tmp_path):
+    """A directory without runs has not passed."""
+    (tmp_path / "empty").mkdir()
+    code, out, err = call("--check", "--output-dir", tmp_path / "empty")
+    assert code == 2 and not out and "0 runs are below" in err and err.count("\n") == 1

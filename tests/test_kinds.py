@@ -405,7 +405,7 @@ def test_16_bit_weights_are_folded_wide_and_cast_once(kind, names, dtype):
     _, W, _, updates, _ = oracle_of(kind, lora, names)
     M, parts = oracle.update_matrices(W, updates)
     exact = (M + sum(parts)).detach()
-    lost = lora.fold(names)
+    lost = lora.fold(names).lost
     assert lora.weight.dtype == dtype and (lora.bias is None or lora.bias.dtype == dtype)
     folded = KINDS[kind].matrix(lora).double()
     # One rounding by half of eps; float32's errors before it are 8,192 times smaller at least, of the size of W.

@@ -271,7 +271,7 @@ def test_folded_computes_the_same_and_unfolding_restores_every_byte(kind, names)
     data, W = weight.data.clone(), matrix(lora)
     state = copy.deepcopy(getattr(weight, "quant_state", None))
 
-    assert lora.fold(names) == 0.0
+    assert lora.fold(names) == (0.0, 1.0)  # nothing lost, all kept
     expected = oracle.merged_weight(W, [parts(lora, name) for name in names])
     magnitude = oracle.merged_weight(W.abs(), [(A.abs(), B.abs(), s) for A, B, s in (parts(lora, n) for n in names)])
     folded = lora.weight.detach().t() if kind == "conv1d" else lora.weight.detach()
@@ -291,7 +291,7 @@ def test_16_bit_weights_are_folded_in_float32_and_cast_once():
     lora = adopt(linear(torch.bfloat16), "a", "b")
     exact = oracle.merged_weight(lora.weight.detach(), [parts(lora, "a"), parts(lora, "b")])
     before = lora.weight.detach().double()
-    lost = lora.fold(["a", "b"])
+    lost = lora.fold(["a", "b"]).lost
     folded = lora.weight.detach()
     # One rounding to bfloat16, by half of eps = 2^-7 at most; float32's errors before it are 65,536 times smaller.
     assert ((folded.double() - exact).abs() <= exact.abs() * (2**-8 + 1e-5) + 1e-7).all()
@@ -304,7 +304,7 @@ def test_an_update_too_small_for_bfloat16_is_reported_as_lost():
     lora.weight.data.fill_(1.0)
     lora.lora_A["a"].data.fill_(1e-3)
     lora.lora_B["a"].data.fill_(1e-3)
-    assert lora.fold(["a"]) == pytest.approx(1.0, rel=0.03)  # 1 + 2e-6 is 1 in bfloat16; float32 knows it to 3 %
+    assert lora.fold(["a"]) == pytest.approx((1.0, 0.0), rel=0.03)  # 1 + 2e-6 is 1 in bfloat16; float32 knows it to 3 %
 
 
 def test_nothing_folded_is_nothing_lost():

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from transformers import EvalPrediction
 
-from experiments import record
+from experiments import models, record
 from experiments.data import read_tsv
 from experiments.errors import ExperimentError
 from experiments.models import resolve
@@ -258,3 +260,43 @@ def test_an_adapter_without_a_note_gets_the_defaults(tmp_path):
     assert record.AdapterNote.read(tmp_path) == record.AdapterNote(False, 128)
     record.AdapterNote(True, 32).write(tmp_path)
     assert dataclasses.astuple(record.AdapterNote.read(tmp_path)) == (True, 32)
+
+
+def test_a_run_on_other_data_of_the_same_size_is_another_run(tmp_path, small_data):
+    from experiments.sst2 import main
+
+    def run(data, output):
+        common = ["--method", "head-only", "--model", "packaged", "--max-steps", "1", "--device", "cpu"]
+        return main([*common, "--data", str(data), "--output-dir", str(output)])
+
+    assert run(small_data, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    for name, change in (
+        ("labels", lambda line: line.replace("\t0", "\t2").replace("\t1", "\t0").replace("\t2", "\t1")),
+        ("sentences", lambda line: line.replace("the", "a")),
+    ):
+        for file in ("train.tsv", "dev.tsv"):
+            other = shutil.copytree(small_data, tmp_path / f"{name}-{file}")
+            header, *lines = (other / file).read_text(encoding="utf-8").splitlines(keepends=True)
+            (other / file).write_text("".join([header, *map(change, lines)]), encoding="utf-8")
+            assert run(other, tmp_path / "out") == 2
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+    assert run(shutil.copytree(small_data, tmp_path / "elsewhere"), tmp_path / "out") == 0  # the same sentences: done already
+
+
+def test_an_older_file_without_a_hash_is_another_run(tmp_path):
+    old = {**PLAN, "data": {"name": "d", "train": 3}, "accuracy": 0.9}
+    record.write_json(tmp_path / "metrics.json", old)
+    with pytest.raises(ExperimentError, match=r"its data \(no hash recorded\) differ"):
+        record.finished(tmp_path, PLAN | {"data": {"name": "d", "train": 3, "sha256": "0123"}})
+
+
+def test_other_weights_in_the_same_directory_are_another_base(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    found = []
+    for value in (0.0, 1.0):
+        save_file({"w": torch.full((300, 300), value)}, tmp_path / "model.safetensors")
+        found.append(models.resolve(str(tmp_path)).sha256)
+    assert found[0] != found[1] and len(found[0]) == 16
