@@ -525,7 +525,7 @@ COMMANDS = {
     "merge: a base of a long name": ([*MERGE[:5], LONG, *MERGE[6:]], "is no directory, not in the Hub's cache"),
     "merge: a base that is none": ([*MERGE], "config.json is not there"),
     "merge: a dtype of integers": ([*MERGE, "--dtype", "int8"], "invalid choice: 'int8'"),
-    "merge: a weight in words": ([*MERGE, "--weights", "half"], "invalid float value: 'half'"),
+    "merge: a weight in words": ([*MERGE, "--weights", "half"], "'half' is not a finite number"),
     "inspect: no directory": ([lora_core_main, "inspect", "nowhere"], "is not a directory"),
     "inspect: a long name": ([lora_core_main, "inspect", LONG], "is not a directory"),
     "inspect: a file": ([lora_core_main, "inspect", "FILE"], "is not a directory"),
