@@ -46,7 +46,8 @@ class LoraConfig:
     Args:
         r: rank of the update, a positive integer.
         lora_alpha: numerator of the scaling, a positive number.
-        lora_dropout: probability, in [0, 1), with which an element of the adapter's input is zeroed in training.
+        lora_dropout: probability, in [0, 1), with which an element of the adapter's input is zeroed in training. Each layer
+            draws its own mask, as in the paper and in PEFT; `share_dropout_masks` makes siblings share one.
         target_modules: which layers to adapt. A list of names: each matches the module of exactly that path or any
             path that ends in `.name`. A string: a regular expression that must match the whole path. `"all-linear"`:
             every linear layer but the head.

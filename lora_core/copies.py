@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError, TargetError
+from .forwards import refuse_offloaded
 from .wide import BASE, CHILD, restore_class, round_, widen
 
 
@@ -49,6 +50,7 @@ class Copies(nn.ModuleDict):
         """Exchanges the tensor `name` of `module` for that of `owner`; the one that was there waits."""
         now = self.owner(name)
         if now != owner:
+            refuse_offloaded(type(module).__name__, module, "switching what adapters train whole")
             table = _table(module, name)
             _table(self[now], name, like=table is module._parameters)[name] = table[name]
             tensor = _table(self[owner], name).pop(name)

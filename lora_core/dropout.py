@@ -26,6 +26,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor, nn
 
 from .errors import SecondDerivativeError
+from .forwards import change_class, is_hidden
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -47,7 +48,7 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeroes each element of x, (...), with probability p and scales the others by 1 / (1 - p); p rounded to n / 256."""
+    """Zeroes each element of x, (...), with probability p and scales the others by 1 / (1 - p); p is rounded as above."""
     if not p or torch.compiler.is_compiling():
         return F.dropout(x, p)
     return _Dropout.apply(x, p)
@@ -84,10 +85,13 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(model: nn.Module) -> int:
-    """Makes every `nn.Dropout` of `model` a `FastDropout`, in place; returns how many there were."""
-    layers = [m for m in model.modules() if type(m) is nn.Dropout]
+    """Makes every `nn.Dropout` of `model` a `FastDropout`, in place; returns how many there were.
+
+    One with a forward of its own on the instance, which would hide the new one, is left alone.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Dropout and not is_hidden(m)]
     for layer in layers:
-        layer.__class__ = FastDropout
+        change_class(layer, FastDropout)
     return len(layers)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import FROM_WEIGHT, LoraConfig
 from .copies import CHILD, original_of
-from .errors import ConfigError, MergeError
+from .errors import ConfigError, MergeError, OffloadedError
 from .inject import attach, warn_of_untied
 from .layers import LoraLayer, lora_class
 from .layers.holder import TABLES
@@ -221,6 +221,8 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise OffloadedError(f"{name} is on the meta device; load the models' weights first; nothing was extracted")
     if not tensor.isfinite().all():
         raise MergeError(f"{name} has NaN or infinite values, or its difference from the base's has; nothing was extracted")
 

@@ -30,6 +30,15 @@ def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
         vars(module)[slot] = MethodType(kind.forward, module)
 
 
+def is_hidden(module: nn.Module) -> bool:
+    """Whether the forward of the class of `module` is hidden by one that can't be seen through."""
+    try:
+        _slot(module)
+    except TargetError:
+        return True
+    return False
+
+
 def refuse_hidden_forward(path: str, module: nn.Module) -> None:
     """Raises a TargetError if the forward of the class of `module` is hidden by one that can't be seen through."""
     try:

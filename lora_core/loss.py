@@ -11,6 +11,7 @@ model answers as its base, though `lost` is no larger than rounding makes it any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,16 +31,22 @@ class Cost(NamedTuple):
     kept: float = 1.0
 
 
-def cost(exact: Tensor, base: Tensor, merged: Tensor, before: Tensor) -> Cost:
-    """The measures for W + D, W, M and M0, all of one shape; row by row in blocks, without another tensor of their size."""
+def cost(exact: Tensor, base: Tensor, merged: Tensor, before: Tensor | None = None) -> Cost:
+    """The measures for W + D (float32 or wider), W, M and M0, all of one shape; None: M0 is W.
+
+    In blocks of rows, without another tensor of their size: with E = M - (W + D) and F = W - M0,
+    <M - M0, D> = |D|^2 + <E, D> + <F, D>.
+    """
     rows = max(1, 2**18 // max(1, exact[:1].numel()))
-    error = product = size = torch.zeros((), dtype=torch.float64, device=exact.device)
-    for total, W, M, M0 in zip(*(t.split(rows) for t in (exact, base, merged, before)), strict=True):
-        D, M = total - W, M.to(total.dtype)
-        error = error + (M - total).square().sum(dtype=torch.float64)
-        product = product + (D * (M - M0.to(total.dtype))).sum(dtype=torch.float64)
-        size = size + D.square().sum(dtype=torch.float64)
-    return Cost((error / size).sqrt().item(), (product / size).item()) if size > 0 else Cost()
+    parts = zip(*(t.split(rows) for t in (exact, base, merged, base if before is None else before)), strict=True)
+    sums = torch.zeros(3, dtype=torch.float64)  # |D|^2, |E|^2, <E + F, D>
+    for total, W, M, M0 in parts:
+        W = W.to(total.dtype)
+        D, E = (total - W).flatten(), (M.to(total.dtype) - total).flatten()
+        moved = E if before is None else E + (W - M0.to(total.dtype)).flatten()
+        sums += torch.stack([D @ D, E @ E, moved @ D]).double().cpu()
+    size, error, product = sums.tolist()
+    return Cost(math.sqrt(error / size), 1 + product / size) if size > 0 else Cost()
 
 
 def describe_loss(kept: Mapping[str, float]) -> str | None:

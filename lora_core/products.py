@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import first_derivative_only
+from .forwards import change_class, is_hidden
 from .heap import keep_few_shapes
 
 #: Multiplications from which oneDNN makes up for its dearer call: level at 1 to 6 million, ahead from there on.
@@ -140,9 +141,10 @@ class FastLinear(nn.Linear):
 def use_fast_linear(model: nn.Module) -> int:
     """Makes every `nn.Linear` of `model` a `FastLinear`, in place; returns how many there were.
 
-    Those that carry adapters already, and 4-bit ones, which multiply by `product` anyway, are left alone: call it first.
+    Those that carry adapters already, and 4-bit ones, which multiply by `product` anyway, are left alone: call it first. So is
+    one with a forward of its own on the instance, which would hide the new one.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    layers = [m for m in model.modules() if type(m) is nn.Linear and not is_hidden(m)]
     for layer in layers:
-        layer.__class__ = FastLinear
+        change_class(layer, FastLinear)
     return len(layers)

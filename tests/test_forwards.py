@@ -12,16 +12,22 @@ from torch import nn
 from lora_core import (
     LoraConfig,
     disable_adapters,
+    extract_adapter,
     inject,
     load_adapter,
     merge_adapter,
     merge_and_unload,
+    quantize_nf4,
     save_adapter,
     set_adapter,
     unload,
     unmerge_adapter,
+    use_fast_dropout,
+    use_fast_linear,
 )
+from lora_core.dropout import FastDropout
 from lora_core.errors import OffloadedError, TargetError
+from lora_core.products import FastLinear
 
 X = tiny.batch()
 SETTINGS = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}
@@ -161,11 +167,25 @@ def test_what_offloaded_weights_do_not_allow_is_refused_by_name(tmp_path):
         assert torch.equal(model(X), output)
 
 
+def test_copies_that_were_offloaded_after_injection_are_not_switched(tmp_path):
+    """The hook would bring back the tensor that was in place when it came."""
+    model = tiny.classifier().eval()
+    for i, name in enumerate("ab"):
+        inject(model, LoraConfig(modules_to_save=["classifier"], **SETTINGS), name)
+        tiny.randomize(model, name, seed=i)
+    cpu_offload(model, torch.device("cpu"))
+    output = model(X)
+    with pytest.raises(OffloadedError, match="switching what adapters train whole would not reach them"):
+        set_adapter(model, "b")
+    assert torch.equal(model(X), output)
+
+
 def test_meta_weights_are_refused_where_values_are_needed(tmp_path):
     with torch.device("meta"):
         model = tiny.Classifier()
     inject(model, LoraConfig(r=2, target_modules=["q"]))
-    for verb in (merge_adapter, merge_and_unload, lambda m: save_adapter(m, tmp_path / "out")):
+    extract = lambda m: extract_adapter(tiny.classifier(), tiny.Classifier().to("meta"), LoraConfig(target_modules=["q"]))  # noqa: E731
+    for verb in (merge_adapter, merge_and_unload, lambda m: save_adapter(m, tmp_path / "out"), extract):
         with pytest.raises(OffloadedError, match="on the meta device; load the model's weights"):
             verb(model)
     assert not (tmp_path / "out").exists()
@@ -221,3 +241,37 @@ def test_a_patch_that_comes_after_injection_is_named_when_the_layer_is_given_bac
     with pytest.raises(TargetError, match="has a forward of its own on the instance"):
         unload(model)
     assert torch.equal(model(X), output)
+
+
+def test_fast_layers_take_effect_inside_hooks_and_are_not_counted_where_they_would_not():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.5))
+    attach_execution_device_hook(model, "cpu")
+    patched(model[2])
+    patched(model[3])
+    assert (use_fast_linear(model), use_fast_dropout(model)) == (1, 1)
+    assert model[0]._old_forward.__func__ is FastLinear.forward and model[1]._old_forward.__func__ is FastDropout.forward
+    assert type(model[2]) is nn.Linear and type(model[3]) is nn.Dropout
+    assert model(X).shape == X.shape
+
+
+@pytest.mark.parametrize("adapted_too", [False, True])
+def test_4_bit_layers_inside_hooks(adapted_too):
+    """What transformers makes of a 4-bit model over several devices: bitsandbytes' own layers, hooked."""
+    import bitsandbytes as bnb
+
+    model, plain = tiny.classifier(), tiny.classifier()
+    for m in (model, plain):
+        quantize_nf4(m)
+        for layer in m.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):
+                layer.__class__ = bnb.nn.Linear4bit
+    attach_execution_device_hook(model, "cpu")
+    targets = ["q", "v"] if adapted_too else ["q"]
+    for m in (model, plain):
+        adapted(m, target_modules=targets)
+    assert torch.equal(model(X), plain(X))
+    for mine, expected in zip(gradients(model), gradients(plain), strict=True):
+        assert torch.equal(mine, expected)
+    unload(model)
+    assert type(model.layers[0].k) is bnb.nn.Linear4bit
+    assert model.layers[0].k._old_forward.__func__ is bnb.nn.Linear4bit.forward

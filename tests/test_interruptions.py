@@ -26,6 +26,7 @@ from lora_core import (
     rename_adapter,
     save_adapter,
     set_adapter,
+    share_dropout_masks,
     unload,
     unmerge_adapter,
 )
@@ -90,6 +91,12 @@ def bf16():
     return plain(torch.bfloat16)
 
 
+def sharing():
+    model = adapted()
+    share_dropout_masks(model)
+    return model
+
+
 def just_a():
     return adapted(names="a")
 
@@ -130,6 +137,8 @@ CASES = {
     "initialize_eva": (just_a, lambda m: initialize_eva(m, [X], "a")),
     "initialize_loftq": (lambda: adapted(packed, names="a"), lambda m: initialize_loftq(m, plain(), "a")),
     "mixed_batch": (adapted, mixed),
+    "share_dropout_masks": (adapted, share_dropout_masks),
+    "unload with shared masks": (sharing, unload),
 }
 
 

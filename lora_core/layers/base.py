@@ -252,8 +252,8 @@ class LoraLayer(AdapterHolder):
         if weight.dtype != exact.dtype:
             if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
                 raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
-            base = self.dense_weight()
-            spent = cost(exact, base, weight, base.to(weight.dtype))
+            base = stored_weight(self).detach() if self.weight.is_floating_point() else self.dense_weight()
+            spent = cost(exact, base, weight, None if base.dtype == weight.dtype else base.to(weight.dtype))
         self.lora_unfolded = (self.weight, self._parameters.get("bias"), weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not self._parameters.get("bias"):

@@ -125,7 +125,7 @@ class Lora4bit(LoraLinear):
         before = self.weight, self._parameters.get("bias"), torch.uint8
         self.weight = repack(self, exact)
         self.bias, self.lora_unfolded, self.lora_folded = bias, before, names
-        return cost(exact, base, dequantize(self), base)
+        return cost(exact, base, dequantize(self))
 
 
 class LoraConv1D(LinearLayer):
