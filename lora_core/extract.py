@@ -185,6 +185,8 @@ def _match_names(base: nn.Module, tuned: Tuned) -> dict[str, str]:
 
 def _difference(base: nn.Module, tuned: Tuned, name: str, other: str) -> Tensor:
     W, V = _read(base, name).detach(), _read(tuned, other).detach()
+    if W.is_meta or V.is_meta:
+        raise OffloadedError(f"{name} is on the meta device; load the models' weights first; nothing was extracted")
     dtype = torch.promote_types(torch.promote_types(W.dtype, V.dtype), torch.float32)
     D = (V.to(W.device, dtype) - W.to(dtype)).contiguous()
     _check_finite(name, D)
@@ -221,8 +223,6 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise OffloadedError(f"{name} is on the meta device; load the models' weights first; nothing was extracted")
     if not tensor.isfinite().all():
         raise MergeError(f"{name} has NaN or infinite values, or its difference from the base's has; nothing was extracted")
 

@@ -7,6 +7,7 @@ class's method there, or the adapter would have no effect. What any other forwar
 
 from __future__ import annotations
 
+import functools
 from types import MethodType
 
 import torch
@@ -52,7 +53,9 @@ def _slot(module: nn.Module) -> str | None:
     own = vars(module)
     if "forward" not in own:
         return None
-    slot = INSIDE if HOOK in own and INSIDE in own else "forward"
+    wrapper = own["forward"]  # accelerate's is a partial function of the module
+    hooked = isinstance(wrapper, functools.partial) and wrapper.args[:1] == (module,) and HOOK in own and INSIDE in own
+    slot = INSIDE if hooked else "forward"
     method = own[slot]
     if getattr(method, "__func__", None) is not type(module).forward or method.__self__ is not module:
         raise TargetError(
@@ -84,6 +87,23 @@ def stored_weight(module: nn.Module, path: str = "") -> Tensor:
     for hook in _offloading(module):
         return hook.weights_map["weight"]
     raise OffloadedError(f"{path or type(module).__name__}: its weight is on the meta device; load the model's weights first")
+
+
+def stored_entry(table: nn.ParameterDict, name: str) -> Tensor:
+    """An entry of a table of adapters, from where accelerate keeps it if it offloaded the model after the injection.
+
+    Raises:
+        OffloadedError: it is to be trained, and what is there is not the parameter.
+    """
+    entry = table[name]
+    for hook in _offloading(table) if entry.is_meta else ():
+        if entry.requires_grad and torch.is_grad_enabled():
+            raise OffloadedError(
+                f"the tensors of adapter {name!r} were offloaded with the model, and can't be trained; offload first, and "
+                "inject afterwards"
+            )
+        return hook.weights_map[name].to("cpu" if hook.execution_device is None else hook.execution_device)
+    return entry
 
 
 def refuse_offloaded(path: str, module: nn.Module, what: str) -> None:

@@ -146,6 +146,7 @@ def load_adapter(
     return report
 
 
+@torch.no_grad()
 def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """{key: tensor} of an adapter, with PEFT's keys; the tensors are the model's own, detached, or gathered if sharded."""
     adapter = find_adapter(model, adapter_name)

@@ -28,6 +28,7 @@ from lora_core import (
 from lora_core.dropout import FastDropout
 from lora_core.errors import OffloadedError, TargetError
 from lora_core.products import FastLinear
+from lora_core.storage import adapter_tensors
 
 X = tiny.batch()
 SETTINGS = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}
@@ -167,17 +168,37 @@ def test_what_offloaded_weights_do_not_allow_is_refused_by_name(tmp_path):
         assert torch.equal(model(X), output)
 
 
-def test_copies_that_were_offloaded_after_injection_are_not_switched(tmp_path):
+VARIANTS = [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["classifier"]}]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_model_that_was_offloaded_after_injection_runs_and_says_that_it_can_not_be_trained(settings):
+    model = adapted(tiny.classifier().eval(), **settings)
+    expected = model(X).detach()
+    cpu_offload(model, torch.device("cpu"))
+    assert model.layers[0].q.lora_A["default"].is_meta
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    if settings in VARIANTS[:1]:
+        plain = adapted(tiny.classifier().eval())
+        for name, tensor in adapter_tensors(model).items():
+            assert torch.equal(tensor, adapter_tensors(plain)[name])
+    with pytest.raises(OffloadedError, match="were offloaded with the model, and can't be trained; offload first"):
+        model(X)
+
+
+def test_copies_that_were_offloaded_after_injection_are_not_switched():
     """The hook would bring back the tensor that was in place when it came."""
     model = tiny.classifier().eval()
     for i, name in enumerate("ab"):
         inject(model, LoraConfig(modules_to_save=["classifier"], **SETTINGS), name)
         tiny.randomize(model, name, seed=i)
     cpu_offload(model, torch.device("cpu"))
-    output = model(X)
-    with pytest.raises(OffloadedError, match="switching what adapters train whole would not reach them"):
-        set_adapter(model, "b")
-    assert torch.equal(model(X), output)
+    with torch.no_grad():
+        output = model(X)
+        with pytest.raises(OffloadedError, match="switching what adapters train whole would not reach them"):
+            set_adapter(model, "b")
+        assert torch.equal(model(X), output)
 
 
 def test_meta_weights_are_refused_where_values_are_needed(tmp_path):
@@ -186,7 +207,7 @@ def test_meta_weights_are_refused_where_values_are_needed(tmp_path):
     inject(model, LoraConfig(r=2, target_modules=["q"]))
     extract = lambda m: extract_adapter(tiny.classifier(), tiny.Classifier().to("meta"), LoraConfig(target_modules=["q"]))  # noqa: E731
     for verb in (merge_adapter, merge_and_unload, lambda m: save_adapter(m, tmp_path / "out"), extract):
-        with pytest.raises(OffloadedError, match="on the meta device; load the model's weights"):
+        with pytest.raises(OffloadedError, match="on the meta device; load the model"):
             verb(model)
     assert not (tmp_path / "out").exists()
     save_adapter(adapted(tiny.classifier()), tmp_path / "adapter")
@@ -249,7 +270,7 @@ def test_fast_layers_take_effect_inside_hooks_and_are_not_counted_where_they_wou
     patched(model[2])
     patched(model[3])
     assert (use_fast_linear(model), use_fast_dropout(model)) == (1, 1)
-    assert model[0]._old_forward.__func__ is FastLinear.forward and model[1]._old_forward.__func__ is FastDropout.forward
+    assert model[0]._old_forward.__func__ is FastLinear.forward and type(model[1]) is FastDropout
     assert type(model[2]) is nn.Linear and type(model[3]) is nn.Dropout
     assert model(X).shape == X.shape
 

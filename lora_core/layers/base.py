@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, MixedBatchError
-from ..forwards import refuse_offloaded, stored_weight
+from ..forwards import refuse_offloaded, stored_entry, stored_weight
 from ..functional import dora_factor, fold_
 from ..loss import Cost, cost
 from .holder import AdapterHolder
@@ -130,7 +130,8 @@ class LoraLayer(AdapterHolder):
 
     def _own_bias(self) -> Tensor | None:
         """The sum of the active adapters' biases of B, (d_out,)."""
-        own = [self.lora_bias[name] * self.lora_scaling[name] for name in self.lora_active if name in self.lora_bias]
+        names = [name for name in self.lora_active if name in self.lora_bias]
+        own = [stored_entry(self.lora_bias, name) * self.lora_scaling[name] for name in names]
         return sum(own[1:], start=own[0]) if own else None
 
     def active_products(self) -> list[Product]:
@@ -171,7 +172,7 @@ class LoraLayer(AdapterHolder):
 
     def dora_factor(self, name: str) -> Tensor:
         """DoRA's f = m / |W + s B A|, (d_out,), with the norm a constant in the gradient."""
-        return dora_factor(self.direction(name), self.lora_magnitude[name])
+        return dora_factor(self.direction(name), stored_entry(self.lora_magnitude, name))
 
     @torch.no_grad()
     def direction(self, name: str) -> Tensor:

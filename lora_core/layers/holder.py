@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..forwards import change_class, execution_device
+from ..forwards import change_class, execution_device, stored_entry
 from ..initializers import start
 
 #: The modules that hold an adapter's tensors on a layer, each by adapter name.
@@ -137,9 +137,10 @@ class AdapterHolder(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, B) of what an adapter adds: its own, or [A; A0] and [B, -B0], of rank 2r, if its start is subtracted."""
-        A, B = self.lora_A[name], self.lora_B[name]
+        A, B = stored_entry(self.lora_A, name), stored_entry(self.lora_B, name)
         if name in self.lora_A0:
-            A, B = torch.cat([A, self.lora_A0[name]]), torch.cat([B, -self.lora_B0[name]], dim=1)
+            A0, B0 = stored_entry(self.lora_A0, name), stored_entry(self.lora_B0, name)
+            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         return A, B
 
     def joined_factors(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
