@@ -38,6 +38,11 @@ class Waiting(nn.Module):
     def has_in_place(self, name: str) -> bool:
         return name in self.names and name not in _table(self, name)
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """transformers asks modules for this as it saves: what may be tied, and then goes into a file once."""
+        return {name: name for name in self.names}
+
 
 class Copies(nn.ModuleDict):
     """{adapter or BASE: Waiting}, a child of the module that the tensors are for."""
@@ -66,14 +71,16 @@ class Copies(nn.ModuleDict):
     def route(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         """Sees to it that each tensor of a state dict comes to its owner, whichever was in place when it was made.
 
-        The owner that the state dict has no waiting tensor of was in place then.
+        The owner that the state dict has no waiting tensor of was in place then. Of the base's it may have none either: a file
+        holds tied tensors once.
         """
         for name in sorted(self[BASE].names):
             now = self.owner(name)
             owners = [key for key, held in self.items() if name in held.names]
             keys = {owner: f"{prefix}{CHILD}.{owner}.{name}" for owner in owners}
-            then = [owner for owner, key in keys.items() if key not in state]
-            if len(then) == 1 and then != [now] and f"{prefix}{name}" in state:
+            absent = [owner for owner, key in keys.items() if key not in state]
+            then = [owner for owner in absent if owner != BASE] or absent
+            if len(then) == 1 and then != [now] and f"{prefix}{name}" in state and keys[now] in state:
                 state[keys[then[0]]] = state[f"{prefix}{name}"]
                 state[f"{prefix}{name}"] = state.pop(keys[now])
 

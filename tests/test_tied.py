@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers
 
-from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, save_adapter, unload
+from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, save_adapter, set_adapter, unload
 from lora_core.errors import AdapterFormatError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
@@ -173,3 +173,31 @@ def test_memory_that_is_shared_without_being_one_parameter_is_not_written_to():
     expected = model(tiny.batch())
     assert merge_and_unload(model).untied == ("layers.0.q.weight",)
     torch.testing.assert_close(model(tiny.batch()), expected)
+
+
+@pytest.mark.parametrize("now", ["a", "b"])
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_file_that_holds_tied_tensors_once_brings_all_heads_back(whole, now, tmp_path):
+    """What transformers' Trainer writes as a checkpoint, and reads with `strict=False`."""
+    from safetensors.torch import load_file
+
+    def adapted(active):
+        model = build("llama")
+        for i, name in enumerate("ab"):
+            inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole), name)
+            tiny.randomize(model, name, seed=i)
+        set_adapter(model, active)
+        return model
+
+    model = adapted("a")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)
+    expected = {name: (set_adapter(model, name), tiny.logits(model))[1] for name in "ba"}
+    model.save_pretrained(tmp_path)
+    other = adapted(now)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    for name in "ab":
+        set_adapter(other, name)
+        assert torch.equal(tiny.logits(other), expected[name])
+    assert torch.equal(tiny.logits(unload(other)), tiny.logits(unload(model)))
