@@ -1,5 +1,5 @@
-"""Models and tokenizers of transformers, for the checks that have to run one. The only file that touches transformers and the
-Hub's client, and like `nf4.py` with bitsandbytes it imports them when they are first asked for: merging needs neither.
+"""Models and tokenizers of transformers, for the checks that have to run one. Like `nf4.py` with bitsandbytes it imports
+transformers, and the Hub's client, when they are first asked for: merging needs neither.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from .files import expanded, is_directory
 from .nf4 import replace_forward
 from .placement import label_rows
 from .quantize import quantize_nf4
+from .tied_names import LOCAL
 from .updates import AdapterUpdates
 
 WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 TIME_LIMIT = 3.0  # seconds, for the Hub to say that it is there
-
-#: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
-LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

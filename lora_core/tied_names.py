@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+#: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 #: What input embeddings are called, and the output layers that are tied to them.
 EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_in)\.weight")
 OUTPUT_LAYER = "lm_head.weight"
@@ -62,7 +65,7 @@ def _ask_transformers(directory: Path, architecture: str) -> list[tuple[str, ...
     try:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(directory, **LOCAL)
         with torch.device("meta"):
             model = getattr(transformers, architecture)(config)
         sources = model.all_tied_weights_keys
