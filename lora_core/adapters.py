@@ -26,6 +26,7 @@ from .registry import (
     check_changeable,
     check_new_name,
     find_adapter,
+    forget_replaced,
     has_adapters,
     lora_parameters,
     registry_of,
@@ -119,6 +120,7 @@ def delete_adapter(model: nn.Module, name: str) -> tuple[str, ...]:
     adapter, registry = find_adapter(model, name), registry_of(model)
     if any(layer.lora_folded for _, layer in adapter_layers(model, adapter)):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
+    forget_replaced(model)
     activate(model, [other for other in registry.active if other != name])
     remove(model, name)
     return registry.active
@@ -142,6 +144,7 @@ def remove_all(model: nn.Module) -> None:
     for adapter in registry.adapters.values():
         for _, layer in adapter_layers(model, adapter):
             layer.unfold()
+    forget_replaced(model)
     activate(model, ())
     for name in list(registry.adapters):
         remove(model, name)

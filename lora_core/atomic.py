@@ -14,10 +14,12 @@ until all are done.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
 
@@ -99,10 +101,11 @@ class LastSteps:
 
     def __init__(self) -> None:
         self._steps: list[tuple[Tensor, int, Callable[[], object]]] = []
+        self._of_tensor: Counter[int] = Counter()
 
     def add(self, tensor: Tensor, step: Callable[[], object]) -> None:
-        earlier = sum(other is tensor for other, _, _ in self._steps)
-        self._steps.append((tensor, tensor._version + earlier, step))
+        self._steps.append((tensor, tensor._version + self._of_tensor[id(tensor)], step))
+        self._of_tensor[id(tensor)] += 1
 
     @property
     def begun(self) -> bool:
@@ -174,4 +177,6 @@ def _refill(table: Any, content: Any) -> None:
 
 
 def _place(tensor: Tensor) -> tuple:
+    if is_lazy(tensor):
+        return ()
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

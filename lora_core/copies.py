@@ -218,6 +218,11 @@ def without_copies(module: nn.Module) -> dict[int, Copies]:
     return memo
 
 
+def are_held(model: nn.Module, path: str) -> bool:
+    """Whether the module of `path` still is the one that adapters got copies for, and not another in its place."""
+    return CHILD in _split(model, path)[0]._modules
+
+
 def places(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
     """The modules that hold the tensors at `paths`, in place and waiting."""
     for path in paths:
@@ -252,6 +257,6 @@ def _copies(module: nn.Module, path: str) -> Copies:
     if copies is None:
         raise TargetError(
             f"the module of {path!r} was replaced by another after adapters got copies of its tensors; put new parameters into "
-            "the module that is there instead, or delete the adapters first"
+            "the module that is there instead, or delete the adapters, which leaves it as it is"
         )
     return copies

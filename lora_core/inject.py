@@ -93,6 +93,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     found = plan(model, config)
     warn_of_untied(found)
     _warn_of_left_out(found)
+    if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
+        warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=6)
     return attach(model, config, adapter_name, found)
 
 

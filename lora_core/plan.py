@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from .copies import CHILD, base_tensors, original_of, own_keys
@@ -64,6 +65,8 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     """
     model = unwrap(model)
     _refuse_foreign_adapters(model)
+    if lazy := next((path for path, p in model.named_parameters() if is_lazy(p)), None):
+        raise TargetError(f"{lazy!r} has no shape yet (a lazy layer); run the model once before it gets adapters")
     modules = base_modules(model)
     paths = list(modules)
     heads = TASK_HEADS.get(config.task_type or "", ())

@@ -224,6 +224,12 @@ def remove(model: nn.Module, name: str) -> None:
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
 
 
+def forget_replaced(model: nn.Module) -> None:
+    """Makes adapters that are to go own nothing in modules that were replaced by others: what is there now stays."""
+    for adapter in registry_of(model).adapters.values():
+        adapter.copied = tuple(path for path in adapter.copied if copies.are_held(unwrap(model), path))
+
+
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Gives the adapter `old` the free name `new`; nothing else about it changes, nor about the order of adapters."""
     adapter = find_adapter(model, old)

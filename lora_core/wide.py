@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .errors import TargetError
 from .forwards import change_class
 
 #: The child of a module that holds what is not in place, and in that the base's own: no adapter can have this name.
@@ -28,7 +29,15 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def widen(module: nn.Module) -> None:
-    """Makes a module that is trained whole compute in float32 while its copies are in place."""
+    """Makes a module that is trained whole compute in float32 while its copies are in place.
+
+    Raises:
+        TargetError: another adapter trains a bias in it, which it would have to read in two ways.
+    """
+    if any(isinstance(part, _Rounding) for part in module.modules()):
+        raise TargetError(
+            "a module to be trained whole has a bias that another adapter of this 16-bit base trains; leave it out"
+        )
     if not isinstance(module, _Wide):
         change_class(module, _mixed(_Wide, type(module), ()))
 

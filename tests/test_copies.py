@@ -116,8 +116,13 @@ def test_what_stands_in_place_is_the_active_adapters():
 def test_a_module_that_was_replaced_is_named():
     model = build()
     model.classifier = nn.Linear(64, 3)
-    with pytest.raises(TargetError, match=r"module of 'classifier.weight' was replaced"):
+    head, before = model.classifier, model(X)
+    with pytest.raises(TargetError, match=r"module of 'classifier.weight' was replaced.*delete the adapters, which leaves it"):
         set_adapter(model, "b")
+    assert torch.equal(model(X), before)
+    assert delete_adapter(model, "a") == () and model.classifier is head
+    unload(model)
+    assert model.classifier is head and type(model.layers[0].q) is nn.Linear
 
 
 def test_moving_and_casting_reach_what_waits():
@@ -333,3 +338,12 @@ def test_modules_in_float32_survive_copies_pickles_switches_and_mixed_batches(dt
     expected = torch.stack([logits["a"][0], logits["b"][1], logits["a"][2]])
     assert (rows - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
     assert count_parameters(model).total > 0 and type(unload(model).score) is nn.Linear
+
+
+def test_biases_and_whole_modules_of_two_adapters_beside_16_bits():
+    model = tiny.classifier(torch.bfloat16)
+    inject(model, LoraConfig(r=2, target_modules=["q"], bias="all"), "a")
+    before = tiny.snapshot(model)
+    with pytest.raises(TargetError, match="has a bias that another adapter of this 16-bit base trains"):
+        inject(model, LoraConfig(**HEAD), "b")
+    assert tiny.snapshot(model) == before

@@ -439,3 +439,11 @@ def test_autocast_training_gives_float32_gradients():
         y = model(tiny.batch())
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in trainable_parameters(model))
+
+
+def test_a_model_with_lazy_layers_is_to_be_run_first():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.LazyLinear(2)})
+    with pytest.raises(TargetError, match=r"'b\.weight' has no shape yet \(a lazy layer\); run the model once"):
+        inject(model, LoraConfig(r=2, target_modules=["a"]))
+    model["b"](torch.ones(1, 4))
+    assert inject(model, LoraConfig(r=2, target_modules=["a"])).targets == ("a",)

@@ -201,3 +201,11 @@ def test_a_file_that_holds_tied_tensors_once_brings_all_heads_back(whole, now, t
         set_adapter(other, name)
         assert torch.equal(tiny.logits(other), expected[name])
     assert torch.equal(tiny.logits(unload(other)), tiny.logits(unload(model)))
+
+
+def test_a_tie_that_is_to_be_kept_and_is_not_there_is_said():
+    model = tiny.classifier()
+    settings = {"r": 2, "target_modules": ["q"], "modules_to_save": ["classifier"], "ensure_weight_tying": True}
+    with pytest.warns(UserWarning, match="nothing that is trained whole is tied to anything") as caught:
+        inject(model, LoraConfig(**settings))
+    assert [w.filename for w in caught] == [__file__]
