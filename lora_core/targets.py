@@ -96,7 +96,9 @@ def match_patterns(
         hits = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
     for pattern, found in hits.items():
         if strict and not found:
-            raise TargetError(f"{field}: {pattern!r} matched no module{_closest(pattern, paths)}")
+            named = isinstance(patterns, str) and any(p == pattern or p.endswith(f".{pattern}") for p in paths)
+            hint = f"; a string is an expression for the whole path, a name goes in a list: [{pattern!r}]" if named else ""
+            raise TargetError(f"{field}: {pattern!r} matched no module{hint or _closest(pattern, paths)}")
     return hits
 
 

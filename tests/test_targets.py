@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_core import LoraConfig
 from lora_core.errors import TargetError
-from lora_core.targets import match_saved_modules, select_targets
+from lora_core.targets import match_patterns, match_saved_modules, select_targets
 
 PATHS = [f"encoder.layer.{i}.{name}" for i in range(3) for name in ("q_lin", "v_lin", "ffn.lin1", "norm")] + ["classifier"]
 LINEAR = [p for p in PATHS if "norm" not in p]
@@ -180,3 +180,8 @@ def test_strict_selection_raises_exactly_when_a_pattern_misses(paths, targets):
             select(config, paths, paths)
     else:
         assert set(select(config, paths, paths).paths) <= set(paths)
+
+
+def test_a_name_that_is_given_as_an_expression_is_told_so():
+    with pytest.raises(TargetError, match=r"target_modules: 'q' matched no module; a string is an expression .* \['q'\]"):
+        match_patterns("target_modules", "q", ["layers.0.q", "layers.0.k"])
