@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +33,9 @@ TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM
 
 #: No layer is so wide; what is larger is a mistake, and too much for a tensor's shape.
 MAX_RANK = 2**20
+
+#: The largest factor before an update: what float32 holds.
+MAX_FACTOR = 2**128 - 2**104
 
 #: The heads that a task adds to a pretrained model: new, so trained and saved whole (PEFT's lists, by task).
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -225,8 +227,8 @@ def check_rank(name: str, value: Any) -> None:
 
 
 def check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{name} must be a positive number, not {_shown(value)}")
+    if not _is_number(value) or not 0 < value <= MAX_FACTOR:
+        raise ConfigError(f"{name} must be a positive number{_bound(value, MAX_FACTOR)}, not {_shown(value)}")
 
 
 def check_finite(name: str, value: Any) -> None:
@@ -248,7 +250,9 @@ def _shown(value: Any) -> str:
 
 
 def _bound(value: Any, most: int) -> str:
-    return f" up to {most:,}" if type(value) is int and value > most else ""
+    if not _is_number(value) or not value > most:
+        return ""
+    return f" up to {most:,}" if most < 10**19 else f" up to {float(most):.3g}"
 
 
 def _check_regex(name: str, pattern: Any, form: str) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
-from .config import LoraConfig
-from .errors import AdapterFormatError
+from .config import MAX_FACTOR, LoraConfig
+from .errors import AdapterFormatError, ConfigError
 from .layers import LoraLayer, lora_class
 from .patterns import limited
 
@@ -66,7 +66,11 @@ class LayerUpdate:
 
         Raises:
             AdapterFormatError: it is of other shapes.
+            ConfigError: `weight` makes the factor before B A larger than float32 holds.
         """
+        if abs(weight * self.scaling) > MAX_FACTOR:
+            factor = f"{weight:g} times the scaling {self.scaling:g}"
+            raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")
         shapes = layer.file_shapes(layer, len(self.tensors["lora_A"]))
         for table, tensor in self.tensors.items():
             if tuple(tensor.shape) != shapes[table]:

@@ -374,3 +374,15 @@ def test_in_a_configuration_file_too(field, value, tmp_path):
         load_adapter(tiny.classifier(), tmp_path)
     with pytest.raises(LoraError):
         read_updates(tmp_path)
+
+
+@pytest.mark.parametrize("factors", [{"weights": (1e300,)}, {"weights": (-1e38,)}])
+def test_a_factor_that_float32_does_not_hold(factors, tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    model = build("llama")
+    inject(model, LoraConfig(r=2, lora_alpha=20, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    save_adapter(tiny.randomize(model), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="is more than float32 holds"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", Recipe(**factors))
+    with pytest.raises(ConfigError, match=r"lora_alpha must be a positive number up to 3.4e\+38, not 1e\+308"):
+        LoraConfig(lora_alpha=1e308, target_modules=["q_proj"])
