@@ -250,7 +250,7 @@ def _shown(value: Any) -> str:
 
 
 def _bound(value: Any, most: int) -> str:
-    if not _is_number(value) or not value > most:
+    if not _is_number(value) or not most < value < math.inf:
         return ""
     return f" up to {most:,}" if most < 10**19 else f" up to {float(most):.3g}"
 
