@@ -85,22 +85,14 @@ class Job:
         adapter |= variants(self.method)
         if self.method.lora_plus_ratio != 1:
             adapter["lora_plus_ratio"] = self.method.lora_plus_ratio
+        named = ("name", "source", "why", "sha256")
         return {
             "method": self.method.name,
-            "base_model": {
-                "name": self.base.name,
-                "source": self.base.source,
-                "why": self.base.why,
-                "sha256": self.base.sha256,
-                **shape,
-            },
+            "base_model": {**{key: getattr(self.base, key) for key in named}, **shape},
             "data": {
-                "name": self.data.name,
-                "source": self.data.source,
-                "why": self.data.why,
+                **{key: getattr(self.data, key) for key in named},
                 "train": self.schedule.train_samples or len(self.data.train),
                 "validation": len(self.data.validation),
-                "sha256": self.data.sha256,
             },
             "hyperparameters": {
                 **schedule,

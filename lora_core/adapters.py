@@ -22,8 +22,6 @@ from .registry import (
     adapter_layers,
     adapter_parameters,
     as_names,
-    changes_adapters,
-    check_changeable,
     check_new_name,
     find_adapter,
     forget_replaced,
@@ -34,6 +32,7 @@ from .registry import (
     rename,
     unwrap,
 )
+from .verbs import changes_adapters, check_changeable
 
 
 def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:

@@ -31,7 +31,8 @@ from .errors import ConfigError, LoraError, MergeError, QuantizationError
 from .layers import LoraLayer
 from .layers.linear import LinearLayer, Lora4bit
 from .lowrank import best_of_matrix
-from .registry import Adapter, adapter_layers, changes_adapters, find_adapter
+from .registry import Adapter, adapter_layers, find_adapter
+from .verbs import changes_adapters
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from .layers import LoraEmbedding, LoraLayer
 from .lowrank import best_of_matrix, best_of_product
 from .plan import base_modules, plan_copies
 from .pruning import MAJORITIES, PRUNING, Rule
-from .registry import Adapter, adapter_layers, as_names, changes_adapters, check_new_name, copies_of, find_adapter, unwrap
+from .registry import Adapter, adapter_layers, as_names, check_new_name, copies_of, find_adapter, unwrap
 from .targets import Targets, match_patterns
+from .verbs import changes_adapters
 
 METHODS = ("linear", "cat", "svd", *PRUNING)
 

@@ -25,7 +25,8 @@ from .layers.holder import TABLES
 from .lowrank import best_of_matrix
 from .nf4 import dequantize, is_quantized, packed_form
 from .plan import plan
-from .registry import adapter_layers, changes_adapters, check_new_name, copies_of, find_adapter, has_adapters, unwrap
+from .registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, unwrap
+from .verbs import changes_adapters
 
 Tuned = nn.Module | Mapping[str, Tensor]
 

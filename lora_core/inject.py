@@ -18,17 +18,9 @@ from .errors import ConfigError
 from .layers import LoraLayer, lora_class
 from .left_out import HEAD
 from .plan import Plan, plan
-from .registry import (
-    Adapter,
-    adapter_parameters,
-    changes_adapters,
-    check_new_name,
-    has_adapters,
-    register,
-    registry_of,
-    unwrap,
-)
+from .registry import Adapter, adapter_parameters, check_new_name, has_adapters, register, registry_of, unwrap
 from .sharding import refuse_sharded
+from .verbs import changes_adapters
 from .wide import SIXTEEN_BITS
 
 

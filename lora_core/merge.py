@@ -23,9 +23,10 @@ from .errors import MergeError
 from .layers import LoraLayer
 from .loss import Cost, describe_loss, refuse_loss
 from .nf4 import is_quantized, to_dense
-from .registry import activate, adapter_layers, as_names, change_adapters, changes_adapters, find_adapter, registry_of, unwrap
+from .registry import activate, adapter_layers, as_names, find_adapter, registry_of, unwrap
 from .sharding import refuse_sharded
 from .untie import configs, forget_quantization, forget_ties, ties, untie
+from .verbs import change_adapters, changes_adapters
 
 #: What helps where the weights' own precision is too coarse for an update.
 _REMEDY = "merge with dtype=torch.float32"

@@ -26,7 +26,7 @@ from .atomic import insist
 from .copies import copy_of, original_of, own_keys, without_copies
 from .errors import MergeError, MixedBatchError
 from .layers import LoraLayer, RowAdapters
-from .layers.base import check_rows
+from .layers.rows import check_rows
 from .registry import Adapter, Registry, adapter_layers, find_adapter, registry_of, unwrap
 
 

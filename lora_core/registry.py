@@ -6,26 +6,22 @@ the base's tensors (whole modules in `modules_to_save`, biases); `copies.py` say
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from . import copies
-from .atomic import Before, LastSteps, Record, attempt, insist
+from .atomic import Before, Record, insist
 from .config import LoraConfig
 from .copies import BASE, submodule
-from .errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, ShardedError, UnknownAdapterError
+from .errors import AdapterExistsError, ConfigError, MergeError, ShardedError, UnknownAdapterError
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 from .sharding import is_spread
 from .wide import restore_class
-
-T = TypeVar("T")
 
 _ATTRIBUTE = "lora_registry"
 
@@ -103,40 +99,6 @@ def registry_of(model: nn.Module) -> Registry:
 
 def has_adapters(model: nn.Module) -> bool:
     return _ATTRIBUTE in unwrap(model).__dict__
-
-
-def check_changeable(model: nn.Module) -> None:
-    """Refuses to change the adapters of a model while someone counts on them as they are.
-
-    Raises:
-        MixedBatchError: a thread, maybe this one, is in a mixed batch, or in `disable_adapters`.
-    """
-    if not has_adapters(model):
-        return
-    registry = registry_of(model)
-    if registry.mixing:
-        where = "this thread" if get_ident() in registry.mixing else "another thread"
-        raise MixedBatchError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
-    if registry.disabled:
-        raise MixedBatchError("disable_adapters is open on this model; change its adapters after it is closed")
-
-
-def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
-    """Makes a verb, whose first argument is a model, all or nothing, and refuses it where `check_changeable` does."""
-
-    @functools.wraps(verb)
-    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
-        return change_adapters(model, lambda _: verb(model, *args, **kwargs))
-
-    return whole
-
-
-def change_adapters(model: nn.Module, change: Callable[[LastSteps], T], also: Iterable[object] = ()) -> T:
-    """`atomic.attempt`, refused where `check_changeable` does."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    check_changeable(model)
-    return attempt(unwrap(model), change, also)
 
 
 def find_adapter(model: nn.Module, name: str) -> Adapter:

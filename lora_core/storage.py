@@ -28,17 +28,9 @@ from .fit import check_base, check_finite, fitting_tensors, plan_for_file
 from .inject import InjectionReport, attach, describe, warn_of_untied
 from .keys import copy_key, layer_keys
 from .plan import Plan
-from .registry import (
-    adapter_layers,
-    changes_adapters,
-    check_new_name,
-    copies_of,
-    find_adapter,
-    has_adapters,
-    registry_of,
-    unwrap,
-)
+from .registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, registry_of, unwrap
 from .sharding import refuse_sharded, whole, writes_files
+from .verbs import changes_adapters
 
 
 def save_adapter(

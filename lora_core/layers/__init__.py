@@ -1,9 +1,10 @@
 """The injected layers: for each kind of base layer, a subclass of it that carries adapters."""
 
-from .base import LoraLayer, RowAdapters
+from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .kinds import lora_class
 from .linear import LoraConv1D, LoraLinear
+from .rows import RowAdapters
 
 __all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "RowAdapters", "lora_class"]

@@ -25,7 +25,8 @@ from ..nf4 import (
     set_dense_dtype,
 )
 from ..products import FastLinear, fast_linear, product
-from .base import LoraLayer, Product, RowAdapters
+from .base import LoraLayer, Product
+from .rows import RowAdapters
 
 
 class LinearLayer(LoraLayer):
