@@ -43,7 +43,7 @@ def draw(measures: Sequence[Measure], path: Path) -> bool:
             line = [p for p in points if p["dropout"] == dropout and all(p[a] == middle[a] for a in others)]
             _panel(axes, axis, sorted(line, key=lambda p: p[axis]), f"dropout {dropout:g}" if dropout else "no dropout")
         row[0].set_ylabel("time over the frozen layer")
-        row[0].set_ylim(bottom=0.95)
+        row[0].set_ylim(bottom=min(0.95, *(p[name] - 0.05 for p in points for name in STYLES if name in p)))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
