@@ -39,7 +39,7 @@ def cost(exact: Tensor, base: Tensor, merged: Tensor, before: Tensor | None = No
     """
     rows = max(1, 2**18 // max(1, exact[:1].numel()))
     parts = zip(*(t.split(rows) for t in (exact, base, merged, base if before is None else before)), strict=True)
-    sums = torch.zeros(3, dtype=torch.float64)  # |D|^2, |E|^2, <E + F, D>
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # |D|^2, |E|^2, <E + F, D>
     for total, W, M, M0 in parts:
         W = W.to(total.dtype)
         D, E = (total - W).flatten(), (M.to(total.dtype) - total).flatten()

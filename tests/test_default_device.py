@@ -1,9 +1,14 @@
 """An open default device that is not the model's (`with torch.device(...)`) changes nothing."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from torch.utils._device import _device_constructors
 
+import lora_core
 from lora_core import (
     LoraConfig,
     combine_adapters,
@@ -26,6 +31,7 @@ from lora_core import (
     use_fast_linear,
 )
 
+PACKAGE = Path(lora_core.__file__).parent
 X = tiny.batch()
 STARTS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"]
 
@@ -89,3 +95,36 @@ def test_every_start_under_another_default_device(start):
             inject(model, LoraConfig(r=4, target_modules=["q"], init_lora_weights=start))
         outcomes.append([p.detach() for p in trainable_parameters(model)])
     assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_beside_16_bits_under_another_default_device(dtype, packed):
+    """What the rounding costs is summed in a tensor of its own."""
+    outcomes = []
+    for device in ("cpu", "meta"):
+        model = tiny.classifier().to(dtype)
+        torch.manual_seed(3)
+        with torch.device(device):
+            if packed:
+                quantize_nf4(model)
+            inject(model, LoraConfig(r=4, target_modules=["q", "k", "v"], init_lora_weights=False))
+            merge_adapter(model)
+            unmerge_adapter(model)
+            merge_and_unload(model)
+        outcomes.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def test_every_helper_tensor_names_its_device():
+    """Of the functions of torch that a default device applies to, by torch's own list, each call says `device`."""
+    makers = {f"torch.{f.__name__}" for f in _device_constructors() if getattr(torch, f.__name__, None) is f}
+    calls, silent = 0, []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in makers):
+                continue
+            calls += 1
+            if not any(keyword.arg == "device" for keyword in node.keywords):
+                silent.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert calls and not silent
