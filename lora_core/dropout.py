@@ -9,7 +9,7 @@ torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the
 for the backward the seed is kept and the mask made again. So masks are reproducible under torch's seed, and the same under
 gradient checkpointing. On other devices torch draws the mask.
 
-Each LoRA layer draws a mask of its own; `share_dropout_masks` (`sharing.py`) says when some may share one.
+Each LoRA layer draws a mask of its own; `share_dropout_masks` (`masks.py`) says when some may share one.
 """
 
 from __future__ import annotations
