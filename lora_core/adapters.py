@@ -156,7 +156,8 @@ def share_dropout_masks(model: nn.Module) -> int:
     By default the masks of layers are independent, as in the paper and in PEFT. Sharing saves their drawing, as the merged
     projections of loralib do: each layer still drops every element with its probability, independently of all others, but what
     one of them does not see in a step its siblings do not see either. `masks.py` says when exactly a mask is shared. Layers
-    that get their first adapter later are not among them until this is called again.
+    that get their first adapter later are not among them until this is called again; those in a container without a forward of
+    its own, such as `nn.ModuleList`, never are.
 
     Returns:
         The number of layers that have siblings to share with.
@@ -168,7 +169,8 @@ def share_dropout_masks(model: nn.Module) -> int:
     total = 0
     for parent in list(unwrap(model).modules()):
         layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LinearLayer)]
-        if len(layers) > 1:
+        runs = type(parent).forward is not nn.Module.forward  # a ModuleList does not: no hook would tell when it is read
+        if runs and len(layers) > 1:
             total += len(layers)
             for layer in layers:
                 layer.leave_mask_group()

@@ -187,6 +187,23 @@ def test_layers_of_two_parents_and_two_models_do_not_share():
     assert not same(first(X)[0], second(X)[0])
 
 
+def test_layers_in_a_container_without_a_forward_are_not_counted():
+    """Nothing says when a list's forward is under way, so its layers can't share, whatever reads them."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            return [expert(x) for expert in self.experts]
+
+    model = Experts()
+    inject(model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["0", "1", "2"], init_lora_weights=False))
+    assert share_dropout_masks(model) == 0
+    assert not model.experts._forward_pre_hooks and model.experts[0].lora_masks is None
+
+
 def test_threads_share_nothing():
     model, found = shared(lambda self, x: [self.q(x)]), []
     threads = [threading.Thread(target=lambda: found.extend(model(X))) for _ in range(2)]
