@@ -65,7 +65,20 @@ class Copies(nn.ModuleDict):
                 table[name] = tensor
 
     def tensor(self, module: nn.Module, name: str, owner: str) -> Tensor:
-        """The tensor `name` of `owner`, wherever it is."""
+        """The tensor `name` of `owner`, wherever it is.
+
+        Raises:
+            MergeError: the base's own was put in the place of an adapter's from outside, as transformers' `tie_weights` does.
+        """
+        found = self._held(module, name, owner)
+        if owner != BASE and found is self._held(module, name, BASE):
+            raise MergeError(
+                f"{type(module).__name__}.{name} of adapter {owner!r} was replaced by the base's own tensor, as "
+                "model.tie_weights() does, and what was trained is gone; make the model again, load the adapter, and tie no weights after that"
+            )
+        return found
+
+    def _held(self, module: nn.Module, name: str, owner: str) -> Tensor:
         return _table(module if self.owner(name) == owner else self[owner], name)[name]
 
     def route(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, save_adapter, set_adapter, unload
-from lora_core.errors import AdapterFormatError, TargetError
+from lora_core.errors import AdapterFormatError, MergeError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
 
@@ -209,3 +209,14 @@ def test_a_tie_that_is_to_be_kept_and_is_not_there_is_said():
     with pytest.warns(UserWarning, match="nothing that is trained whole is tied to anything") as caught:
         inject(model, LoraConfig(**settings))
     assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("verb", [lambda m, d: save_adapter(m, d), lambda m, d: merge_and_unload(m)], ids=["save", "merge"])
+def test_a_head_tied_again_from_outside_is_refused(verb, tmp_path):
+    """`tie_weights` puts the embeddings where the trained head was: what would be saved or merged is the base's."""
+    model = MODELS["llama"][0]()
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.tie_weights()
+    with pytest.raises(MergeError, match="replaced by the base's own tensor"):
+        verb(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
