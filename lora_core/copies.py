@@ -74,7 +74,8 @@ class Copies(nn.ModuleDict):
         if owner != BASE and found is self._held(module, name, BASE):
             raise MergeError(
                 f"{type(module).__name__}.{name} of adapter {owner!r} was replaced by the base's own tensor, as "
-                "model.tie_weights() does, and what was trained is gone; make the model again, load the adapter, and tie no weights after that"
+                "model.tie_weights() does, and what was trained is gone; make the model again, load the adapter, "
+                "and tie no weights after that"
             )
         return found
 
