@@ -141,6 +141,15 @@ def output_layer(model: object) -> object | None:
     return get() if callable(get) else None
 
 
+def kept_in_float32(model: object, paths: Iterable[str]) -> set[str]:
+    """Those of `paths` that a model of transformers keeps in float32, and dense, whatever the rest of it is.
+
+    T5 computes in the dtype of its `wo`, which is uint8 in 4 bits.
+    """
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return {path for path in paths if any(re.search(rf"(?:^|\.)(?:{name})(?:\.|$)", path) for name in names)}
+
+
 def is_head(path: str) -> bool:
     """Whether `path` is a module that HEAD_NAMES names, or inside one (RoBERTa's `classifier.dense`)."""
     return not set(path.split(".")).isdisjoint(HEAD_NAMES)

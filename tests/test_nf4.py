@@ -487,3 +487,16 @@ def test_unloading_leaves_the_packed_model():
     model(tiny.batch())
     unload(model)
     assert tiny.snapshot(model) == before
+
+
+def test_what_transformers_keeps_in_float32_is_left_dense():
+    """T5 casts what it multiplies by `wo` to that weight's dtype: in 4 bits to uint8."""
+    model, same, tokens = tiny.build("t5"), tiny.build("t5"), tiny.TOKENS
+    report = quantize_nf4(model)
+    assert {path.rpartition(".")[2] for path in report.skipped} == {"wo", "lm_head"}
+    with torch.no_grad():
+        for path in report.layers:
+            same.get_submodule(path).weight.copy_(dequantize(model.get_submodule(path)))
+        expected, found = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (same, model))
+    # The same products, in another order of sums.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
