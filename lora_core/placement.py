@@ -14,7 +14,7 @@ adapters find no base here.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import MergeError, WrongBaseError
+from .model_class import ModelClass, known_class
 from .targets import match_saved_modules, select_targets
 from .tied_names import OUTPUT_LAYER, may_be_tied, tied_groups
 from .updates import AdapterUpdates
@@ -33,7 +34,8 @@ CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 _CLASS = re.compile(r"(\w+?)(Model|LMHeadModel|For[A-Z]\w*)")
-_LABELS = re.compile(r"(?:.*\.)?(?:classifier|score|qa_outputs)(?:\.out_proj)?\.weight")
+_LABELS = re.compile(r"(?:.*\.)?(?:classifier|score|qa_outputs)(?:\.out_proj)?\.(?:weight|bias)")
+_IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Placement:
         """Paths of the modules with a weight."""
         return [name.removesuffix(".weight") for name in (*self.names, *self.added) if name.endswith(".weight")]
 
+    @property
+    def architecture(self) -> str:
+        """The class of the model, as transformers calls it."""
+        return _architecture(self.config)
+
 
 def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     """Matches the adapters' names with the base's.
@@ -65,14 +72,22 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     """
     layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
     copies = _copies(adapters)
-    names = _prefixed(base, layers, adapters)
     touched = {f"{path}.weight" for path in layers} | copies.keys()
-    config, backbone = _config(base, adapters), _common_root(layers)
-    if config.get("architectures") != base.config.get("architectures") and backbone:
+    config = _config(base, adapters)
+    # Numbered blocks are never tied, nor are heads of labels; for the rest it is worth the seconds that transformers takes.
+    ask = not all(_IN_A_BLOCK.search(name) or _LABELS.fullmatch(name) for name in touched)
+    known = known_class(base.directory, _architecture(config)) if ask else None
+    tied = {name for group in (known.tied if known else ()) for name in group}
+    sure = [path for path in layers if f"{path}.weight" not in tied and not may_be_tied(f"{path}.weight")]  # to be in the files
+    names, backbone = _prefixed(base, sure, adapters), _common_root(sure)
+    same_class = config.get("architectures") == base.config.get("architectures")
+    if not same_class and backbone:
         # Another task's heads have no place beside the adapter's: transformers would call them unexpected.
         names = {name: source for name, source in names.items() if name in copies or name.startswith(f"{backbone}.")}
-    if any(map(may_be_tied, touched)):
-        names, config = _untied(names, config, touched, base, adapters)
+    if tied or any(map(may_be_tied, touched)):
+        names, config = _untied(names, config, touched, base, adapters, known)
+    if same_class and known is not None:
+        _check_renamed(names, copies, base, known)
     missing = [path for path in layers if f"{path}.weight" not in names]
     if missing:
         raise WrongBaseError(
@@ -98,9 +113,11 @@ def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
     return owners
 
 
-def _prefixed(base: Checkpoint, layers: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
-    """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off."""
-    known = [path for path in layers if not may_be_tied(f"{path}.weight")]  # a tied one may not be in the files
+def _prefixed(base: Checkpoint, known: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
+    """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off.
+
+    `known` are paths of layers that must be in the files.
+    """
     if all(f"{path}.weight" in base.tensors for path in known):
         return {name: name for name in base.tensors}
     first = known[0]
@@ -123,8 +140,12 @@ def _prefixed(base: Checkpoint, layers: Sequence[str], adapters: Sequence[Adapte
 
 def _common_root(layers: Sequence[str]) -> str | None:
     """The module at the top that holds all the layers."""
-    roots = {path.partition(".")[0] for path in layers if not may_be_tied(f"{path}.weight")}
+    roots = {path.partition(".")[0] for path in layers}
     return roots.pop() if len(roots) == 1 else None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [""])[0])
 
 
 def _config(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> dict[str, Any]:
@@ -157,17 +178,17 @@ def _untied(
     touched: Collection[str],
     base: Checkpoint,
     adapters: Sequence[AdapterUpdates],
+    known: ModelClass | None,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """With what is tied apart, if the adapters change a part of it.
 
     An adapter changes the tensors that it names, and no other: so it was trained, and so the merged model computes. What the
     base has once is then there under each of its names, since no library ties some of them and not the rest.
     """
-    architecture = str((config.get("architectures") or [""])[0])
-    tie = config.get("tie_word_embeddings")
+    architecture, tie = _architecture(config), config.get("tie_word_embeddings")
     if tie is False or (tie is None and OUTPUT_LAYER in names):
         return names, config
-    groups = tied_groups(base.directory, architecture, names)
+    groups = tied_groups(known, architecture, names)
     if groups is None:
         raise MergeError(
             f"{base.directory}: the adapter changes weights that a {architecture} ties to others, whose names are not known "
@@ -193,6 +214,17 @@ def _stays_tied(group: Sequence[str], adapters: Sequence[AdapterUpdates]) -> boo
         if any(not torch.equal(own[0], other) for other in own):
             return False
     return True
+
+
+def _check_renamed(names: Collection[str], copies: Iterable[str], base: Checkpoint, known: ModelClass) -> None:
+    """Raises a WrongBaseError if the base has under another name what an adapter trained whole: it would be there twice."""
+    absent = [name for name in copies if name not in names and name in known.tensors]
+    other = [name for name in names if name not in known.tensors]
+    if absent and other:
+        raise WrongBaseError(
+            f"{base.directory} has no {absent[0]!r}, which the adapter trained whole, and tensors that transformers renames as "
+            f"it loads them, such as {other[0]!r}; merge in memory: load_adapter, then merge_and_unload"
+        )
 
 
 def _check_complete(placement: Placement, base: Checkpoint, adapter: AdapterUpdates) -> None:

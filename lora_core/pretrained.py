@@ -19,10 +19,10 @@ from .checkpoint import read_object
 from .companions import TOKENIZER_CONFIG, TOKENIZER_FILES
 from .errors import CheckpointError, MissingDependencyError
 from .files import expanded, is_directory
+from .model_class import LOCAL
 from .nf4 import replace_forward
 from .placement import label_rows
 from .quantize import quantize_nf4
-from .tied_names import LOCAL
 from .updates import AdapterUpdates
 
 WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)

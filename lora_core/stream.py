@@ -16,7 +16,7 @@ What the adapter is folded into, `base_as`:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from .errors import AdapterFormatError, CheckpointError, ConfigError, MergeError
 from .layers import LoraLayer
 from .loss import Cost, cost, refuse_loss
 from .merge import MergeReport
+from .model_class import ModelClass, known_class
 from .nf4 import dequantize, packed_tensors
 from .placement import place
 from .probe import quantized_layers
@@ -129,7 +130,9 @@ class StreamMerge:
             kept=kept,
         )
         own = {name.removesuffix(".weight") for name, tensor in self.copies.items() if tensor.dim() == 2}
-        dense = tuple(sorted((self._matrices() | own) - self.quantized))
+        # Also what the file does not hold, since it is tied: transformers would make a 4-bit layer of it.
+        tied = {name.removesuffix(".weight") for group in (self.known.tied if packed and self.known else ()) for name in group}
+        dense = tuple(sorted((self._matrices() | own | tied) - self.quantized))
         form = self.basis.form if packed else None
         result = Result(self.placement.config, self.result_dtype, self.base_as, form, dense, report)
         write_companions(directory, self.base, self.adapters, result)
@@ -247,6 +250,11 @@ class StreamMerge:
         layers = tuple(sorted(self.nf4_layers())) if self.basis.trained_on_nf4 else ()
         return self.basis, layers, self.basis.loaded or self.adapters[0].dense_dtype or self.file_dtype
 
+    @cached_property
+    def known(self) -> ModelClass | None:
+        """What transformers knows of the class of the result."""
+        return known_class(self.base.directory, self.placement.architecture)
+
     def nf4_layers(self) -> set[str]:
         """Paths of the layers that are 4-bit in NF4."""
         if self.transposed:
@@ -259,7 +267,8 @@ class StreamMerge:
             if absent := sorted(set(named) - matrices):
                 raise ConfigError(f"{absent[0]!r} is to be 4-bit, and is no matrix of this base")
             return set(named)
-        return {path for path in matrices if not is_head(path) and not is_embedding(path)}
+        linear = matrices & self.known.linear if self.known else {path for path in matrices if not is_embedding(path)}
+        return {path for path in linear if not is_head(path)}
 
 
 def is_embedding(path: str) -> bool:

@@ -62,6 +62,7 @@ ORDER = [
     "shards",
     "updates",
     "basis",
+    "model_class",
     "tied_names",
     "placement",
     "probe",
@@ -83,7 +84,7 @@ ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}
 #: The command line's own: checks that run a model build it with transformers, in one file; bars are drawn in one.
 ALSO_ALLOWED = {
     "pretrained": {"transformers", "huggingface_hub"},
-    "tied_names": {"transformers"},
+    "model_class": {"transformers"},
     "commands": {"tqdm"},
 }
 MAX_LINES = 310  # "about 300"

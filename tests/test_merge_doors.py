@@ -170,7 +170,7 @@ def test_what_is_trained_whole_is_merged_as_it_was_trained(name, settings, tmp_p
 @pytest.mark.parametrize("transformers_knows", [True, False])
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
 def test_masked_language_models(kind, transformers_knows, tmp_path, monkeypatch):
-    from lora_core import tied_names
+    from lora_core import placement
 
     config = getattr(transformers, f"{kind}Config")
     small = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 99}
@@ -181,7 +181,7 @@ def test_masked_language_models(kind, transformers_knows, tmp_path, monkeypatch)
     inject(model, LoraConfig(r=2, target_modules=["word_embeddings", head]))
     save_adapter(tiny.randomize(model), tmp_path / "adapter")
     if not transformers_knows:
-        monkeypatch.setattr(tied_names, "_ask_transformers", lambda *_: None)
+        monkeypatch.setattr(placement, "known_class", lambda *_: None)
         with pytest.raises(MergeError, match="install transformers, which knows them, or merge in memory: .*merge_and_unload"):
             merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
         return
