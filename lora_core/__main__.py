@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import Parser, finite, run
+from .command_line import Parser, finite, run, tolerance
 
 DTYPES = ("float32", "float16", "bfloat16")
 BASES = ("original", "nf4-dequantized", "nf4")
@@ -143,7 +143,7 @@ def _output(p: Parser) -> None:
 
 def _tolerance(p: Parser, when: str = "") -> None:
     text = "largest deviation of a logit that passes, as a share of the largest logit; by the dtype if not given"
-    p.add_argument("--tolerance", type=finite, metavar="X", help=when + text)
+    p.add_argument("--tolerance", type=tolerance, metavar="X", help=when + text)
 
 
 def call(args: argparse.Namespace) -> int:

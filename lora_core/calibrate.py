@@ -121,7 +121,7 @@ def initialize_eva(
             raise ConfigError(f"{path} saw {short} input vectors, too few for a rank of {ranks[path]}; pass more batches")
         if not 0 < moment.trace() < math.inf:
             raise ConfigError(f"{path} saw inputs that are all zero, or not finite; pass other batches")
-        most = min(math.floor(rho * ranks[path]), len(moment))
+        most = math.floor(min(rho * ranks[path], len(moment)))
         values, bases = torch.linalg.eigh(moment.double())  # ascending
         spectra[path] = values.flip(0).clamp(min=0)[:most] / moment.trace().double()
         directions[path] = bases.flip(1)[:, :most].t()

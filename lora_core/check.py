@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import set_adapter
+from .config import check_tolerance
 from .errors import CheckFailedError, LoraError, one_line
 from .nf4 import dequantize, is_quantized
 from .pretrained import in_float32, load_base, load_model, tokenize
@@ -93,9 +94,12 @@ def check_merge(
         One deviation for each base; the first is of what was merged.
 
     Raises:
+        ConfigError: the tolerance is no finite number, or negative.
         CheckFailedError: the merged model deviates more, or does not load without a missing or unexpected key.
     """
-    if tolerance is None:
+    if tolerance is not None:
+        check_tolerance("tolerance", tolerance)
+    else:
         tolerance = TOLERANCE_NF4 if merge.base_as == NF4 else TOLERANCES[merge.result_dtype]
     inputs = probe_inputs(merge, texts)
     adapted = in_float32(_adapted(merge))

@@ -15,8 +15,8 @@ the product of two sums has terms B_i A_j that belong to no adapter.
 from __future__ import annotations
 
 import functools
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,6 +247,8 @@ def _check_settings(method: str, r: int | None, density: float | None, majority:
             raise ConfigError(f"method {method!r} is exact and finds its rank; leave r={r} out, or use method='svd'")
     if type(seed) is not int:
         raise ConfigError(f"seed must be an integer, not {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError("seed must be an integer of at most 64 bits, which is what torch's generators take")
     if density is None and method in PRUNING:
         raise ConfigError(f"method {method!r} needs a density, the share of values to keep, in (0, 1]")
     if density is not None:
@@ -295,4 +297,4 @@ def _check_records(model: nn.Module, records: Mapping[str, Adapter]) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -44,6 +44,14 @@ def finite(text: str) -> float:
     return value
 
 
+def tolerance(text: str) -> float:
+    """An argument that is a finite number, and not negative."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is negative")
+    return value
+
+
 def run(command: Callable[[], int]) -> int:
     """Runs the body of a command; returns its exit code."""
     try:

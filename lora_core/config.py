@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,8 +233,14 @@ def check_alpha(name: str, value: Any) -> None:
 
 
 def check_finite(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value):
+    if not _is_number(value) or not abs(value) <= sys.float_info.max:  # an integer may be too large for isfinite
         raise ConfigError(f"{name} must be a finite number, not {_shown(value)}")
+
+
+def check_tolerance(name: str, value: Any) -> None:
+    check_finite(name, value)
+    if value < 0:
+        raise ConfigError(f"{name} must be zero or more, not {value!r}: nothing deviates by less")
 
 
 def _is_number(value: Any) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .adapter_files import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
 from .basis import settings
 from .checkpoint import Checkpoint, open_checkpoint
+from .config import check_rank
 from .config_file import HARMLESS_INITIALISERS
 from .errors import AdapterFormatError, ConfigError
 from .files import read_safetensors, to_safetensors, write_whole
@@ -86,6 +87,8 @@ def convert_adapter(
     directory = Path(adapter)
     if not plain and dtype is None:
         raise ConfigError("say what to convert to: --plain, --dtype, or both")
+    if r is not None:
+        check_rank("r", r)
     energy: dict[str, float] = {}
     fields = _fields(directory)
     if plain and fields.get("init_lora_weights", True) not in HARMLESS_INITIALISERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,12 @@ class Recipe:
     allow_loss: bool = False
 
     def __post_init__(self) -> None:
-        for weight in self.weights or ():
-            check_finite("weights", weight)
+        if self.weights is not None:
+            if isinstance(self.weights, str) or not isinstance(self.weights, Iterable):
+                raise ConfigError(f"weights must be a list with one number for each adapter, not {self.weights!r:.99}")
+            object.__setattr__(self, "weights", tuple(self.weights))
+            for weight in self.weights:
+                check_finite("weights", weight)
         if self.base_as not in (None, *BASES):
             raise ConfigError(f"base_as must be one of {', '.join(map(repr, BASES))}, not {self.base_as!r}")
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):

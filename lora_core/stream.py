@@ -81,7 +81,7 @@ class StreamMerge:
     def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
         if "quantization_config" in base.config:
             raise CheckpointError(f"{base.directory} is quantised already; give the base that it was made from")
-        weights = recipe.weights or (1.0,) * len(adapters)
+        weights = (1.0,) * len(adapters) if recipe.weights is None else recipe.weights
         if not adapters or len(weights) != len(adapters):
             raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
         if any(weight != 1 and a.config.use_dora for weight, a in zip(weights, adapters, strict=True)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .config import check_tolerance
 from .errors import CheckpointError, ConfigError, WrongBaseError
 from .pretrained import load_base, tokenize
 from .probe import Probe, read_probe, run_probe, versions, weights_hash
@@ -71,8 +72,11 @@ def verify(
         tolerance: the largest deviation of a logit that passes, as a share of the largest one; None: by the dtype.
 
     Raises:
+        ConfigError: the tolerance is no finite number, or negative.
         LoraError: there is no probe, or the files are broken or don't belong together.
     """
+    if tolerance is not None:
+        check_tolerance("tolerance", tolerance)
     directory, base = Path(adapter), Path(base)
     probe, updates = read_probe(directory), read_updates(directory)
     was = getattr(torch, probe.dtype, None)
