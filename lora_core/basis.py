@@ -73,9 +73,6 @@ def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basi
 def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> None:
     """Raises a WrongBaseError if W, as the file holds it, is not the weight that an adapter at `path` was trained on."""
     for adapter in adapters:
-        own = adapter.base_weights.get(path)
-        if own is not None and not same_values(W, own):
-            raise WrongBaseError(f"{adapter.directory} holds the weight of {path} that it was trained on; the base has another")
         mark = adapter.fingerprint
         if mark is None or path not in adapter.layers:
             continue
@@ -90,6 +87,16 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
             raise AdapterFormatError(f"{adapter.directory}: {error}; save the adapter again") from None
         if differs:
             raise WrongBaseError(f"{adapter.directory} was saved on another base: {differs}; merge it into its own")
+
+
+def check_stored(adapters: Sequence[AdapterUpdates], path: str, tensor: Tensor) -> None:
+    """Raises a WrongBaseError if an adapter has stored, as the base's, another tensor at `path`."""
+    owner, _, name = path.rpartition(".")
+    for adapter in adapters:
+        own = adapter.base_tensors.get(path)
+        if own is not None and not same_values(tensor, own):
+            what = f"the {name} of {owner} that it was trained on"
+            raise WrongBaseError(f"{adapter.directory} holds {what}; the base has another; merge it into its own")
 
 
 def settings(paths: Iterable[str], config: LoraConfig) -> str:

@@ -27,6 +27,7 @@ from .config import check_rank
 from .config_file import HARMLESS_INITIALISERS
 from .errors import AdapterFormatError, ConfigError
 from .files import read_safetensors, to_safetensors, write_whole
+from .keys import copy_key
 from .lowrank import best_of_matrix
 from .placement import place
 from .shards import new_directory
@@ -105,20 +106,22 @@ def convert_adapter(
             fields = _with_scalings(fields, updates)
         elif plain and dtype is None:
             raise ConfigError(f"{directory} is plain LoRA already")
-    if dtype is not None:
-        tensors = {key: _cast(key, t, dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     with new_directory(Path(output)) as new:
         for path in directory.iterdir():  # the tokenizer and the like; a probe's logits would be another adapter's
             if path.is_file() and path.suffix in BESIDE and path.name != CONFIG_FILE:
                 shutil.copyfile(path, new / path.name)
         write_whole(new / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, {"format": "pt"}))
-        layers = read_updates(new)
+        made = read_updates(new)
+        if dtype is not None:
+            stored = {copy_key(path, made.layers) for path in made.base_tensors}  # cast, they would be another base's
+            tensors = {key: t if key in stored else _cast(key, t, dtype) for key, t in tensors.items()}
         if mark := json.loads(metadata.get(FINGERPRINT, "null")):
-            mark["settings"] = settings(layers.layers, layers.config)
-            write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {FINGERPRINT: json.dumps(mark)}))
+            mark["settings"] = settings(made.layers, made.config)
+            metadata[FINGERPRINT] = json.dumps(mark)
+        write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
     cast = str(dtype).removeprefix("torch.") if dtype else None
-    return ConversionReport(str(output), len(layers.layers), cast, energy)
+    return ConversionReport(str(output), len(made.layers), cast, energy)
 
 
 def _fields(directory: Path) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def _without_start(
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    result = tensor.to(dtype)
+    result = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if tensor.isfinite().all() and not result.isfinite().all():
         raise ConfigError(f"{key} overflows {str(dtype).removeprefix('torch.')}; use --dtype bfloat16; nothing was written")
     return result

@@ -14,7 +14,7 @@ from .adapter_files import FLOAT_DTYPES, PREFIX
 from .config import LoraConfig
 from .copies import original_of
 from .errors import AdapterFormatError, OffloadedError, WrongBaseError
-from .fingerprint import difference, fingerprint, is_weight_of
+from .fingerprint import difference, fingerprint, is_weight_of, same_values
 from .forwards import stored_weight
 from .keys import copy_key, layer_keys
 from .layers import lora_class
@@ -46,10 +46,10 @@ def fitting_tensors(
     """
     for path in found.layers.paths:
         stored_weight(model.get_submodule(path), path)  # or the file's values would be lost on the meta device
-    own = {f"{PREFIX}{path}.base_layer.weight": path for path in found.layers.paths}  # PEFT adds it for some embeddings
-    tensors = {k: t for k, t in tensors.items() if k not in own or not is_weight_of(model.get_submodule(own[k]), t)}
+    expected = _expected_tensors(model, config, found)
+    tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
     tensors |= _tied_tensors(tensors, config, found, source)
-    _check_tensors(tensors, _expected_tensors(model, config, found), source)
+    _check_tensors(tensors, expected, source)
     check_finite(tensors, str(source), "not loaded")
     return tensors
 
@@ -82,6 +82,20 @@ def check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> No
 def listed(items: Sequence[str]) -> str:
     """The first three."""
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether it is the base's own: PEFT stores that of some embeddings and heads, inside of its wrapper if adapted."""
+    owner, _, name = key.removeprefix(PREFIX).rpartition(".")
+    for path in (owner, owner.removesuffix(".base_layer")):
+        try:
+            module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
+        except (AttributeError, LookupError):  # no such module or tensor
+            continue
+        if name == "weight" and original is module.weight:
+            return is_weight_of(module, tensor)
+        return original is not None and not original.is_meta and same_values(original, tensor)
+    return False
 
 
 def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, Tensor]:

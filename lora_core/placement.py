@@ -45,11 +45,13 @@ class Placement:
     Attributes:
         names: {name of a tensor in it: name of the base's tensor that it is, or is made from}.
         added: names of tensors that only the adapters have.
+        aliases: {name that is not in it, since its tensor is there under another: that tensor of the base}.
         config: its config.json, but for what the dtype and 4-bit weights change there.
     """
 
     names: dict[str, str]
     added: tuple[str, ...]
+    aliases: dict[str, str]
     config: dict[str, Any]
 
     def modules(self) -> list[str]:
@@ -75,9 +77,11 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     touched = {f"{path}.weight" for path in layers} | copies.keys()
     config = _config(base, adapters)
     # Numbered blocks are never tied, nor are heads of labels; for the rest it is worth the seconds that transformers takes.
-    ask = not all(_IN_A_BLOCK.search(name) or _LABELS.fullmatch(name) for name in touched)
+    named = touched | {name for adapter in adapters for name in adapter.base_tensors}
+    ask = not all(_IN_A_BLOCK.search(name) or _LABELS.fullmatch(name) for name in named)
     known = known_class(base.directory, _architecture(config)) if ask else None
-    tied = {name for group in (known.tied if known else ()) for name in group}
+    groups = known.tied if known else ()
+    tied = {name for group in groups for name in group}
     sure = [path for path in layers if f"{path}.weight" not in tied and not may_be_tied(f"{path}.weight")]  # to be in the files
     names, backbone = _prefixed(base, sure, adapters), _common_root(sure)
     same_class = config.get("architectures") == base.config.get("architectures")
@@ -94,7 +98,10 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
             f"{base.directory} has no weight for {missing[0]!r} and {len(missing) - 1} more of the adapter's {len(layers)} "
             "layers; use the base it was trained on"
         )
-    placement = Placement(names, tuple(name for name in copies if name not in names), config)
+    added = tuple(name for name in copies if name not in names)
+    sources = {name: names[other] for group in groups for other in group if other in names for name in group}
+    aliases = {name: source for name, source in sources.items() if name not in names and name not in added}
+    placement = Placement(names, added, aliases, config)
     for adapter in adapters:
         _check_complete(placement, base, adapter)
     return placement

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_files import FLOAT_DTYPES
-from .basis import Basis, check_base, find_basis
+from .basis import Basis, check_base, check_stored, find_basis
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .companions import Result, write_companions
-from .errors import AdapterFormatError, CheckpointError, ConfigError, MergeError
+from .errors import AdapterFormatError, CheckpointError, ConfigError, MergeError, WrongBaseError
 from .layers import LoraLayer
 from .loss import Cost, cost, refuse_loss
 from .merge import MergeReport
@@ -97,6 +97,7 @@ class StreamMerge:
         self.spent: dict[str, Cost] = {}
         first = next(iter(self.updates))
         self.basis = find_basis(adapters, first, self._read(first))
+        self._check_stored()
         self.base_as = recipe.base_as or (DEQUANTIZED if self.basis.trained_on_nf4 else ORIGINAL)
         self.quantized = frozenset(() if self.base_as == ORIGINAL else self.nf4_layers())
         self.file_dtype = base.tensors[self._source(first)].dtype
@@ -221,6 +222,14 @@ class StreamMerge:
         return [u.tensors["lora_bias"] * (u.scaling * w) for u, w in updates.values() if "lora_bias" in u.tensors]
 
     # --- the base's weights -------------------------------------------------------------------------------------------
+
+    def _check_stored(self) -> None:
+        """Raises a WrongBaseError if an adapter has stored, as the base's, what this base does not have."""
+        known = self.placement.aliases | self.placement.names
+        for path in {name for adapter in self.adapters for name in adapter.base_tensors}:
+            if path not in known:
+                raise WrongBaseError(f"the base has no {path!r}, which an adapter has stored of the one that it was trained on")
+            check_stored(self.adapters, path, self.base.tensors[known[path]].read())
 
     def _source(self, path: str) -> str:
         return self.placement.names[f"{path}.weight"]

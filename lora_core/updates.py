@@ -117,7 +117,7 @@ class AdapterUpdates:
         config: its settings.
         layers: {path: what it has for that layer}.
         copies: {path of a tensor of the base: the adapter's own in its place}; heads and biases.
-        base_weights: {path of a layer: the base's own weight}, which PEFT stores beside A and B of embeddings and their heads.
+        base_tensors: {path of a tensor of the base: the same}, which PEFT stores of some embeddings and heads, trained or not.
         transposed: whether the configuration says that weights are stored as (d_in, d_out).
         fingerprint: what the file says of the base; None if nothing.
     """
@@ -126,7 +126,7 @@ class AdapterUpdates:
     config: LoraConfig
     layers: dict[str, LayerUpdate]
     copies: dict[str, Tensor]
-    base_weights: dict[str, Tensor]
+    base_tensors: dict[str, Tensor]
     transposed: bool
     fingerprint: Any
 
@@ -174,7 +174,7 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
             embeddings.add(match["path"])
     if not by_path:
         raise AdapterFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
-    copies, base_weights = _without_wrappers(copies, by_path)
+    copies, base_tensors = _apart(copies, by_path, config)
     with limited():
         layers = {
             path: _checked(LayerUpdate(path, parts, config.scaling_for(path), path in embeddings), config, directory)
@@ -182,25 +182,32 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
         }
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
     fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    return AdapterUpdates(directory, config, layers, copies, base_weights, fields.get("fan_in_fan_out") is True, mark)
+    return AdapterUpdates(directory, config, layers, copies, base_tensors, fields.get("fan_in_fan_out") is True, mark)
 
 
-def _without_wrappers(copies: Mapping[str, Tensor], layers: Container[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """({path of a tensor: the adapter's own}, {path of a layer: the base's own weight}) of what is there besides A and B.
+def _apart(
+    tensors: Mapping[str, Tensor], layers: Container[str], config: LoraConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({path of a tensor: the adapter's own}, {path of a tensor: the base's}) of what is there besides A and B.
 
-    PEFT calls a layer that carries A and B "base_layer" inside of its wrapper; a bias there is trained, a weight is not.
+    The configuration says what is trained whole. PEFT calls a layer that carries A and B "base_layer" inside of its wrapper.
     """
-    own, base_weights = {}, {}
-    for path, tensor in copies.items():
+    own, base = {}, {}
+    for path, tensor in tensors.items():
         owner, _, name = path.rpartition(".")
         layer = owner.removesuffix(".base_layer")
-        if layer == owner or layer not in layers:
-            own[path] = tensor
-        elif name == "weight":
-            base_weights[layer] = tensor
-        else:
-            own[f"{layer}.{name}"] = tensor
-    return own, base_weights
+        wrapped = layer != owner and layer in layers
+        trained = (name == "bias" and config.bias != "none") or (not wrapped and _is_saved(owner, config))
+        (own if trained else base)[f"{layer}.{name}" if wrapped else path] = tensor
+    return own, base
+
+
+def _is_saved(path: str, config: LoraConfig) -> bool:
+    """Whether a module is trained whole: it, or one around it, ends with an entry of `modules_to_save`, or is tied to such."""
+    parts = path.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    saved = config.saved_module_patterns
+    return (config.ensure_weight_tying and bool(saved)) or any(p.endswith(entry) for p in around for entry in saved)
 
 
 def _checked(update: LayerUpdate, config: LoraConfig, directory: Path) -> LayerUpdate:
