@@ -68,11 +68,16 @@ class Deviation:
 def probe_inputs(merge: StreamMerge, texts: Sequence[str] | None) -> dict[str, Tensor]:
     """What to run: the given texts, else the inputs that an adapter carries, else random token ids."""
     directories = [*(adapter.directory for adapter in merge.adapters), merge.base.directory]
-    if texts is not None:
-        return tokenize(directories, texts)
-    for adapter in merge.adapters:
-        if (adapter.directory / PROBE_FILE).is_file():
-            return read_probe(adapter.directory).inputs
+    probe = next((a.directory for a in merge.adapters if (a.directory / PROBE_FILE).is_file()), None)
+    if texts is None and probe is not None:
+        return read_probe(probe).inputs
+    inputs = _random_inputs(merge) if texts is None else tokenize(directories, texts)
+    if merge.base.config.get("is_encoder_decoder"):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+def _random_inputs(merge: StreamMerge) -> dict[str, Tensor]:
     vocabulary = merge.base.config.get("vocab_size")
     high = vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else 100
     ids = torch.randint(high, RANDOM_SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
@@ -95,19 +100,25 @@ def check_merge(
 
     Raises:
         ConfigError: the tolerance is no finite number, or negative.
-        CheckFailedError: the merged model deviates more, or does not load without a missing or unexpected key.
+        CheckFailedError: the merged model deviates more, or does not load without a missing or unexpected key; or one of the
+            two models can't be run.
     """
     if tolerance is not None:
         check_tolerance("tolerance", tolerance)
     else:
         tolerance = TOLERANCE_NF4 if merge.base_as == NF4 else TOLERANCES[merge.result_dtype]
     inputs = probe_inputs(merge, texts)
-    adapted = in_float32(_adapted(merge))
-    expected = run_probe(adapted, inputs)
+    try:
+        adapted = in_float32(_adapted(merge))
+        expected = run_probe(adapted, inputs)
+    except LoraError:
+        raise
+    except Exception as error:  # of any library that runs it
+        raise CheckFailedError(f"the adapted model can't be run: {_in_words(error)}") from None
     try:
         mine = _deviation(merge, directory, adapted, expected, inputs)
-    except LoraError as error:
-        raise CheckFailedError(f"the merged model can't be run: {error}") from None
+    except Exception as error:
+        raise CheckFailedError(f"the merged model can't be run: {_in_words(error)}") from None
     others = [
         _deviation_of(base_as, merge, directory, adapted, expected, inputs) for base_as in BASES if base_as != merge.base_as
     ]
@@ -138,7 +149,11 @@ def _deviation_of(
             other.write(Path(place))
             return _deviation(other, Path(place), adapted, expected, inputs)
     except Exception as error:  # of any library: that a comparison can't be had says nothing of the merge
-        return Deviation(base_as, obstacle=one_line(str(error)) or type(error).__name__)
+        return Deviation(base_as, obstacle=_in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    return one_line(str(error)) or type(error).__name__
 
 
 def _deviation(

@@ -240,6 +240,42 @@ def test_a_side_comparison_that_fails_is_not_measured(tmp_path, capsys, monkeypa
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("base_as", BASES)
+def test_a_check_runs_encoder_decoders(base_as, tmp_path, capsys):
+    """T5 takes tokens of the decoder too."""
+    model = tiny.build("t5")
+    model.save_pretrained(tmp_path / "base")
+    if base_as != "original":
+        quantize_nf4(model)
+    inject(model, LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    save_adapter(tiny.randomize(model), tmp_path / "adapter")
+    arguments = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    assert main(["merge", *map(str, arguments), "--check", "--base-as", base_as, "--tolerance", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "not measured" not in printed and all(other in printed for other in BASES)
+
+
+@pytest.mark.parametrize("which", ["adapted", "merged"])
+def test_a_model_that_cannot_be_run_fails_the_check_in_one_line(which, tmp_path, capsys, monkeypatch):
+    from lora_core import check
+
+    qlora("llama", tmp_path)
+    calls, run_probe = [], check.run_probe
+
+    def fails(model, inputs):
+        calls.append(model)
+        if len(calls) == ("adapted", "merged").index(which) + 1:
+            raise RuntimeError("some library\nfails")
+        return run_probe(model, inputs)
+
+    monkeypatch.setattr(check, "run_probe", fails)
+    arguments = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged", "--check"]
+    assert main(["merge", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err
+    assert f"error: the {which} model can't be run: some library fails" in error and error.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_small_update_survives_packing_over_files_and_not_in_memory(tmp_path):
     """The base lies on the 4-bit grid once it is packed; the update is far smaller than the grid's steps."""
     model = qlora("llama", tmp_path, scale=0.001)
