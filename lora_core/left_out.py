@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -11,19 +11,25 @@ from .layers import lora_class
 from .targets import is_head
 
 HEAD = "the head"
+#: The projections that attention holds itself: in one parameter, or in three where keys and values have widths of their own.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None) -> dict[str, str]:
+def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None, named: Collection[str] = ()) -> dict[str, str]:
     """{path of a module or parameter: why "all-linear" does not mean it}.
 
     Args:
-        modules: {path: module} of the base.
+        modules: {path: module} of the base, the root's path being "".
         head: the model's output layer, if it says which that is.
+        named: paths of modules that the configuration trains whole or excludes; they and what is inside them are not listed.
     """
     found = {}
     for path, module in modules.items():
+        if any(path == outer or path.startswith(f"{outer}.") for outer in named):
+            continue
         kind, parent = type(module), modules.get(path.rpartition(".")[0])
+        prefix = f"{path}." if path else ""
         if isinstance(module, nn.Linear):
             if module is head or is_head(path):
                 found[path] = HEAD
@@ -36,7 +42,8 @@ def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None) -> dict[s
         elif not isinstance(module, _CONVOLUTIONS):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 3 and len(parameter) > 1:  # one: a row of embeddings
-                    found[f"{path}.{name}"] = "several matrices in one parameter, as fused experts are"
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            found[f"{path}.in_proj_weight"] = "attention's own parameter, and no layer"
+                    found[f"{prefix}{name}"] = "several matrices in one parameter, as fused experts are"
+        for name in _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ():
+            if module._parameters.get(name) is not None:
+                found[f"{prefix}{name}"] = "attention's own parameter, and no layer"
     return found

@@ -30,7 +30,7 @@ from .left_out import left_out
 from .nf4 import is_quantized
 from .patterns import limited
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
-from .targets import Targets, match_saved_modules, output_layer, select_targets
+from .targets import Targets, excluded_paths, match_saved_modules, output_layer, select_targets
 
 LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
 
@@ -84,6 +84,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
     with limited():
         targets = select_targets(config, paths, linear, saved, strict)
+        named = {*saved, *excluded_paths(config, paths, strict)}
         _check_targets(model, modules, config, targets.paths)
     _check_used_once(model, modules, (*targets.paths, *saved))
     for path in targets.paths if config.ensure_weight_tying else ():
@@ -96,7 +97,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
         _check_saved(path, modules[path])
     found = plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
     if config.target_modules == ALL_LINEAR:
-        return dataclasses.replace(found, left_out=left_out(modules, head))
+        return dataclasses.replace(found, left_out=left_out({"": model, **modules}, head, named))
     return found
 
 

@@ -61,9 +61,8 @@ def select_targets(
         hits = {pattern: len(hit) for pattern, hit in found.items()}
         matched = set().union(*found.values())
         chosen = [p for p in free if p in matched]
-    if config.exclude_modules is not None:
-        excluded = set().union(*match_patterns("exclude_modules", config.exclude_modules, paths, strict).values())
-        chosen = [p for p in chosen if p not in excluded]
+    excluded = excluded_paths(config, paths, strict)
+    chosen = [p for p in chosen if p not in excluded]
     chosen = [p for p in chosen if in_selected_layer(config, p)]
     if not strict:
         return Targets(tuple(chosen), hits)
@@ -80,6 +79,17 @@ def select_targets(
                     f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{_closest(pattern, chosen)}"
                 )
     return Targets(tuple(chosen), hits)
+
+
+def excluded_paths(config: LoraConfig, paths: Sequence[str], strict: bool = True) -> set[str]:
+    """The paths that `exclude_modules` matches.
+
+    Raises:
+        TargetError: `strict`, and a pattern matches nothing.
+    """
+    if config.exclude_modules is None:
+        return set()
+    return set().union(*match_patterns("exclude_modules", config.exclude_modules, paths, strict).values())
 
 
 def match_patterns(

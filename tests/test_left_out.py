@@ -90,3 +90,36 @@ def test_a_linear_layer_of_another_library():
     report, messages = said(lambda: inject(model, ALL))
     assert report.left_out == {"a": "a QuantLinear, which is not known here"} and len(messages) == 1
     assert torch.equal(model["a"](torch.ones(2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("sizes", [{"kdim": 4, "vdim": 6}, {"kdim": 4}])
+def test_attention_that_keeps_its_projections_apart(sizes):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, **sizes)})
+    report, _ = said(lambda: inject(model, ALL))
+    projections = {path for path, p in model.named_parameters() if path.endswith("proj_weight")}
+    assert len(projections) == 3 and set(report.left_out) == {*projections, "attention.out_proj"}
+
+
+def test_the_roots_own_parameters_and_its_attention():
+    class Root(nn.MultiheadAttention):
+        def __init__(self):
+            super().__init__(8, 2)
+            self.b, self.experts = nn.Linear(8, 8), nn.Parameter(torch.zeros(2, 8, 8))
+
+    report, _ = said(lambda: inject(Root(), ALL))
+    assert report.targets == ("b",) and set(report.left_out) == {"in_proj_weight", "out_proj", "experts"}
+    assert report.left_out["out_proj"] == "attention reads its weight without calling it"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["a", "attention", "classifier", "normed"]},
+        {"exclude_modules": "a|attention|classifier|normed"},
+        {"modules_to_save": ["a", "attention", "classifier", "normed"]},
+    ],
+    ids=["excluded", "excluded by an expression", "trained whole"],
+)
+def test_what_the_configuration_speaks_of_itself_is_not_left_out(settings):
+    report, messages = said(lambda: inject(Mixed(), LoraConfig(r=2, target_modules="all-linear", **settings)))
+    assert report.targets == ("b",) and not report.left_out and not messages
