@@ -59,5 +59,5 @@ def known_class(directory: Path, architecture: str) -> ModelClass | None:
     return ModelClass(
         tensors=frozenset(model.state_dict()),
         tied=tuple((source, *targets) for source, targets in groups.items()),
-        linear=frozenset(linear).difference(kept_in_float32(model, linear)),
+        linear=frozenset(linear).difference(kept_in_float32(model)),
     )

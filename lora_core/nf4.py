@@ -93,15 +93,19 @@ def __getattr__(name: str) -> Any:
 def follow_cast(layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> nn.Module:
     """Notes on a 4-bit layer that the model around it was cast by `fn`, as `nn.Module.half` does; returns the layer."""
     if is_quantized(layer):
+        _undo_repacking(layer)  # else the dtype that it notes would be taken for the one from before
         set_dense_dtype(layer.weight, fn(torch.empty(0, dtype=dense_dtype(layer), device=layer.weight.device)).dtype)
     return layer
 
 
 def set_dense_dtype(weight: nn.Parameter, dtype: torch.dtype) -> None:
     """Makes a 4-bit weight one that becomes `dtype` when it is dense."""
-    weight.quant_state.dtype = dtype
-    if hasattr(weight.quant_state, "original_dtype"):
-        weight.quant_state.original_dtype = dtype
+    weight.quant_state.dtype, weight.quant_state.original_dtype = _known_dtype(dtype), dtype
+
+
+def _known_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What bitsandbytes packs from and unpacks to for a dense weight of `dtype`."""
+    return dtype if dtype in COMPUTE_DTYPES else torch.float32
 
 
 def frozen_forward(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,21 +181,24 @@ def packed_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 def repack(layer: nn.Module, W: Tensor) -> nn.Parameter:
     """W, (d_out, d_in), packed as the weight of the 4-bit `layer` is: a parameter for it. The layer is left alone."""
-    state = layer.weight.quant_state
+    state, dtype = layer.weight.quant_state, dense_dtype(layer)
     packed = bitsandbytes().nn.Params4bit(
-        W.to(dense_dtype(layer)),
+        W.to(_known_dtype(dtype)),
         requires_grad=False,
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
     )
-    return packed.to(W.device)
+    packed = packed.to(W.device)
+    set_dense_dtype(packed, dtype)
+    return packed
 
 
 def dense_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype that a 4-bit layer's weight had before it was packed, which the model around it still has."""
+    """The dtype that a 4-bit layer's weight had before it was packed, or that the model around it was cast to since."""
     state = layer.weight.quant_state
-    return getattr(state, "original_dtype", state.dtype)  # repacking for a CPU says bfloat16 and keeps the true one here
+    # Repacking for a CPU says bfloat16 and keeps the true one here; so does `set_dense_dtype`, where the two differ.
+    return getattr(state, "original_dtype", state.dtype)
 
 
 def dequantize(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,8 +59,9 @@ def quantize_nf4(
     """Replaces the linear layers of `model` by 4-bit ones, in place, on whatever device they are (CPU or CUDA).
 
     Left as they are: layers that `skip` names; heads (HEAD_NAMES), which are usually new; what transformers keeps in float32
-    (T5's `wo`); layers that carry an adapter or are trained whole; and, once anything in the model has been frozen, every
-    layer whose weight is not. (In a model as loaded everything still requires gradients, so there the flag says nothing.)
+    (T5's `wo`); layers that carry an adapter or are trained whole; layers whose weight is empty, or computed from others
+    (pruned, say); and, once anything in the model has been frozen, every layer whose weight is not. (In a model as loaded
+    everything still requires gradients, so there the flag says nothing.)
 
     Args:
         model: any module; its layers of type `nn.Linear` are candidates.
@@ -88,14 +89,16 @@ def quantize_nf4(
     modules = dict(model.named_modules(remove_duplicate=False))
     named = set().union(*match_patterns("skip", skip, list(modules)).values())
     freezing = any(not p.requires_grad for p in model.parameters())
-    head, wide = output_layer(model), kept_in_float32(model, modules)
+    head, wide = output_layer(model), kept_in_float32(model)
     chosen, left = {}, []
     for path, module in modules.items():
         if not isinstance(module, nn.Linear) or is_quantized(module):
             continue
         trained = freezing and module.weight.requires_grad
         plain = type(module) in (nn.Linear, FastLinear) and "weight" in module._parameters  # else pruned, say
-        if not plain or module is head or is_head(path) or path in wide or trained or _named(path, named):
+        empty = plain and not module.weight.numel()
+        apart = module is head or is_head(path) or path in wide or _named(path, named)
+        if not plain or empty or apart or trained:
             left.append(path)
         elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
             kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from .config import ALL_LINEAR, LoraConfig
 from .errors import TargetError
 from .patterns import END, LAYERS, matches
@@ -151,13 +153,18 @@ def output_layer(model: object) -> object | None:
     return get() if callable(get) else None
 
 
-def kept_in_float32(model: object, paths: Iterable[str]) -> set[str]:
-    """Those of `paths` that a model of transformers keeps in float32, and dense, whatever the rest of it is.
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """The paths of what models of transformers, `model` or parts of it, keep in float32 and dense, whatever the rest is.
 
     T5 computes in the dtype of its `wo`, which is uint8 in 4 bits.
     """
-    names = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return {path for path in paths if any(re.search(rf"(?:^|\.)(?:{name})(?:\.|$)", path) for name in names)}
+    found: set[str] = set()
+    for outer, module in model.named_modules(remove_duplicate=False):
+        for name in getattr(module, "_keep_in_fp32_modules", None) or ():
+            named = re.compile(rf"(?:^|\.)(?:{name})(?:\.|$)")
+            inner = (path for path, _ in module.named_modules(remove_duplicate=False) if named.search(path))
+            found.update(f"{outer}.{path}" if outer else path for path in inner)
+    return found
 
 
 def is_head(path: str) -> bool:

@@ -209,6 +209,11 @@ def test_it_replaces_linear_layers_but_heads_and_names_in_skip():
     assert all(isinstance(model.get_submodule(path), bnb.nn.Linear4bit) for path in report.layers)
 
 
+def test_a_layer_without_weights_is_left_as_it_is():
+    report = quantize_nf4(nn.Sequential(nn.Linear(0, 4), nn.Linear(64, 8)))
+    assert report.layers == ("1",) and report.skipped == ("0",)
+
+
 def test_skip_names_a_whole_subtree():
     assert quantize_nf4(tiny.classifier(), skip=["layers.0"]).layers == tuple(f"layers.1.{n}" for n in ("q", "k", "v", "out"))
 
@@ -487,6 +492,11 @@ def test_unloading_leaves_the_packed_model():
     model(tiny.batch())
     unload(model)
     assert tiny.snapshot(model) == before
+
+
+def test_what_transformers_keeps_in_float32_is_left_dense_in_a_part_too():
+    report = quantize_nf4(nn.ModuleDict({"inner": tiny.build("t5")}))
+    assert report.layers and not any("wo" in path.split(".") for path in report.layers)
 
 
 def test_what_transformers_keeps_in_float32_is_left_dense():
