@@ -87,7 +87,8 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
         allow_loss: merge although the weights' 16 bits lose more than half of the update in some layer.
 
     Raises:
-        MergeError: adapters are folded in already, none is active, a folded weight is not finite, or too much would be lost.
+        MergeError: adapters are folded in already, none is active, a weight is computed from others (pruned, say) or not finite
+            once it is folded, or too much would be lost.
         MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
             spread over processes, or an adapted weight is offloaded.
     """
@@ -101,7 +102,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Takes folded adapters out of the weights again: each weight is what it was before, byte for byte.
 
     Raises:
-        MergeError: no adapter is folded in.
+        MergeError: no adapter is folded in, or a weight was pruned since, say.
     """
     if not is_merged(model):
         raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
@@ -142,8 +143,8 @@ def merge_and_unload(
     as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
 
     Raises:
-        MergeError: no adapter is active, a merged weight would not be finite in its dtype, or in some layer less than half of
-            the update would be left. The model is as it was.
+        MergeError: no adapter is active, a weight is computed from others (pruned, say), a merged one would not be finite in
+            its dtype, or in some layer less than half of the update would be left. The model is as it was.
         MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
             spread over processes, or an adapted weight is offloaded.
     """
@@ -229,12 +230,8 @@ def _fold_all(
     activate(model, names)
     spent = {}
     for path, layer in _layers(model, names).items():
-        if "weight" not in layer._parameters:
-            raise MergeError(
-                f"{path}: its weight is computed from other tensors (pruned, or weight norm); make it a plain one first, as "
-                "torch.nn.utils.prune.remove(layer, 'weight') or remove_weight_norm(layer) do; nothing was merged"
-            )
         try:
+            layer.check_stored(names)
             in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
             if in_place and layer.folds_in_place(names):
                 for step in layer.steps_in_place(names):
@@ -248,8 +245,11 @@ def _fold_all(
 
 
 def _unfold_all(model: nn.Module) -> None:
-    for layer in _layers(model, registry_of(model).adapters).values():
-        layer.unfold()
+    for path, layer in _layers(model, registry_of(model).adapters).items():
+        try:
+            layer.unfold()
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was changed") from None
 
 
 def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:

@@ -230,5 +230,12 @@ def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str],
         paths = [path for path in base_tensors(model) if path.rpartition(".")[2] == "bias"]
         return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
     if config.bias == "lora_only":
-        return tuple(f"{path}.bias" for path in layers if getattr(model.get_submodule(path), "bias", None) is not None)
+        found = {path: model.get_submodule(path) for path in layers}
+        found = {path: module for path, module in found.items() if getattr(module, "bias", None) is not None}
+        for path, module in found.items():
+            if "bias" not in module._parameters:
+                raise TargetError(
+                    f"{path}: its bias is computed from other tensors (pruned, say); make it a plain one, or use bias='none'"
+                )
+        return tuple(f"{path}.bias" for path in found)
     return ()

@@ -257,17 +257,35 @@ class LoraLayer(AdapterHolder):
         """Makes the folded weight the layer's own; the one before is dropped."""
         self.lora_unfolded = self.lora_folded = ()
 
+    def has_own_bias(self, names: Iterable[str]) -> bool:
+        """Whether one of these adapters has a bias of B on this layer, which folding adds to the layer's."""
+        return any(name in self.lora_bias for name in names)
+
+    def check_stored(self, names: Iterable[str]) -> None:
+        """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""
+        for tensor in ("weight", "bias") if self.has_own_bias(names) else ("weight",):
+            if tensor not in self._parameters:
+                raise MergeError(
+                    f"its {tensor} is computed from other tensors (pruned, or weight norm); make it a plain one first, as "
+                    f"torch.nn.utils.prune.remove(layer, {tensor!r}), remove_weight_norm or remove_parametrizations do"
+                )
+
     def unfold(self) -> None:
-        """Puts back the weight and bias from before `fold`, byte for byte."""
+        """Puts back the weight and bias from before `fold`, byte for byte.
+
+        Raises:
+            MergeError: one of them was pruned, or is computed otherwise, since.
+        """
         if self.lora_folded:
             (weight, bias, folded_dtype), folded = self.lora_unfolded, self.weight
+            self.check_stored(self.lora_folded)
             # The model may have been moved or cast while these were waiting.
             if weight.is_floating_point():
                 weight.data = weight.data.to(folded.device, weight.dtype if folded.dtype == folded_dtype else folded.dtype)
             elif weight.device != folded.device:
                 weight = weight.to(folded.device)  # a 4-bit one, with its scales
             self.weight = weight
-            if bias is not self._parameters.get("bias"):
+            if self.has_own_bias(self.lora_folded):
                 bias.data = bias.data.to(self.bias.device, self.bias.dtype)
                 self.bias = bias
             self.lora_unfolded = self.lora_folded = ()

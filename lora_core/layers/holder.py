@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..errors import MergeError
 from ..forwards import change_class, execution_device, stored_entry
 from ..initializers import start
 
@@ -58,8 +60,17 @@ class AdapterHolder(nn.Module):
         return module
 
     def release(self) -> nn.Module:
-        """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped."""
+        """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped.
+
+        Raises:
+            MergeError: it was parametrised meanwhile, which is a matter of its class.
+        """
         self.unfold()
+        if is_parametrized(self):
+            raise MergeError(
+                f"a {self.lora_base_class.__name__} was parametrised after it got its adapter, and would lose its weight with "
+                "it; call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+            )
         self.leave_mask_group()
         change_class(self, self.lora_base_class)
         plain = ("scaling", "dropout", "rows", "masks", "active", "folded", "unfolded", "base_class")
