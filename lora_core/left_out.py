@@ -33,7 +33,7 @@ def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None, named: Co
         if isinstance(module, nn.Linear):
             if module is head or is_head(path):
                 found[path] = HEAD
-            elif isinstance(parent, nn.MultiheadAttention):
+            elif isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
                 found[path] = "attention reads its weight without calling it"
             elif lora_class(module) is None:
                 found[path] = f"a {kind.__name__}, which may compute something else than nn.Linear"
