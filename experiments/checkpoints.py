@@ -26,7 +26,7 @@ from lora_core.files import read_safetensors, to_safetensors
 from lora_core.shards import new_directory
 
 from .errors import ExperimentError
-from .record import read_json, write_json
+from .record import file_hash, read_json, write_json
 
 CHECKPOINTS = "checkpoints"
 TENSORS, STATE, NUMBERS = "tensors.safetensors", "trainer_state.json", "checkpoint.json"
@@ -107,7 +107,7 @@ def read(path: Path) -> Checkpoint:
         raise ExperimentError(f"{path / NUMBERS} is not as written here ({error!r}); remove {path}") from None
     for name, expected in hashes.items():
         try:
-            found = _hash(path / name)
+            found = file_hash(path / name)
         except OSError as error:
             raise ExperimentError(f"{path / name} can't be read: {error.strerror or error}; remove {path}") from None
         if found != expected:
@@ -143,14 +143,6 @@ def _paths(directory: Path) -> Iterator[Path]:
     if directory.is_dir():
         named = (p for p in directory.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
         yield from sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_same(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from .measured import Run, margin, percent
 from .methods import METHODS, NOTHING
 
 MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
+ITSELF = "the run itself"  # as the source of a number
 FILE = Path(__file__).with_name("expected.json")
 #: A run that has seen fewer sentences than this is a trial, and may have learned nothing.
 TRIAL = 10_000
@@ -137,7 +138,7 @@ def _consistent(runs: Sequence[Run]) -> Iterator[Judgement]:
     other = [str(run.path.parent) for run in trained if run["accuracy_by_epoch"][-1] != run["accuracy"]]
     if trained:
         found = f"not in {', '.join(other)}" if other else f"{len(trained)} runs"
-        yield Judgement("accuracy", "that of the last epoch", found, "the run itself", NOT_MET if other else MET)
+        yield Judgement("accuracy", "that of the last epoch", found, ITSELF, NOT_MET if other else MET)
 
 
 def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:

