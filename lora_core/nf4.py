@@ -135,7 +135,16 @@ def restore_forward(layers: Sequence[nn.Module]) -> None:
 
 def compute_dtypes(layer: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """What a 4-bit layer computes in and what it returns, given x: autocast's dtype for both if that is on; else the
-    layer's compute dtype (that of x if it has none), and the dtype of x."""
+    layer's compute dtype (that of x if it has none), and the dtype of x.
+
+    Raises:
+        QuantizationError: x holds no floating-point numbers.
+    """
+    if not x.is_floating_point():
+        raise QuantizationError(
+            f"a 4-bit layer got an input of {x.dtype}: the model casts it to the dtype of the layer's weight, which is packed; "
+            "name the layer in quantize_nf4's skip"
+        )
     if torch.is_autocast_enabled(x.device.type):
         return (autocast_dtype(x),) * 2
     return layer.compute_dtype or x.dtype, x.dtype

@@ -209,9 +209,47 @@ def test_it_replaces_linear_layers_but_heads_and_names_in_skip():
     assert all(isinstance(model.get_submodule(path), bnb.nn.Linear4bit) for path in report.layers)
 
 
+def test_what_transformers_keeps_in_float32_is_left_as_it_is():
+    others = {"wo": nn.Linear(64, 8), "parts": nn.ModuleDict({"wo": nn.Linear(64, 8)})}  # the model names its own layers only
+    model = nn.ModuleDict({"part": tiny.build("t5"), **others})
+    report = quantize_nf4(model)
+    kept = {path for path, _ in model["part"].named_modules(prefix="part") if path.endswith(".wo")}
+    assert kept and kept <= set(report.skipped) and {"wo", "parts.wo"} <= set(report.layers)
+
+
 def test_a_layer_without_weights_is_left_as_it_is():
     report = quantize_nf4(nn.Sequential(nn.Linear(0, 4), nn.Linear(64, 8)))
     assert report.layers == ("1",) and report.skipped == ("0",)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_packed_model_computes_what_its_unpacked_weights_do(architecture):
+    """Some models of transformers cast a layer's input to the dtype of its weight, which packed is that of bytes."""
+    model = tiny.build(architecture)
+    if not any(isinstance(m, nn.Linear) for m in model.modules()):
+        pytest.skip("has no nn.Linear layer to pack")
+    if architecture == "gpt2":
+        pytest.skip("its only nn.Linear layer is the head")
+    quantize_nf4(model)
+    packed = tiny.logits(model)
+    for path, module in list(model.named_modules()):
+        if is_quantized(module):
+            model.set_submodule(path, to_dense(module))
+    dense = tiny.logits(model)
+    # Both sum in float32, in some order: a few hundred roundings of a value's size at most.
+    torch.testing.assert_close(packed, dense, rtol=0, atol=500 * torch.finfo(torch.float32).eps * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_an_input_of_whole_numbers_is_refused(adapted):
+    layer, _ = packed()
+    model = nn.Sequential(layer)
+    if adapted:
+        inject(model, LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(3, 64)
+    with pytest.raises(QuantizationError, match=r"an input of torch.uint8: .*skip"):
+        model(x.to(layer.weight.dtype))
+    assert model(x).dtype == torch.float32
 
 
 def test_skip_names_a_whole_subtree():
@@ -492,11 +530,6 @@ def test_unloading_leaves_the_packed_model():
     model(tiny.batch())
     unload(model)
     assert tiny.snapshot(model) == before
-
-
-def test_what_transformers_keeps_in_float32_is_left_dense_in_a_part_too():
-    report = quantize_nf4(nn.ModuleDict({"inner": tiny.build("t5")}))
-    assert report.layers and not any("wo" in path.split(".") for path in report.layers)
 
 
 def test_what_transformers_keeps_in_float32_is_left_dense():
