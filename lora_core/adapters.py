@@ -30,6 +30,7 @@ from .registry import (
     registry_of,
     remove,
     rename,
+    unfold_all,
     unwrap,
 )
 from .verbs import changes_adapters, check_changeable
@@ -140,9 +141,7 @@ def unload(model: nn.Module) -> nn.Module:
 def remove_all(model: nn.Module) -> None:
     """What `unload` does, as a part of another verb."""
     registry = registry_of(model)
-    for adapter in registry.adapters.values():
-        for _, layer in adapter_layers(model, adapter):
-            layer.unfold()
+    unfold_all(model)
     forget_replaced(model)
     activate(model, ())
     for name in list(registry.adapters):

@@ -23,9 +23,9 @@ from .errors import MergeError
 from .layers import LoraLayer
 from .loss import Cost, describe_loss, refuse_loss
 from .nf4 import is_quantized, to_dense
-from .registry import activate, adapter_layers, as_names, find_adapter, registry_of, unwrap
+from .registry import Registry, activate, adapter_layers, as_names, find_adapter, registry_of, unfold_all, unwrap
 from .sharding import refuse_sharded
-from .untie import configs, forget_quantization, forget_ties, ties, untie
+from .untie import forget_quantization, ties, untie
 from .verbs import change_adapters, changes_adapters
 
 #: What helps where the weights' own precision is too coarse for an update.
@@ -79,7 +79,9 @@ class MergeReport:
 def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *, allow_loss: bool = False) -> None:
     """Folds adapters into the weights, in place: the forward then costs what the base's does.
 
-    The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile.
+    The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile, and what the
+    base ties to an adapted or trained weight is apart (a `config.tie_word_embeddings` then says so), so that a model saved now
+    loads as it computes.
 
     Args:
         model: a model with adapters.
@@ -92,9 +94,12 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
         MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
             spread over processes, or an adapted weight is offloaded.
     """
-    spent = _fold_all(model, _chosen(model, names))
+    root, registry, names = unwrap(model), registry_of(model), _chosen(model, names)
+    tied = ties(root)
+    spent = _fold_all(model, names)
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
+    _, registry.ties = untie(root, tied.values(), _changed(registry, names, spent))
 
 
 @changes_adapters
@@ -106,7 +111,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     if not is_merged(model):
         raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
-    _unfold_all(model)
+    unfold_all(model)
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -149,7 +154,7 @@ def merge_and_unload(
             spread over processes, or an adapted weight is offloaded.
     """
     change = functools.partial(_merge, model, names, dtype, requantize, allow_loss)
-    return change_adapters(model, change, configs(unwrap(model)))
+    return change_adapters(model, change)
 
 
 def _merge(
@@ -163,7 +168,7 @@ def _merge(
     """`merge_and_unload`, but for what is added in place: `last` gets that to do."""
     root, registry = unwrap(model), registry_of(model)
     names = _chosen(model, names)
-    _unfold_all(model)
+    unfold_all(model)
     quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
     _check_cast(root, dtype)
     tied = ties(root)
@@ -173,7 +178,7 @@ def _merge(
         refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
     for layer in _layers(model, names).values():
         layer.keep_folded()
-    copied = [path for name in names for path in registry.adapters[name].copied]
+    changed = _changed(registry, names, spent)
     for name in names:  # the trained copies of heads and biases become the base's own
         copies.keep(root, name, registry.adapters[name].copied, dtype)
     remove_all(root)
@@ -184,10 +189,9 @@ def _merge(
             dense[layer] = to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(submodule(root, parent), name, dense[layer])
-    untied = untie(root, tied.values(), {*copied, *(f"{path}.weight" for path in spent)})
+    untied, _ = untie(root, tied.values(), changed)
     if dense:
         forget_quantization(root)
-    forget_ties(root, untied)
     if dtype is not None:
         root.to(dtype)
     return MergeReport(
@@ -203,6 +207,12 @@ def _merge(
 def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
     """{path: layer} of every layer that carries one of the adapters `names`."""
     return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
+
+
+def _changed(registry: Registry, names: Iterable[str], spent: Iterable[str]) -> set[str]:
+    """The paths of the base's tensors that adapters own a copy of or add to."""
+    copied = (path for name in names for path in registry.adapters[name].copied)
+    return {*copied, *(f"{path}.weight" for path in spent)}
 
 
 def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -242,14 +252,6 @@ def _fold_all(
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
     return spent
-
-
-def _unfold_all(model: nn.Module) -> None:
-    for path, layer in _layers(model, registry_of(model).adapters).items():
-        try:
-            layer.unfold()
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was changed") from None
 
 
 def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:

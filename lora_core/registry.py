@@ -21,6 +21,7 @@ from .errors import AdapterExistsError, ConfigError, MergeError, ShardedError, U
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 from .sharding import is_spread
+from .untie import Broken, tie_again
 from .wide import restore_class
 
 _ATTRIBUTE = "lora_registry"
@@ -57,6 +58,7 @@ class Registry(Record):
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
         layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
         mixing: threads that are in a mixed batch.
+        ties: what ties the base's weights again, once adapters that are folded in and broke that are unfolded.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Registry(Record):
     trainable_before: frozenset[str] = frozenset()
     layers_4bit: list[nn.Module] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
+    ties: Broken | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"disabled": {}, "mixing": set()}  # a copy of the model is in nobody's hands
@@ -184,6 +187,23 @@ def remove(model: nn.Module, name: str) -> None:
         restore_forward(registry.layers_4bit)
         for path, p in model.named_parameters():
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
+
+
+def unfold_all(model: nn.Module) -> None:
+    """Takes the adapters that are folded in out of the weights, if any are, and ties what they had parted.
+
+    Raises:
+        MergeError: a weight was pruned since, say; some layers are unfolded by then.
+    """
+    registry = registry_of(model)
+    for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.layers):
+        try:
+            submodule(unwrap(model), path).unfold()
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was changed") from None
+    if registry.ties is not None:
+        tie_again(unwrap(model), registry.ties)
+        registry.ties = None
 
 
 def forget_replaced(model: nn.Module) -> None:

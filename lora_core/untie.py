@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .atomic import Record
 from .copies import base_tensors, copy_tensor, get_tensor, original_of, submodule
+
+
+@dataclass
+class Broken(Record):
+    """What untying a model changed, to be put back by `tie_again`.
+
+    Attributes:
+        tensors: {path: the tensor that was there}, where another has its place now.
+        flags: `tie_word_embeddings` of each of the model's `configs`.
+        keys: its `all_tied_weights_keys`, transformers' list of what is tied to what.
+    """
+
+    tensors: dict[str, Tensor]
+    flags: list[bool]
+    keys: dict[str, str] | None
 
 
 def ties(root: nn.Module) -> dict[int, list[str]]:
@@ -20,23 +37,48 @@ def ties(root: nn.Module) -> dict[int, list[str]]:
     return {place: tied for place, tied in paths.items() if len(tied) > 1}
 
 
-def untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str]) -> tuple[str, ...]:
-    """Gives each path of a tie that the adapters have broken a tensor of its own; the paths, of those, that they changed.
+def untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str]) -> tuple[tuple[str, ...], Broken]:
+    """Gives each path of a tie that the adapters have broken a tensor of its own, and has the model say that it is one.
 
     Also the paths that still are one: no library ties some of what its model ties, and not the rest.
+
+    Returns:
+        The paths, of those, that the adapters changed, and what it takes to tie them again.
     """
-    untied = []
+    untied, tensors_before = [], {}
     for paths in ties:
         tensors = {path: get_tensor(root, path) for path in paths}
         if len({tensor.data_ptr() for tensor in tensors.values()}) > 1:
-            places = set()
+            # What waits while an adapter's is in place goes into a file too, and there no two may be one.
+            places = {original_of(root, path).data_ptr() for path in paths if original_of(root, path) is not tensors[path]}
             for path, tensor in tensors.items():
                 if tensor.data_ptr() in places:
-                    parent, _, name = path.rpartition(".")
-                    setattr(submodule(root, parent), name, copy_tensor(tensor))
+                    tensors_before[path] = tensor
+                    _put(root, path, copy_tensor(tensor))
                 places.add(tensor.data_ptr())
             untied += [path for path in paths if path in changed]
-    return tuple(untied)
+    keys = root.__dict__.get("all_tied_weights_keys")
+    flags = [getattr(config, "tie_word_embeddings", False) for config in configs(root)]
+    before = Broken(tensors_before, flags, dict(keys) if keys else None)
+    if untied:
+        _forget_ties(root, untied)
+    return tuple(untied), before
+
+
+def tie_again(root: nn.Module, before: Broken) -> None:
+    """The reverse of `untie`."""
+    for path, tensor in before.tensors.items():
+        _put(root, path, tensor)
+    for config, tied in zip(configs(root), before.flags, strict=True):
+        if tied:
+            config.tie_word_embeddings = True
+    if before.keys is not None:
+        root.all_tied_weights_keys.update(before.keys)
+
+
+def _put(root: nn.Module, path: str, tensor: Tensor) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(submodule(root, parent), name, tensor)
 
 
 def forget_quantization(root: nn.Module) -> None:
@@ -48,10 +90,8 @@ def forget_quantization(root: nn.Module) -> None:
         del root.config.quantization_config
 
 
-def forget_ties(root: nn.Module, untied: Iterable[str]) -> None:
+def _forget_ties(root: nn.Module, untied: Iterable[str]) -> None:
     """Takes off a transformers model what says that these weights are tied: it would save one of them, and tie them again."""
-    if not untied:
-        return
     for config in configs(root):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

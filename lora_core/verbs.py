@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import nn
 from .atomic import LastSteps, attempt
 from .errors import ConfigError, MixedBatchError
 from .registry import has_adapters, registry_of, unwrap
+from .untie import configs
 
 T = TypeVar("T")
 
@@ -42,9 +43,10 @@ def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
     return whole
 
 
-def change_adapters(model: nn.Module, change: Callable[[LastSteps], T], also: Iterable[object] = ()) -> T:
-    """`atomic.attempt`, refused where `check_changeable` does."""
+def change_adapters(model: nn.Module, change: Callable[[LastSteps], T]) -> T:
+    """`atomic.attempt` on a model and its configuration, refused where `check_changeable` does."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_changeable(model)
-    return attempt(unwrap(model), change, also)
+    root = unwrap(model)
+    return attempt(root, change, configs(root))

@@ -78,6 +78,7 @@ def state(model, identity=False):
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         found["config"] = repr(sorted(config.to_dict().items(), key=str))
+        found["ties"] = dict(vars(model).get("all_tied_weights_keys") or {})
     return found
 
 

@@ -69,6 +69,12 @@ def tied():
     return tiny.randomize(model, "a")
 
 
+def tied_merged():
+    model = tied()
+    merge_adapter(model)
+    return model
+
+
 def disabled(model):
     with disable_adapters(model):
         model(X)
@@ -120,7 +126,9 @@ CASES = {
     "delete_adapter, the last": (just_a, lambda m: delete_adapter(m, "a")),
     "merge_adapter": (adapted, merge_adapter),
     "merge_adapter in 4 bits": (lambda: adapted(packed), merge_adapter),
+    "merge_adapter tied": (tied, merge_adapter),
     "unmerge_adapter": (merged, unmerge_adapter),
+    "unmerge_adapter tied": (tied_merged, unmerge_adapter),
     "merge_and_unload": (adapted, merge_and_unload),
     "merge_and_unload dora": (lambda: adapted(use_dora=True), merge_and_unload),
     "merge_and_unload merged": (merged, merge_and_unload),
@@ -131,6 +139,7 @@ CASES = {
     "merge_and_unload tied": (tied, merge_and_unload),
     "unload": (adapted, unload),
     "unload merged": (merged, unload),
+    "unload merged tied": (tied_merged, unload),
     "combine_adapters": (adapted, lambda m: combine_adapters(m, ["a", "b"], [1, 1], "new")),
     "combine_adapters ties": (adapted, lambda m: combine_adapters(m, ["a", "b"], [1, 1], "new", "ties", density=0.5)),
     "extract_adapter": (plain, lambda m: extract_adapter(m, fine_tuned(), LoraConfig(**HEAD))),

@@ -8,7 +8,17 @@ import tiny
 import torch
 import transformers
 
-from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, save_adapter, set_adapter, unload
+from lora_core import (
+    LoraConfig,
+    inject,
+    load_adapter,
+    merge_adapter,
+    merge_and_unload,
+    save_adapter,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
 from lora_core.errors import AdapterFormatError, MergeError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
@@ -99,6 +109,33 @@ def test_merging_computes_what_the_adapter_did_and_so_does_the_saved_model(model
     found.save_pretrained(tmp_path)
     again = type(found).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(tiny.logits(again), expected, **bound)
+
+
+@pytest.mark.filterwarnings("ignore:.*Attempting to save a model:UserWarning")
+@pytest.mark.parametrize("leave", [unmerge_adapter, unload])
+@pytest.mark.parametrize(("model", "case"), EVERY)
+def test_a_model_saved_while_merged_in_place_computes_the_same_and_is_tied_again_after_that(model, case, leave, tmp_path):
+    found = adapted(model, case)
+    adapter, before = tiny.logits(found), places(found)
+    merge_adapter(found)
+    expected = tiny.logits(found)
+    torch.testing.assert_close(expected, adapter, rtol=0, atol=1e-5 * adapter.abs().max().item())  # sums in another order
+    assert found.config.tie_word_embeddings == (case == "as one")
+    found.save_pretrained(tmp_path)
+    again = type(found).from_pretrained(tmp_path).eval()
+    assert torch.equal(tiny.logits(again), expected)
+    leave(found)
+    assert found.config.tie_word_embeddings and found.all_tied_weights_keys == build(model).all_tied_weights_keys
+    if leave is unload:
+        assert places(found) == places(build(model))
+    else:
+        assert torch.equal(tiny.logits(found), adapter) and places(found) == before
+
+
+def places(model):
+    """{path: the first path of the tensor that is there}."""
+    first = {}
+    return {path: first.setdefault(p.data_ptr(), path) for path, p in model.named_parameters(remove_duplicate=False)}
 
 
 @pytest.mark.parametrize(("model", "case"), EVERY)
