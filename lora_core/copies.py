@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import MergeError, TargetError
 from .forwards import refuse_offloaded
+from .loss import Cost, cost_of_cast
 from .wide import BASE, CHILD, restore_class, round_, widen
 
 
@@ -36,7 +37,7 @@ class Waiting(nn.Module):
         self.names: frozenset[str] = frozenset()
 
     def has_in_place(self, name: str) -> bool:
-        return name in self.names and name not in _table(self, name)
+        return name in self.names and name not in self._parameters and name not in self._buffers
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -68,13 +69,13 @@ class Copies(nn.ModuleDict):
         """The tensor `name` of `owner`, wherever it is.
 
         Raises:
-            MergeError: the base's own was put in the place of an adapter's from outside, as transformers' `tie_weights` does.
+            MergeError: the base's own was put in the place of an adapter's from outside, as code that ties weights does.
         """
         found = self._held(module, name, owner)
         if owner != BASE and found is self._held(module, name, BASE):
             raise MergeError(
                 f"{type(module).__name__}.{name} of adapter {owner!r} was replaced by the base's own tensor, as "
-                "model.tie_weights() does, and what was trained is gone; make the model again, load the adapter, "
+                "code that ties weights does, and what was trained is gone; make the model again, load the adapter, "
                 "and tie no weights after that"
             )
         return found
@@ -100,7 +101,16 @@ class Copies(nn.ModuleDict):
 
 
 def _table(module: nn.Module, name: str, like: bool | None = None) -> dict[str, Tensor | None]:
-    """Where `module` has, or would have, the tensor `name`."""
+    """Where `module` has, or would have, the tensor `name`.
+
+    Raises:
+        TargetError: it has none of that name any more.
+    """
+    if like is None and name not in module._parameters and name not in module._buffers:
+        raise TargetError(
+            f"the {name} of a {type(module).__name__}, which adapters have copies of, is computed from other tensors since "
+            "(pruned, or parametrised); make it a plain one first, as torch.nn.utils.prune.remove or remove_parametrizations do"
+        )
     parameter = name in module._parameters if like is None else like
     return module._parameters if parameter else module._buffers
 
@@ -187,7 +197,7 @@ def original_of(model: nn.Module, path: str) -> Tensor:
     return _table(copies[BASE] if waits else module, name)[name]
 
 
-def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtype | None = None) -> None:
+def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Cost]:
     """Makes the values of an adapter the base's own: new tensors, one where the adapter's are one.
 
     Args:
@@ -196,10 +206,14 @@ def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtyp
         paths: of the tensors.
         dtype: what floating-point ones are cast to; None: that of the base's.
 
+    Returns:
+        {path: what the cast lost of the training}, of those that are cast.
+
     Raises:
         MergeError: one is finite, and would not be in that dtype.
     """
     cast: dict[tuple[int, torch.dtype], Tensor] = {}
+    spent = {}
     for path in paths:
         module, name = _split(model, path)
         copies = _copies(module, path)
@@ -210,8 +224,11 @@ def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtyp
             if tensor.isfinite().all() and not cast[key].isfinite().all():
                 name_of = str(key[1]).removeprefix("torch.")
                 raise MergeError(f"{path} overflows {name_of}; use dtype=torch.bfloat16; nothing was merged")
+        if cast[key].dtype != tensor.dtype:
+            spent[path] = cost_of_cast(tensor, own, cast[key])
         copies.put_in_place(module, name, adapter)
         _table(copies[BASE], name)[name] = cast[key]
+    return spent
 
 
 def rename(model: nn.Module, old: str, new: str, paths: Iterable[str]) -> None:

@@ -109,7 +109,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
             use_dora=config.use_dora,
             lora_bias=config.lora_bias,
         )
-    adapter = Adapter(config, found.layers.paths, found.saved_modules, tuple(found.copies), trainable)
+    adapter = Adapter(config, found.layers.paths, found.saved_modules, tuple(found.copies), tuple(found.untied), trainable)
     register(model, name, adapter, _copies(model, found))
     return describe(model, name, found)
 

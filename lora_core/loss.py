@@ -49,6 +49,13 @@ def cost(exact: Tensor, base: Tensor, merged: Tensor, before: Tensor | None = No
     return Cost(math.sqrt(error / size), 1 + product / size) if size > 0 else Cost()
 
 
+def cost_of_cast(trained: Tensor, base: Tensor, stored: Tensor) -> Cost:
+    """The measures for a tensor that was trained whole, from `base`, and is stored in fewer bits; of one shape."""
+    wide = torch.promote_types(trained.dtype, torch.float32)
+    exact, base, stored = (t.detach().to(trained.device).flatten() for t in (trained.detach().to(wide), base, stored))
+    return cost(exact, base, stored, base.to(stored.dtype))
+
+
 def describe_loss(kept: Mapping[str, float]) -> str | None:
     """In words, in how many layers less than `ENOUGH` of the update is left; None if in none."""
     nothing = sum(share < NOTHING for share in kept.values())

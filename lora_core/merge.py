@@ -48,7 +48,8 @@ class MergeReport:
         dequantized: paths of 4-bit layers that are dense now.
         requantized: paths of layers that are in 4 bits.
         untied: paths of weights that the base tied to others, and that are apart now.
-        kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `loss.py`.
+        kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `loss.py`. Also of the
+            tensors that were trained whole and are cast, the update being what training changed.
     """
 
     adapters: tuple[str, ...]
@@ -99,7 +100,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
     spent = _fold_all(model, names)
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
-    _, registry.ties = untie(root, tied.values(), _changed(registry, names, spent))
+    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, spent))
 
 
 @changes_adapters
@@ -173,14 +174,14 @@ def _merge(
     _check_cast(root, dtype)
     tied = ties(root)
     spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
-    kept = {path: c.kept for path, c in spent.items()}
-    if not allow_loss:
-        refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
     for layer in _layers(model, names).values():
         layer.keep_folded()
-    changed = _changed(registry, names, spent)
+    changed, whole = _changed(registry, names, spent), {}
     for name in names:  # the trained copies of heads and biases become the base's own
-        copies.keep(root, name, registry.adapters[name].copied, dtype)
+        whole |= copies.keep(root, name, registry.adapters[name].copied, dtype)
+    kept = {path: c.kept for path, c in (spent | whole).items()}
+    if not allow_loss:
+        refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
     remove_all(root)
     dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
     for path in () if requantize else quantized:
@@ -240,6 +241,8 @@ def _fold_all(
     activate(model, names)
     spent = {}
     for path, layer in _layers(model, names).items():
+        for name in layer.present(names):
+            layer.check_shape(path, name)
         try:
             layer.check_stored(names)
             in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared

@@ -4,7 +4,8 @@ Everything that could keep an adapter from taking effect is found here, before t
 forward that would hide it, a module that another adapter or another part of the model has a hand in.
 
 Tied tensors (a head that is the input embeddings) are trained apart, as in PEFT: each path gets a copy of its own, and the tie
-is gone while the adapter is active. `ensure_weight_tying` trains one copy for all the paths of a tie.
+is gone while the adapter is active. As long as it is on the model, `config.tie_word_embeddings` is False: transformers would tie
+again what is trained. `ensure_weight_tying` trains one copy for all the paths of a tie.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, TASK_HEADS, LoraConfig
@@ -227,15 +228,21 @@ def _check_saved(path: str, module: nn.Module) -> None:
 def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str], saved: Sequence[str]) -> tuple[str, ...]:
     """Paths of the base's biases that `config.bias` trains; "all" means every parameter of that name."""
     if config.bias == "all":
+        for path, module in base_modules(model).items():
+            _check_bias(path, module)
         paths = [path for path in base_tensors(model) if path.rpartition(".")[2] == "bias"]
         return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
     if config.bias == "lora_only":
         found = {path: model.get_submodule(path) for path in layers}
         found = {path: module for path, module in found.items() if getattr(module, "bias", None) is not None}
         for path, module in found.items():
-            if "bias" not in module._parameters:
-                raise TargetError(
-                    f"{path}: its bias is computed from other tensors (pruned, say); make it a plain one, or use bias='none'"
-                )
+            _check_bias(path, module)
         return tuple(f"{path}.bias" for path in found)
     return ()
+
+
+def _check_bias(path: str, module: nn.Module) -> None:
+    if "bias" not in module._parameters and isinstance(getattr(module, "bias", None), Tensor):
+        raise TargetError(
+            f"{path}: its bias is computed from other tensors (pruned, say); make it a plain one, or use bias='none'"
+        )

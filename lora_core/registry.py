@@ -21,7 +21,7 @@ from .errors import AdapterExistsError, ConfigError, MergeError, ShardedError, U
 from .layers.base import LoraLayer
 from .nf4 import replace_forward, restore_forward
 from .sharding import is_spread
-from .untie import Broken, tie_again
+from .untie import Broken, forget_ties, tie_again
 from .wide import restore_class
 
 _ATTRIBUTE = "lora_registry"
@@ -36,6 +36,7 @@ class Adapter(Record):
         layers: paths of the layers that carry its A and B.
         saved_modules: paths of the modules that it trains whole.
         copied: paths of the base's tensors that it has a copy of, in place of the base's while it is active.
+        untied: those of them that the base ties to tensors which it has no part in.
         trainable: whether its tensors require gradients while it is active.
     """
 
@@ -43,6 +44,7 @@ class Adapter(Record):
     layers: tuple[str, ...]
     saved_modules: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     trainable: bool = True
 
 
@@ -58,7 +60,8 @@ class Registry(Record):
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
         layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
         mixing: threads that are in a mixed batch.
-        ties: what ties the base's weights again, once adapters that are folded in and broke that are unfolded.
+        folded_ties: what ties the base's weights again, once adapters that are folded in are unfolded.
+        ties: what says that they are tied, again, once no adapter is left that trains some of them apart.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class Registry(Record):
     trainable_before: frozenset[str] = frozenset()
     layers_4bit: list[nn.Module] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
+    folded_ties: Broken | None = None
     ties: Broken | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,6 +167,9 @@ def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str
     registry = registry_of(model)
     copies.add(model, name, tensors, adapter.saved_modules)
     registry.adapters[name] = adapter
+    if adapter.untied:  # else transformers' `tie_weights` would put the base's tensor in the place of the trained one
+        before = forget_ties(model, adapter.untied)
+        registry.ties = registry.ties or before
     if len(registry.adapters) == 1:
         activate(model, (name,))
 
@@ -182,6 +189,9 @@ def remove(model: nn.Module, name: str) -> None:
         if not layer.lora_scaling:
             layer.release()
     del registry.adapters[name]
+    if registry.ties is not None and not any(record.untied for record in registry.adapters.values()):
+        tie_again(model, registry.ties)
+        registry.ties = None
     if not registry.adapters:
         delattr(model, _ATTRIBUTE)
         restore_forward(registry.layers_4bit)
@@ -201,9 +211,9 @@ def unfold_all(model: nn.Module) -> None:
             submodule(unwrap(model), path).unfold()
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was changed") from None
-    if registry.ties is not None:
-        tie_again(unwrap(model), registry.ties)
-        registry.ties = None
+    if registry.folded_ties is not None:
+        tie_again(unwrap(model), registry.folded_ties)
+        registry.folded_ties = None
 
 
 def forget_replaced(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .companions import Result, write_companions
 from .errors import AdapterFormatError, CheckpointError, ConfigError, MergeError, WrongBaseError
 from .layers import LoraLayer
-from .loss import Cost, cost, refuse_loss
+from .loss import Cost, cost, cost_of_cast, refuse_loss
 from .merge import MergeReport
 from .model_class import ModelClass, known_class
 from .nf4 import dequantize, packed_tensors
@@ -125,7 +125,7 @@ class StreamMerge:
             refuse_loss(kept, REMEDY)
         report = MergeReport(
             adapters=tuple(str(adapter.directory.name) for adapter in self.adapters),
-            layers={path: c.lost for path, c in self.spent.items()},
+            layers={path: c.lost for path, c in self.spent.items() if path in self.updates},
             dequantized=tuple(sorted(self.quantized - set(packed))),
             requantized=packed,
             kept=kept,
@@ -151,7 +151,7 @@ class StreamMerge:
                     f"the adapter's {name} is {tuple(own.shape)}, and the base's {source.shape}; use the base it was trained on"
                 )
             dtype = self._result_dtype((source or own).dtype)
-            return {name: Entry(dtype, tuple(own.shape), lambda: cast(own, dtype, name))}
+            return {name: Entry(dtype, tuple(own.shape), lambda: self._trained(name, own, dtype))}
         dtype, path = self._result_dtype(source.dtype), name.removesuffix(".weight")
         if name == path:  # a bias, a buffer
             if self._added_biases(path):
@@ -169,6 +169,14 @@ class StreamMerge:
 
     def _result_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.recipe.dtype if self.recipe.dtype and dtype in FLOAT_DTYPES else dtype
+
+    def _trained(self, name: str, own: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor that an adapter has trained whole."""
+        result = cast(own, dtype, name)
+        source = self.base.tensors.get((self.placement.names | self.placement.aliases).get(name, ""))
+        if dtype != own.dtype and own.is_floating_point() and source is not None and source.shape == own.shape:
+            self.spent[name] = cost_of_cast(own, source.read(), result)
+        return result
 
     def _folded(self, path: str, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         """The merged weight, laid out as in the file."""

@@ -1,9 +1,9 @@
-"""What a merge does to a model besides its weights: ties that no longer hold, and what the model says of itself."""
+"""What adapters do to a model besides its weights: ties that no longer hold, and what the model says of itself."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +57,13 @@ def untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str
                     _put(root, path, copy_tensor(tensor))
                 places.add(tensor.data_ptr())
             untied += [path for path in paths if path in changed]
-    keys = root.__dict__.get("all_tied_weights_keys")
-    flags = [getattr(config, "tie_word_embeddings", False) for config in configs(root)]
-    before = Broken(tensors_before, flags, dict(keys) if keys else None)
-    if untied:
-        _forget_ties(root, untied)
+    before = forget_ties(root, untied)
+    before.tensors.update(tensors_before)
     return tuple(untied), before
 
 
 def tie_again(root: nn.Module, before: Broken) -> None:
-    """The reverse of `untie`."""
+    """The reverse of `untie` and of `forget_ties`."""
     for path, tensor in before.tensors.items():
         _put(root, path, tensor)
     for config, tied in zip(configs(root), before.flags, strict=True):
@@ -90,14 +87,23 @@ def forget_quantization(root: nn.Module) -> None:
         del root.config.quantization_config
 
 
-def _forget_ties(root: nn.Module, untied: Iterable[str]) -> None:
-    """Takes off a transformers model what says that these weights are tied: it would save one of them, and tie them again."""
+def forget_ties(root: nn.Module, untied: Collection[str]) -> Broken:
+    """Takes off a transformers model what says that these weights are tied: it would save one of them, and tie them again.
+
+    Returns:
+        What it takes to say so again.
+    """
+    ties = root.__dict__.get("all_tied_weights_keys")
+    flags = [getattr(config, "tie_word_embeddings", False) for config in configs(root)]
+    before = Broken({}, flags, dict(ties) if ties else None)
+    if not untied:
+        return before
     for config in configs(root):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-    ties = root.__dict__.get("all_tied_weights_keys")
     for path in [p for p, source in ties.items() if p in untied or source in untied] if ties else ():
         del ties[path]
+    return before
 
 
 def configs(root: nn.Module) -> list[Any]:

@@ -14,6 +14,8 @@ from lora_core import (
     merge_adapter,
     merge_and_unload,
     quantize_nf4,
+    save_adapter,
+    set_adapter,
     unload,
     unmerge_adapter,
 )
@@ -94,11 +96,38 @@ def test_a_computed_bias_that_no_adapter_adds_to_is_no_hindrance():
     assert torch.equal(model(X), output)
 
 
-def test_a_computed_bias_is_not_trained_in_a_copy():
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_computed_bias_is_not_trained_in_a_copy(bias):
     model = tiny.classifier()
     prune.l1_unstructured(model.layers[0].q, "bias", amount=0.3)
     with pytest.raises(TargetError, match=r"layers\.0\.q: its bias is computed from other tensors .*bias='none'"):
-        inject(model, LoraConfig(r=2, target_modules=["q"], bias="lora_only"))
+        inject(model, LoraConfig(r=2, target_modules=["q"], bias=bias))
+
+
+VERBS = {
+    "save": lambda m, d: save_adapter(m, d / "adapter"),
+    "disable": lambda m, d: disable_adapters(m).__enter__(),
+    "set": lambda m, d: set_adapter(m, []),
+    "merge": lambda m, d: merge_and_unload(m),
+    "merge in place": lambda m, d: merge_adapter(m),
+    "unload": lambda m, d: unload(m),
+    "delete": lambda m, d: delete_adapter(m, "default"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_what_is_trained_whole_and_computed_since_is_refused(kind, verb, tmp_path):
+    model = tiny.classifier().eval()
+    inject(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["classifier"]))
+    COMPUTED[kind](model.classifier, "weight")
+    output = model(X)
+    with pytest.raises(TargetError, match="the weight of a .*Linear, which adapters have copies of, is computed"):
+        VERBS[verb](model, tmp_path)
+    assert torch.equal(model(X), output) and not list(tmp_path.iterdir())
+    REMEDIES[kind](model.classifier, "weight")
+    unload(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

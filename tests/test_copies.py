@@ -26,8 +26,11 @@ from lora_core import (
     trainable_parameters,
     unload,
 )
-from lora_core.errors import TargetError
+from lora_core.copies import original_of
+from lora_core.errors import MergeError, TargetError
+from lora_core.recipe import Recipe
 from lora_core.registry import copies_of
+from lora_core.stream import merge_checkpoint
 
 X = tiny.batch()
 HEAD = {"r": 2, "target_modules": ["q"], "modules_to_save": ["classifier"]}
@@ -347,3 +350,54 @@ def test_biases_and_whole_modules_of_two_adapters_beside_16_bits():
     with pytest.raises(TargetError, match="has a bias that another adapter of this 16-bit base trains"):
         inject(model, LoraConfig(**HEAD), "b")
     assert tiny.snapshot(model) == before
+
+
+# --- what a cast leaves of them -----------------------------------------------------------------------------------------
+
+
+def moved(model, name, by):
+    """Moves a trained tensor by a share of its own values."""
+    tensor = model.get_parameter(name)
+    with torch.no_grad():
+        tensor += by * tensor.abs() * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)).sign()
+
+
+@pytest.mark.parametrize("way", ["in memory", "cast", "over files"])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_a_merge_says_what_a_cast_leaves_of_what_was_trained_whole(dtype, way, tmp_path):
+    base = sequence_classifier(torch.float32 if way == "cast" else dtype)
+    base.save_pretrained(tmp_path / "base")
+    inject(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    before = base.score.weight.detach().to(dtype)
+    moved(base, "score.weight", by=0.03)
+    W = base.score.weight.detach()
+    D, M = W - original_of(base, "score.weight").float(), W.to(dtype).float() - before.float()
+    expected = ((M * D).sum() / D.square().sum()).item()
+    if way == "over files":
+        save_adapter(base, tmp_path / "adapter")
+        report = merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    else:
+        report = merge_and_unload(base, dtype=dtype if way == "cast" else None)
+    assert report.kept["score.weight"] == pytest.approx(expected, rel=1e-4) and expected != 1
+    assert "score.weight" not in report.layers
+
+
+@pytest.mark.parametrize("way", ["in memory", "over files"])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_training_that_a_cast_would_undo_is_not_merged_unless_asked(dtype, way, tmp_path):
+    base = sequence_classifier(dtype)
+    base.save_pretrained(tmp_path / "base")
+    inject(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    moved(base, "score.weight", by=torch.finfo(dtype).eps / 16)  # a quarter of what rounding to nearest takes away, or less
+    save_adapter(base, tmp_path / "adapter")
+
+    def merge(allow):
+        if way == "in memory":
+            return merge_and_unload(base, allow_loss=allow)
+        return merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", Recipe(allow_loss=allow))
+
+    output = base(input_ids=tiny.TOKENS).logits
+    with pytest.raises(MergeError, match=r"nothing of the adapter is left in 1 of .*score\.weight keeps 0%"):
+        merge(False)
+    assert torch.equal(base(input_ids=tiny.TOKENS).logits, output) and not (tmp_path / "out").exists()
+    assert merge(True).kept["score.weight"] == 0

@@ -10,6 +10,7 @@ import transformers
 
 from lora_core import (
     LoraConfig,
+    delete_adapter,
     inject,
     load_adapter,
     merge_adapter,
@@ -116,7 +117,7 @@ def test_merging_computes_what_the_adapter_did_and_so_does_the_saved_model(model
 @pytest.mark.parametrize(("model", "case"), EVERY)
 def test_a_model_saved_while_merged_in_place_computes_the_same_and_is_tied_again_after_that(model, case, leave, tmp_path):
     found = adapted(model, case)
-    adapter, before = tiny.logits(found), places(found)
+    adapter, before, said = tiny.logits(found), places(found), found.config.tie_word_embeddings
     merge_adapter(found)
     expected = tiny.logits(found)
     torch.testing.assert_close(expected, adapter, rtol=0, atol=1e-5 * adapter.abs().max().item())  # sums in another order
@@ -125,11 +126,12 @@ def test_a_model_saved_while_merged_in_place_computes_the_same_and_is_tied_again
     again = type(found).from_pretrained(tmp_path).eval()
     assert torch.equal(tiny.logits(again), expected)
     leave(found)
-    assert found.config.tie_word_embeddings and found.all_tied_weights_keys == build(model).all_tied_weights_keys
-    if leave is unload:
-        assert places(found) == places(build(model))
-    else:
+    if leave is unmerge_adapter:
         assert torch.equal(tiny.logits(found), adapter) and places(found) == before
+        assert found.config.tie_word_embeddings == said
+        unload(found)
+    assert places(found) == places(build(model)) and found.config.tie_word_embeddings
+    assert found.all_tied_weights_keys == build(model).all_tied_weights_keys
 
 
 def places(model):
@@ -248,12 +250,49 @@ def test_a_tie_that_is_to_be_kept_and_is_not_there_is_said():
     assert [w.filename for w in caught] == [__file__]
 
 
+@pytest.mark.parametrize(("model", "case"), EVERY)
+def test_transformers_tying_again_leaves_what_is_trained_apart(model, case):
+    """accelerate and transformers call `tie_weights` on models that they place, load or resize."""
+    found = adapted(model, case)
+    expected = tiny.logits(found)
+    apart = "whole" in case
+    assert found.config.tie_word_embeddings != apart
+    found.tie_weights()
+    assert torch.equal(tiny.logits(found), expected)
+    unload(found)
+    assert places(found) == places(build(model)) and found.config.tie_word_embeddings
+    assert found.all_tied_weights_keys == build(model).all_tied_weights_keys
+
+
+def test_the_model_says_that_it_is_tied_when_no_adapter_is_left_that_trains_apart():
+    model = build("llama")
+    for name, whole in (("a", ["lm_head"]), ("b", None), ("c", ["embed_tokens"])):
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole), name)
+    for name, tied in (("a", False), ("c", True), ("b", True)):
+        delete_adapter(model, name)
+        assert model.config.tie_word_embeddings == tied == ("lm_head.weight" in model.all_tied_weights_keys)
+
+
 @pytest.mark.parametrize("verb", [lambda m, d: save_adapter(m, d), lambda m, d: merge_and_unload(m)], ids=["save", "merge"])
 def test_a_head_tied_again_from_outside_is_refused(verb, tmp_path):
-    """`tie_weights` puts the embeddings where the trained head was: what would be saved or merged is the base's."""
+    """The embeddings are where the trained head was: what would be saved or merged is the base's."""
     model = MODELS["llama"][0]()
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    model.tie_weights()
+    model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(MergeError, match="replaced by the base's own tensor"):
         verb(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "verb", [lambda m, d: save_adapter(m, d), lambda m, d: merge_and_unload(m), lambda m, d: merge_adapter(m)]
+)
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_layer_that_was_resized_under_its_adapter_is_refused(target, verb, tmp_path):
+    model = build("llama")
+    inject(model, LoraConfig(r=2, target_modules=[target]))
+    model.resize_token_embeddings(110)
+    with pytest.raises(TargetError, match=rf"{target} maps .*110.*made for .*99.*resize_token_embeddings does, before"):
+        verb(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert type(unload(model).get_input_embeddings()) is torch.nn.Embedding

@@ -17,7 +17,7 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError
+from ..errors import MergeError, TargetError
 from ..forwards import refuse_offloaded, stored_entry, stored_weight
 from ..functional import dora_factor, fold_
 from ..loss import Cost, cost
@@ -165,7 +165,7 @@ class LoraLayer(AdapterHolder):
         Raises:
             MergeError: the result has NaN or infinite values.
         """
-        names = [name for name in names if name in self.lora_scaling]
+        names = self.present(names)
         W = self.dense_weight()
         base = W.clone() if len(names) > 1 and any(name in self.lora_magnitude for name in names) else None
         for name in names:
@@ -211,7 +211,7 @@ class LoraLayer(AdapterHolder):
             What the cast lost of the update.
         """
         refuse_offloaded(self.lora_base_class.__name__, self, "a merged weight")
-        names = tuple(name for name in names if name in self.lora_scaling)
+        names = self.present(names)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
         weight = exact.to(dtype or self.dense_dtype())
         spent = Cost()
@@ -233,7 +233,7 @@ class LoraLayer(AdapterHolder):
         They can to a dense weight that is summed in its own dtype, if |W| + s |B| |A| shows that no sum overflows: W is read
         once, and no copy is made that would tell.
         """
-        W, names = self.weight, [name for name in names if name in self.lora_scaling]
+        W, names = self.weight, self.present(names)
         plain = not any(name in self.lora_magnitude or name in self.lora_bias for name in names)
         if W.dtype not in (torch.float32, torch.float64) or not plain or not W.is_contiguous():
             return False
@@ -248,10 +248,9 @@ class LoraLayer(AdapterHolder):
     def steps_in_place(self, names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
         """Operations that each add one of `names` to the weight's own values, for good; see `folds_in_place`."""
         W = self.as_matrix(self.weight.detach())  # a view that shares the weight's version
-        for name in names:
-            if name in self.lora_scaling:
-                A, B = (factor.detach().to(W.dtype) for factor in self.factors(name))
-                yield functools.partial(W.addmm_, B, A, alpha=self.lora_scaling[name])
+        for name in self.present(names):
+            A, B = (factor.detach().to(W.dtype) for factor in self.factors(name))
+            yield functools.partial(W.addmm_, B, A, alpha=self.lora_scaling[name])
 
     def keep_folded(self) -> None:
         """Makes the folded weight the layer's own; the one before is dropped."""
@@ -260,6 +259,16 @@ class LoraLayer(AdapterHolder):
     def has_own_bias(self, names: Iterable[str]) -> bool:
         """Whether one of these adapters has a bias of B on this layer, which folding adds to the layer's."""
         return any(name in self.lora_bias for name in names)
+
+    def check_shape(self, path: str, name: str) -> None:
+        """Raises a TargetError if the layer, which is at `path`, has another shape than when it got the adapter."""
+        A, B = self.factors(name)
+        was, now = (A.shape[1], B.shape[0]), self.matrix_shape(self)
+        if was != now:
+            raise TargetError(
+                f"{path} maps {now[0]} to {now[1]} features, and adapter {name!r} was made for {was[0]} to {was[1]}: it was "
+                "resized since; resize a model, as resize_token_embeddings does, before it gets adapters"
+            )
 
     def check_stored(self, names: Iterable[str]) -> None:
         """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""

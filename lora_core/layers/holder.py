@@ -140,7 +140,11 @@ class AdapterHolder(nn.Module):
 
     def activate(self, names: Iterable[str]) -> None:
         """Makes the forward apply those of `names` that are on this layer."""
-        self.lora_active = tuple(name for name in names if name in self.lora_scaling)
+        self.lora_active = self.present(names)
+
+    def present(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of `names` that are on this layer."""
+        return tuple(name for name in names if name in self.lora_scaling)
 
     def trained(self, name: str) -> Iterator[nn.Parameter]:
         """What is trained of an adapter: A, B, and the magnitude and bias if it has them."""

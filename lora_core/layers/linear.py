@@ -121,7 +121,7 @@ class Lora4bit(LoraLinear):
 
     def fold_packed(self, names: Iterable[str]) -> Cost:
         """`fold` into a 4-bit weight of the same format; returns what packing lost of the update."""
-        names = tuple(name for name in names if name in self.lora_scaling)
+        names = self.present(names)
         exact, bias, base = self.folded_weight(names), self.folded_bias(names), self.dense_weight()
         before = self.weight, self._parameters.get("bias"), torch.uint8
         self.weight = repack(self, exact)
