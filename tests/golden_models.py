@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core import (
     LoraConfig,
@@ -106,7 +106,7 @@ def model_facts(name: str) -> dict[str, Any]:
     found = {"said": said, "state": _state(model), "parameters": repr(count_parameters(model))}
     found["adapters"] = {adapter: _adapter_facts(model, name, adapter) for adapter in MODELS[name].adapters}
     with disable_adapters(model):
-        found["disabled"] = torch.equal(tiny.logits(model), base)
+        found["disabled"] = _same(tiny.logits(model), base)
     if len(MODELS[name].adapters) > 1:
         found["together"] = _together(model)
     report = outcome(partial(merge_and_unload, model))
@@ -137,10 +137,15 @@ def _adapter_facts(model: nn.Module, name: str, adapter: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved["loading"] = str(load_adapter(other, directory))
-        saved["loads"] = torch.equal(tiny.logits(other), tiny.logits(model))
+        saved["loads"] = _same(tiny.logits(other), tiny.logits(model))
         save_adapter(other, Path(directory) / "again")
         saved["again"] = digest((Path(directory) / "again" / FILES[1]).read_bytes()) == saved["weights"]
     return found | {"saved": saved}
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether these are the same but for rounding, which may differ with the memory that a kernel reads."""
+    return bool((found - expected).norm() <= 1e-5 * expected.norm())
 
 
 def _together(model: nn.Module) -> dict[str, Any]:
