@@ -100,7 +100,6 @@ def build(kind: str, base: str) -> nn.Module:
     """A model of one layer."""
     model = nn.Module()
     model.layer = KINDS[kind].build()
-    model.forward = model.layer.forward
     fill(dict(model.named_parameters()))
     model.to(BASES[base].dtype).eval()
     if BASES[base].packed:

@@ -18,12 +18,13 @@ import pytest
 from tests.golden_api import api_facts
 from tests.golden_layers import BASES, KINDS, layer_facts
 from tests.golden_models import MODELS, model_facts
+from tests.golden_starts import start_facts
 
 DIRECTORY = Path(__file__).with_name("golden")
 #: A text that is longer is kept once.
 LONG = 24
 #: {file: how to find out what is in it now}
-FACTS: dict[str, Callable[[], dict[str, Any]]] = {"api": api_facts}
+FACTS: dict[str, Callable[[], dict[str, Any]]] = {"api": api_facts, "starts": start_facts}
 FACTS |= {f"layer-{kind.replace(' ', '-')}": partial(layer_facts, kind) for kind in KINDS}
 FACTS |= {f"model-{name.replace(' ', '-')}": partial(model_facts, name) for name in MODELS}
 
