@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.files import to_safetensors
-from lora_core.shards import Entry, new_directory, write_index, write_shard
+from lora_core.files.disk import to_safetensors
+from lora_core.files.shards import Entry, new_directory, write_index, write_shard
 
 #: The shape of TinyLlama 1.1B.
 LLAMA_1B = {

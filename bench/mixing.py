@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import LoraConfig, inject, mixed_batch, set_adapter
-from lora_core.registry import adapter_parameters
-from lora_core.storage import adapter_tensors
+from lora_core.files.storage import adapter_tensors
+from lora_core.model.registry import adapter_parameters
 
 from .measure import Measure
 from .models import ALL_LINEAR, R, minilm, sentences

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import LoraConfig, inject, quantize_nf4
-from lora_core.nf4 import bitsandbytes
-from lora_core.storage import adapter_tensors
+from lora_core.bases.nf4 import bitsandbytes
+from lora_core.files.storage import adapter_tensors
 
 from .measure import Disagreement
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.files import write_whole
+from lora_core.files.disk import write_whole
 
 from .measure import Measure, Ratio
 

@@ -22,8 +22,8 @@ def main(candidate: str, base: str, adapter: str, output: str) -> None:
 
 
 def _ours(base: str, adapter: str, output: str):
-    from lora_core.heap import keep_freed_memory
-    from lora_core.stream import merge_checkpoint
+    from lora_core.cpu.heap import keep_freed_memory
+    from lora_core.deploy.stream import merge_checkpoint
 
     keep_freed_memory()  # as the command does
     return lambda: merge_checkpoint(base, [adapter], output)

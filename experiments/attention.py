@@ -3,7 +3,7 @@
     use_fast_attention(model)
 
 torch's `scaled_dot_product_attention` has no fused kernel for a CPU that drops attention weights, and its plain path
-draws a double for each of them. This is that path with the masks of `lora_core.dropout`. Without dropout, on a GPU, or
+draws a double for each of them. This is that path with the masks of `lora_core.cpu.dropout`. Without dropout, on a GPU, or
 with what it does not know (softcap, position biases, causal masks left implicit) it is "sdpa" itself.
 """
 
@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lora_core.dropout import dropout as fast_dropout
+from lora_core.cpu.dropout import dropout as fast_dropout
 
 NAME = "fast_dropout_attention"
 #: Options of transformers' attention functions that this one leaves to "sdpa".

@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.errors import AdapterFormatError
-from lora_core.files import read_safetensors, to_safetensors
-from lora_core.shards import new_directory
+from lora_core.files.disk import read_safetensors, to_safetensors
+from lora_core.files.shards import new_directory
 
 from .errors import ExperimentError
 from .record import file_hash, read_json, write_json

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lora_core import command_line
+from lora_core.cli import command_line
 from lora_core.errors import LoraError
 
 from .stopping import Stopped, handled_by, raise_stopped

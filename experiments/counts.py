@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lora_core.config import ALL_LINEAR
+from lora_core.spec.config import ALL_LINEAR
 
 from .models import PROJECTIONS
 

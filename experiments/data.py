@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_core.files import is_directory
+from lora_core.files.disk import is_directory
 
 from . import hub
 from .errors import ExperimentError

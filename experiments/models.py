@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.files import expanded, is_directory
-from lora_core.targets import is_head
+from lora_core.files.disk import expanded, is_directory
+from lora_core.spec.targets import is_head
 
 from . import hub
 from .data import LABELS

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_core.files import is_file
+from lora_core.files.disk import is_file
 
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError

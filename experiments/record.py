@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.files import write_whole
+from lora_core.files.disk import write_whole
 
 from .errors import ExperimentError
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_core.files import write_whole
+from lora_core.files.disk import write_whole
 
 from . import claims, measured
 from .command import Parser, leave_out_unused, run

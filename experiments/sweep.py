@@ -209,7 +209,7 @@ def row(setting: Setting, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the table, whole or not at all."""
-    from lora_core.files import write_whole
+    from lora_core.files.disk import write_whole
 
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -29,11 +29,11 @@ from lora_core import (
     use_fast_dropout,
     use_fast_linear,
 )
-from lora_core.adapters import ParameterCount
-from lora_core.config import ALL_LINEAR
-from lora_core.heap import keep_few_shapes
-from lora_core.probe import save_probe
-from lora_core.targets import is_head
+from lora_core.cpu.heap import keep_few_shapes
+from lora_core.deploy.probe import save_probe
+from lora_core.model.adapters import ParameterCount
+from lora_core.spec.config import ALL_LINEAR
+from lora_core.spec.targets import is_head
 
 from . import checkpoints, record
 from .attention import use_fast_attention

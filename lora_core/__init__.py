@@ -6,10 +6,12 @@
     save_adapter(model, "out/")                               # PEFT's files
     merge_and_unload(model)                                   # plain modules again
 
-To read the source, start at `functional.py`, then `layers/linear.py`, then `inject.py`.
+To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/linear.py`, then `model/inject.py`.
 """
 
-from .adapters import (
+from .errors import LoraError
+from .files.storage import load_adapter, save_adapter
+from .model.adapters import (
     ParameterCount,
     base_weight_bytes,
     count_parameters,
@@ -23,19 +25,16 @@ from .adapters import (
     trainable_parameters,
     unload,
 )
-from .calibrate import EvaReport, LoftqReport, initialize_eva, initialize_loftq
-from .combine import CombineReport, combine_adapters
-from .config import LoraConfig
-from .dropout import use_fast_dropout
-from .errors import LoraError
-from .extract import ExtractReport, extract_adapter
-from .inject import InjectionReport, inject
-from .merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
-from .mixed import mixed_batch
-from .products import use_fast_linear
-from .quantize import QuantizationReport, quantize_nf4
-from .sharding import packed_parameters
-from .storage import load_adapter, save_adapter
+from .model.calibrate import EvaReport, LoftqReport, initialize_eva, initialize_loftq
+from .model.combine import CombineReport, combine_adapters
+from .model.extract import ExtractReport, extract_adapter
+from .model.fast import use_fast_dropout, use_fast_linear
+from .model.inject import InjectionReport, inject
+from .model.merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
+from .model.mixed import mixed_batch
+from .model.quantize import QuantizationReport, quantize_nf4
+from .model.sharding import packed_parameters
+from .spec.config import LoraConfig
 
 __all__ = [
     "CombineReport",

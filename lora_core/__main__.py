@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import Parser, finite, run, tolerance
+from .cli.command_line import Parser, finite, run, tolerance
 
 DTYPES = ("float32", "float16", "bfloat16")
 BASES = ("original", "nf4-dequantized", "nf4")
@@ -148,7 +148,7 @@ def _tolerance(p: Parser, when: str = "") -> None:
 
 def call(args: argparse.Namespace) -> int:
     """Does what the arguments say; returns the exit code."""
-    from . import commands  # after the arguments have been checked: what follows takes seconds to import
+    from .cli import commands  # after the arguments have been checked: what follows takes seconds to import
 
     commands.quieten()
     return getattr(commands, args.command)(args)

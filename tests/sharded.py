@@ -25,7 +25,7 @@ from lora_core import (
     set_adapter,
     trainable_parameters,
 )
-from lora_core.storage import adapter_tensors
+from lora_core.files.storage import adapter_tensors
 from tests import tiny
 
 KINDS = {"dense": {}, "nf4": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}

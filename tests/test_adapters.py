@@ -29,7 +29,7 @@ from lora_core import (
     unmerge_adapter,
 )
 from lora_core.errors import AdapterExistsError, ConfigError, MergeError, MixedBatchError, UnknownAdapterError
-from lora_core.registry import registry_of
+from lora_core.model.registry import registry_of
 
 X = tiny.batch()
 

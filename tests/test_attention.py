@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from experiments import attention
-from lora_core import dropout as engine
+from lora_core.cpu import dropout as engine
 
 B, H, T, D = 3, 2, 7, 8
 

@@ -26,6 +26,7 @@ from experiments import data, hub, predict, sst2
 from experiments.errors import ExperimentError
 from lora_core import LoraConfig, LoraError, inject, load_adapter, save_adapter
 from lora_core.__main__ import main as lora_core_main
+from lora_core.deploy.updates import read_updates
 from lora_core.errors import (
     AdapterExistsError,
     AdapterFileMissingError,
@@ -36,8 +37,7 @@ from lora_core.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
-from lora_core.storage import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
-from lora_core.updates import read_updates
+from lora_core.files.storage import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
 
 SECONDS = 5.0
 

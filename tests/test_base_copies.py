@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_merge_doors import MODELS, build, close, names_of, reloaded
 
 from lora_core import load_adapter, unload
-from lora_core.convert import convert_adapter
+from lora_core.deploy.convert import convert_adapter
+from lora_core.deploy.inspection import inspect_adapter
+from lora_core.deploy.stream import merge_checkpoint
 from lora_core.errors import LoraError, WrongBaseError
-from lora_core.inspection import inspect_adapter
-from lora_core.stream import merge_checkpoint
 
 FILE = "adapter_model.safetensors"
 

@@ -26,7 +26,7 @@ from lora_core.errors import (
     QuantizationError,
     UnknownAdapterError,
 )
-from lora_core.registry import find_adapter
+from lora_core.model.registry import find_adapter
 
 
 def batches(count=3, rows=40):

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import checkpoints
-from lora_core.checkpoint import DTYPES, INDEX_FILE, open_checkpoint, read_header
 from lora_core.errors import CheckpointError, OutputError
-from lora_core.shards import NAMES, Entry, new_directory, write_shard
+from lora_core.files.checkpoint import DTYPES, INDEX_FILE, open_checkpoint, read_header
+from lora_core.files.shards import NAMES, Entry, new_directory, write_shard
 
 
 @pytest.fixture

@@ -31,11 +31,11 @@ from lora_core import (
     trainable_parameters,
     unmerge_adapter,
 )
-from lora_core.combine import METHODS
 from lora_core.errors import AdapterExistsError, ConfigError, MergeError, UnknownAdapterError
-from lora_core.pruning import PRUNING
-from lora_core.registry import copies_of, find_adapter
-from lora_core.storage import adapter_tensors
+from lora_core.files.storage import adapter_tensors
+from lora_core.maths.pruning import PRUNING
+from lora_core.model.combine import METHODS
+from lora_core.model.registry import copies_of, find_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_core.command_line import run, show
+from lora_core.cli.command_line import run, show
 from lora_core.errors import CheckFailedError, ConfigError
 
 

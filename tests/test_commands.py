@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quantize_nf4, save_adapter
 from lora_core.__main__ import main
+from lora_core.bases.nf4 import dequantize, is_quantized
+from lora_core.deploy.inspection import inspect_adapter
+from lora_core.deploy.probe import PROBE_FILE, read_probe, save_probe
+from lora_core.deploy.recipe import BASES
 from lora_core.errors import ConfigError
-from lora_core.inspection import inspect_adapter
-from lora_core.nf4 import dequantize, is_quantized
-from lora_core.probe import PROBE_FILE, read_probe, save_probe
-from lora_core.recipe import BASES
-from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
 
 COMMANDS = ("inspect", "merge", "verify", "combine", "extract", "convert")
 INPUTS = {"input_ids": tiny.TOKENS, "attention_mask": torch.ones_like(tiny.TOKENS)}

@@ -26,11 +26,11 @@ from lora_core import (
     trainable_parameters,
     unload,
 )
-from lora_core.copies import original_of
+from lora_core.deploy.recipe import Recipe
+from lora_core.deploy.stream import merge_checkpoint
 from lora_core.errors import MergeError, TargetError
-from lora_core.recipe import Recipe
-from lora_core.registry import copies_of
-from lora_core.stream import merge_checkpoint
+from lora_core.model.copies import original_of
+from lora_core.model.registry import copies_of
 
 X = tiny.batch()
 HEAD = {"r": 2, "target_modules": ["q"], "modules_to_save": ["classifier"]}

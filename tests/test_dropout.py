@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_core import use_fast_dropout
-from lora_core.dropout import FastDropout, draw_keep_mask, dropout, same_keep_mask
+from lora_core.cpu.dropout import FastDropout, draw_keep_mask, dropout, same_keep_mask
 
 
 def test_it_zeroes_and_rescales_and_the_gradient_uses_the_same_mask():

@@ -25,10 +25,10 @@ from lora_core import (
     set_adapter,
     unload,
 )
+from lora_core.bases.nf4 import dequantize
 from lora_core.errors import AdapterExistsError, ConfigError, MergeError, TargetError
-from lora_core.nf4 import dequantize
-from lora_core.registry import find_adapter
-from lora_core.storage import adapter_tensors
+from lora_core.files.storage import adapter_tensors
+from lora_core.model.registry import find_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 

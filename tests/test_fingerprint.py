@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, quantize_nf4, save_adapter
 from lora_core.errors import AdapterFormatError, WrongBaseError
-from lora_core.files import read_safetensors, to_safetensors
-from lora_core.fingerprint import SAMPLES, describe_dense, difference, fingerprint
-from lora_core.storage import FINGERPRINT, WEIGHTS_FILE
+from lora_core.files.disk import read_safetensors, to_safetensors
+from lora_core.files.fingerprint import SAMPLES, describe_dense, difference, fingerprint
+from lora_core.files.storage import FINGERPRINT, WEIGHTS_FILE
 
 CONFIG = LoraConfig(r=4, target_modules=["q", "v"])
 

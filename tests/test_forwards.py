@@ -25,10 +25,10 @@ from lora_core import (
     use_fast_dropout,
     use_fast_linear,
 )
-from lora_core.dropout import FastDropout
+from lora_core.cpu.dropout import FastDropout
+from lora_core.cpu.products import FastLinear
 from lora_core.errors import OffloadedError, TargetError
-from lora_core.products import FastLinear
-from lora_core.storage import adapter_tensors
+from lora_core.files.storage import adapter_tensors
 
 X = tiny.batch()
 SETTINGS = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}

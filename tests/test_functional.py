@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import functional
-from lora_core.functional import dora_factor, fold_, lora_linear
-from lora_core.products import frozen_linear
+from lora_core.cpu.products import frozen_linear
+from lora_core.maths import lora as functional
+from lora_core.maths.lora import dora_factor, fold_, lora_linear
 
 D_IN, D_OUT, R, SCALING = 13, 7, 3, 0.75
 

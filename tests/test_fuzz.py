@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_core import LoraConfig, LoraError, inject, load_adapter, save_adapter, unload
-from lora_core.functional import lora_linear
-from lora_core.patterns import END, LENGTH, MAX_SECONDS, WHOLE, expression_of, matches, refusal
-from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE
-from lora_core.updates import read_updates
+from lora_core.deploy.updates import read_updates
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
+from lora_core.maths.lora import lora_linear
+from lora_core.spec.patterns import END, LENGTH, MAX_SECONDS, WHOLE, expression_of, matches, refusal
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=150)  # the same examples everywhere, on any machine
 

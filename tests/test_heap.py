@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from experiments import heap
-from lora_core import products
-from lora_core.heap import SHAPES, keep_few_shapes
+from lora_core.cpu import products
+from lora_core.cpu.heap import SHAPES, keep_few_shapes
 
 CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 #: Prints by how many bytes a process grows that multiplies matrices of 240 heights.
 MANY_SHAPES = """
 import random, sys, torch
-from lora_core.heap import keep_few_shapes
+from lora_core.cpu.heap import keep_few_shapes
 
 def resident_bytes():
     with open("/proc/self/statm") as file:

@@ -20,9 +20,9 @@ from lora_core import (
     unload,
 )
 from lora_core.errors import AdapterExistsError
-from lora_core.initializers import start
+from lora_core.files.storage import read_adapter
 from lora_core.layers import LoraLayer
-from lora_core.storage import read_adapter
+from lora_core.methods.start import start
 
 D_IN, D_OUT, R, SCALING = 40, 24, 6, 0.7
 FROM_THE_WEIGHT = ("pissa", "pissa_niter_8", "olora")

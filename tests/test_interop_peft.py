@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, merge_and_unload, save_adapter, unmerge_adapter
-from lora_core.config_file import NEUTRAL_FIELDS
 from lora_core.errors import AdapterFormatError, MergeError
+from lora_core.files.config import NEUTRAL_FIELDS
+from lora_core.files.storage import adapter_tensors, read_adapter
 from lora_core.layers import LoraLayer
-from lora_core.storage import adapter_tensors, read_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = [

@@ -205,7 +205,7 @@ def test_an_interrupted_merge_adds_nothing_twice():
 
 
 def test_the_last_steps_tell_whether_they_are_done():
-    from lora_core.atomic import LastSteps
+    from lora_core.model.atomic import LastSteps
 
     for interrupted_at in range(5):
         tensors, steps = [torch.zeros(2), torch.zeros(2)], LastSteps()
@@ -221,7 +221,7 @@ def test_the_last_steps_tell_whether_they_are_done():
 
 
 def test_an_interruption_while_things_are_put_back_waits():
-    from lora_core.atomic import insist
+    from lora_core.model.atomic import insist
 
     calls = []
 

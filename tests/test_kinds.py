@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
+from lora_core.bases.nf4 import dequantize
 from lora_core.errors import MergeError
 from lora_core.layers import lora_class
-from lora_core.nf4 import dequantize
 
 
 class Kind(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core.lowrank import EXACT_SIDE, best_of_matrix, best_of_product
+from lora_core.maths.lowrank import EXACT_SIDE, best_of_matrix, best_of_product
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lora_core import LoraConfig, LoraError, delete_adapter, inject, share_dropout_masks, unload
-from lora_core.masks import same_shared_mask
+from lora_core.cpu.masks import same_shared_mask
 
 
 class Siblings(nn.Module):
@@ -309,7 +309,7 @@ def test_real_models_share_in_attention(settings):
     inject(model, config)
     assert share_dropout_masks(model) == 6
     drawn = []
-    import lora_core.masks as engine
+    import lora_core.cpu.masks as engine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "draw_keep_mask", lambda *a, f=engine.draw_keep_mask: drawn.append(a) or f(*a))

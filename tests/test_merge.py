@@ -23,7 +23,7 @@ from lora_core import (
     unmerge_adapter,
 )
 from lora_core.errors import MergeError
-from lora_core.registry import registry_of
+from lora_core.model.registry import registry_of
 
 X = tiny.batch()
 

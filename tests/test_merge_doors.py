@@ -25,12 +25,12 @@ from lora_core import (
     save_adapter,
 )
 from lora_core.__main__ import main
+from lora_core.deploy.inspection import inspect_adapter
+from lora_core.deploy.recipe import BASES, Recipe
+from lora_core.deploy.stream import merge_checkpoint
+from lora_core.deploy.updates import read_updates
 from lora_core.errors import ConfigError, MergeError, WrongBaseError
-from lora_core.inspection import inspect_adapter
-from lora_core.loss import cost, describe_loss
-from lora_core.recipe import BASES, Recipe
-from lora_core.stream import merge_checkpoint
-from lora_core.updates import read_updates
+from lora_core.maths.loss import cost, describe_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning")
 
@@ -170,7 +170,7 @@ def test_what_is_trained_whole_is_merged_as_it_was_trained(name, settings, tmp_p
 @pytest.mark.parametrize("transformers_knows", [True, False])
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
 def test_masked_language_models(kind, transformers_knows, tmp_path, monkeypatch):
-    from lora_core import placement
+    from lora_core.deploy import placement
 
     config = getattr(transformers, f"{kind}Config")
     small = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 99}
@@ -223,7 +223,7 @@ def test_a_check_runs_whatever_is_merged_into(name, base_as, tmp_path, capsys):
 
 
 def test_a_side_comparison_that_fails_is_not_measured(tmp_path, capsys, monkeypatch):
-    from lora_core import check
+    from lora_core.deploy import check
 
     qlora("llama", tmp_path)
     deviation = check._deviation
@@ -257,7 +257,7 @@ def test_a_check_runs_encoder_decoders(base_as, tmp_path, capsys):
 
 @pytest.mark.parametrize("which", ["adapted", "merged"])
 def test_a_model_that_cannot_be_run_fails_the_check_in_one_line(which, tmp_path, capsys, monkeypatch):
-    from lora_core import check
+    from lora_core.deploy import check
 
     qlora("llama", tmp_path)
     calls, run_probe = [], check.run_probe

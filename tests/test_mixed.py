@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_core import LoraConfig, disable_adapters, inject, merge_adapter, mixed_batch, quantize_nf4, set_adapter
 from lora_core.errors import MergeError, MixedBatchError, UnknownAdapterError
-from lora_core.registry import copies_of, registry_of
+from lora_core.model.registry import copies_of, registry_of
 
 #: Adapters that differ in all that a row can differ in: rank, scaling, layers, variant, start.
 VARIANTS = {

@@ -7,9 +7,9 @@ import transformers
 from safetensors.torch import load_file
 
 from lora_core import LoraConfig, inject, quantize_nf4, save_adapter
+from lora_core.deploy.recipe import BASES, NF4, Recipe
+from lora_core.deploy.stream import merge_checkpoint
 from lora_core.errors import WrongBaseError
-from lora_core.recipe import BASES, NF4, Recipe
-from lora_core.stream import merge_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning")
 

@@ -20,10 +20,10 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
+from lora_core.bases.nf4 import dequantize, is_quantized, parameter_bytes, to_dense
 from lora_core.errors import LoraError, MissingDependencyError, QuantizationError, TargetError
 from lora_core.layers import LoraLayer
-from lora_core.nf4 import dequantize, is_quantized, parameter_bytes, to_dense
-from lora_core.registry import adapter_parameters
+from lora_core.model.registry import adapter_parameters
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -333,7 +333,7 @@ def test_twice_is_an_error():
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
-    from lora_core import nf4
+    from lora_core.bases import nf4
 
     nf4.bitsandbytes.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)

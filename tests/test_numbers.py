@@ -18,15 +18,15 @@ from lora_core import (
     save_adapter,
 )
 from lora_core.__main__ import main
-from lora_core.check import check_merge
-from lora_core.checkpoint import open_checkpoint
-from lora_core.convert import convert_adapter
+from lora_core.deploy.check import check_merge
+from lora_core.deploy.convert import convert_adapter
+from lora_core.deploy.probe import save_probe
+from lora_core.deploy.recipe import Recipe
+from lora_core.deploy.stream import StreamMerge
+from lora_core.deploy.updates import read_updates
+from lora_core.deploy.verification import verify
 from lora_core.errors import ConfigError, LoraError
-from lora_core.probe import save_probe
-from lora_core.recipe import Recipe
-from lora_core.stream import StreamMerge
-from lora_core.updates import read_updates
-from lora_core.verification import verify
+from lora_core.files.checkpoint import open_checkpoint
 
 NOT_FINITE = [math.nan, math.inf, -math.inf, "1", True, [1.0], 10**400]
 SMALL = {**tiny.SMALL, "num_key_value_heads": 2}

@@ -23,9 +23,9 @@ from lora_core import (
     use_fast_dropout,
     use_fast_linear,
 )
+from lora_core.bases.nf4 import dense_dtype, dequantize
 from lora_core.errors import QuantizationError
-from lora_core.nf4 import dense_dtype, dequantize
-from lora_core.registry import registry_of
+from lora_core.model.registry import registry_of
 
 X = tiny.batch()
 

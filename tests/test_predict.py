@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import predict
-from lora_core.nf4 import is_quantized
+from lora_core.bases.nf4 import is_quantized
 
 
 @pytest.fixture

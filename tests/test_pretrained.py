@@ -12,9 +12,9 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from lora_core import pretrained
 from lora_core.errors import CheckpointError, MissingDependencyError
-from lora_core.pretrained import find_base, load_model, tokenize
+from lora_core.integrations import pretrained
+from lora_core.integrations.pretrained import find_base, load_model, tokenize
 
 
 @pytest.fixture

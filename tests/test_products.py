@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core import LoraConfig, inject, merge_and_unload, products, quantize_nf4, unload, use_fast_linear
+from lora_core import LoraConfig, inject, merge_and_unload, quantize_nf4, unload, use_fast_linear
+from lora_core.cpu import products
+from lora_core.cpu.products import FastLinear, faster_by_onednn, frozen_linear, product, tall_product
 from lora_core.errors import SecondDerivativeError
 from lora_core.layers.linear import LoraFastLinear
-from lora_core.products import FastLinear, faster_by_onednn, frozen_linear, product, tall_product
 
 
 @pytest.fixture(params=["torch", "onednn"])

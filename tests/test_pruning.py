@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 
-from lora_core.pruning import MAJORITIES, PRUNING, Rule
+from lora_core.maths.pruning import MAJORITIES, PRUNING, Rule
 
 
 def combine(updates, method, density=1.0, majority="total", seed=0):

@@ -16,8 +16,8 @@ from experiments.errors import ExperimentError
 from lora_core import LoraConfig, LoraError, inject, load_adapter, save_adapter
 from lora_core.__main__ import main
 from lora_core.errors import CheckpointError
-from lora_core.pretrained import load_model, tokenize
-from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
+from lora_core.integrations.pretrained import load_model, tokenize
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("lora_core", "experiments") for path in (ROOT / package).rglob("*.py"))
@@ -53,7 +53,7 @@ def test_models_are_loaded_without_code_of_their_own(path):
 
 
 def test_code_of_a_models_own_is_declined_and_not_asked_about():
-    from lora_core import pretrained
+    from lora_core.integrations import pretrained
 
     for settings in (models.LOCAL, pretrained.LOCAL):
         assert settings == {"local_files_only": True, "trust_remote_code": False}

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from lora_core import LoraConfig, inject, mixed_batch, quantize_nf4, set_adapter
-from lora_core.registry import adapter_parameters
+from lora_core.model.registry import adapter_parameters
 
 SIXTEEN = [torch.float16, torch.bfloat16]
 
@@ -104,7 +104,7 @@ def test_4_bit_layers(dtype, use_dora, compute):
     model = nn.ModuleDict({"layer": nn.Linear(64, 64)}).to(dtype)
     quantize_nf4(model, compute_dtype=compute)
     exact = nn.ModuleDict({"layer": nn.Linear(64, 64)}).double()
-    from lora_core.nf4 import dequantize
+    from lora_core.bases.nf4 import dequantize
 
     with torch.no_grad():
         exact["layer"].weight.copy_(dequantize(model["layer"], dtype).double())

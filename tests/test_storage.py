@@ -21,8 +21,8 @@ from lora_core.errors import (
     MergeError,
     UnknownAdapterError,
 )
-from lora_core.registry import adapter_parameters, find_adapter
-from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
+from lora_core.model.registry import adapter_parameters, find_adapter
 
 X = tiny.batch()
 FULL = {

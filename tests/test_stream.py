@@ -19,15 +19,15 @@ from torch import nn
 
 from bench import checkpoints
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quantize_nf4, save_adapter
-from lora_core.checkpoint import INDEX_FILE
+from lora_core.bases.nf4 import dequantize, is_quantized
+from lora_core.deploy.probe import run_probe, save_probe
+from lora_core.deploy.recipe import BASES, Recipe
+from lora_core.deploy.stream import merge_checkpoint
+from lora_core.deploy.updates import read_updates
 from lora_core.errors import AdapterFormatError, CheckpointError, ConfigError, LoraError, MergeError, WrongBaseError
+from lora_core.files.checkpoint import INDEX_FILE
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
 from lora_core.layers import LoraLayer
-from lora_core.nf4 import dequantize, is_quantized
-from lora_core.probe import run_probe, save_probe
-from lora_core.recipe import BASES, Recipe
-from lora_core.storage import CONFIG_FILE, WEIGHTS_FILE
-from lora_core.stream import merge_checkpoint
-from lora_core.updates import read_updates
 
 ROOT = Path(__file__).parents[1]
 RENAMED = "vit"  # transformers 5 gives its tensors other names in files than in memory
@@ -408,7 +408,7 @@ def test_gpt2_has_no_nf4_form(tmp_path):
 KILLER = """
 import os, random, signal, sys, time
 import torch
-from lora_core.stream import merge_checkpoint
+from lora_core.deploy.stream import merge_checkpoint
 torch.set_num_threads(1)
 base, adapter, root = sys.argv[1:]
 
@@ -467,7 +467,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, limit):
 
 
 def test_a_polite_end_removes_what_was_begun(tmp_path):
-    code = "import signal, sys, time\nfrom pathlib import Path\nfrom lora_core.shards import new_directory\n"
+    code = "import signal, sys, time\nfrom pathlib import Path\nfrom lora_core.files.shards import new_directory\n"
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
     code += (
         "with new_directory(Path(sys.argv[1])) as d:\n    (d / 'x').write_text('x')\n    print(flush=True)\n    time.sleep(60)"
@@ -503,7 +503,7 @@ def copy_time(base, target):
 
 def arithmetic_time(base, adapter):
     """Seconds to read every adapted weight, add its update in float32 and cast it, in torch's own operations."""
-    from lora_core.checkpoint import open_checkpoint
+    from lora_core.files.checkpoint import open_checkpoint
 
     tensors, start = open_checkpoint(base).tensors, time.perf_counter()
     for update in read_updates(adapter).layers.values():

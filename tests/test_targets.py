@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_core import LoraConfig
 from lora_core.errors import TargetError
-from lora_core.targets import match_patterns, match_saved_modules, select_targets
+from lora_core.spec.targets import match_patterns, match_saved_modules, select_targets
 
 PATHS = [f"encoder.layer.{i}.{name}" for i in range(3) for name in ("q_lin", "v_lin", "ffn.lin1", "norm")] + ["classifier"]
 LINEAR = [p for p in PATHS if "norm" not in p]

@@ -25,7 +25,7 @@ from lora_core import (
     unload,
 )
 from lora_core.errors import MixedBatchError
-from lora_core.registry import registry_of
+from lora_core.model.registry import registry_of
 
 
 def with_variants(architecture, bits=32):

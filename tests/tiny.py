@@ -178,7 +178,7 @@ def batch(dtype=torch.float32, tokens=5):
 
 def randomize(model, adapter="default", seed=3):
     """Gives the adapter random values everywhere, so that nothing about it is zero."""
-    from lora_core.registry import adapter_parameters
+    from lora_core.model.registry import adapter_parameters
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

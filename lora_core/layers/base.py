@@ -17,10 +17,10 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
+from ..bases.forwards import refuse_offloaded, stored_entry, stored_weight
 from ..errors import MergeError, TargetError
-from ..forwards import refuse_offloaded, stored_entry, stored_weight
-from ..functional import dora_factor, fold_
-from ..loss import Cost, cost
+from ..maths.lora import dora_factor, fold_
+from ..maths.loss import Cost, cost
 from .holder import AdapterHolder
 from .rows import RowAdapters, check_rows
 

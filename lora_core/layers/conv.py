@@ -11,7 +11,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import update_dtype
+from ..maths.lora import update_dtype
 from .base import LoraLayer
 
 

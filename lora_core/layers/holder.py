@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..bases.forwards import change_class, execution_device, stored_entry
 from ..errors import MergeError
-from ..forwards import change_class, execution_device, stored_entry
-from ..initializers import start
+from ..methods.start import start
 
 #: The modules that hold an adapter's tensors on a layer, each by adapter name.
 TABLES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude", "lora_bias")

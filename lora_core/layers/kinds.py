@@ -7,8 +7,8 @@ import importlib
 
 from torch import nn
 
-from ..nf4 import is_quantized
-from ..products import FastLinear
+from ..bases.nf4 import is_quantized
+from ..cpu.products import FastLinear
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import Draw, lora_linear, lora_product, update_dtype
-from ..loss import Cost, cost
-from ..nf4 import (
+from ..bases.nf4 import (
     compute_dtypes,
     dense_dtype,
     dequantize,
@@ -24,7 +22,9 @@ from ..nf4 import (
     repack,
     set_dense_dtype,
 )
-from ..products import FastLinear, fast_linear, product
+from ..cpu.products import FastLinear, fast_linear, product
+from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
+from ..maths.loss import Cost, cost
 from .base import LoraLayer, Product
 from .rows import RowAdapters
 

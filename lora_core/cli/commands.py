@@ -1,0 +1,180 @@
+"""The commands of `python -m lora_core`: each calls the library with its arguments, prints, and returns the exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..cpu.heap import keep_freed_memory
+from ..deploy.inspection import inspect_adapter
+from ..deploy.recipe import Recipe
+from ..deploy.stream import StreamMerge
+from ..deploy.updates import read_updates
+from ..errors import CheckFailedError, CheckpointError, ConfigError
+from ..files.checkpoint import open_checkpoint
+from ..files.disk import expanded, is_directory
+from ..files.shards import check_free, new_directory
+from ..files.storage import load_adapter, read_adapter, save_adapter
+from ..spec.config import ALL_LINEAR, LoraConfig
+from .command_line import CHECK_FAILED, DONE, show
+
+
+def inspect(args: Namespace) -> int:
+    show(inspect_adapter(args.adapter), args.json)
+    return DONE
+
+
+def merge(args: Namespace) -> int:
+    if args.tolerance is not None and not args.check:
+        raise ConfigError("--tolerance is for --check; give that too")
+    check_free(args.output)
+    keep_freed_memory()
+    texts = _lines(args.check) if isinstance(args.check, str) else None
+    weights = tuple(args.weights) if args.weights else None
+    recipe = Recipe(_dtype(args.dtype), args.base_as, weights, allow_loss=args.allow_loss)
+    adapters = [read_updates(path) for path in args.adapters]
+    stream = StreamMerge(open_checkpoint(_base(args.base, args.adapters[0])), adapters, recipe)
+    deviations = []
+    with new_directory(args.output) as directory:
+        with _progress(stream.nbytes, "merging") as progress:
+            report = stream.write(directory, progress)
+        if args.check:
+            deviations = _checked(stream, directory, texts, args)
+    if args.json:
+        found = {"output": str(args.output), "base_as": stream.base_as, **asdict(report)}
+        show(found | {"check": [asdict(deviation) for deviation in deviations]}, as_json=True)
+        return DONE
+    print(f"{report}\nbase as {stream.base_as}; wrote {args.output}")
+    for deviation in deviations:
+        print(deviation)
+    return DONE
+
+
+def _checked(stream: StreamMerge, directory: Path, texts: list[str] | None, args: Namespace) -> list:
+    from ..deploy.check import check_merge  # builds models: transformers
+
+    try:
+        return check_merge(stream, directory, texts, args.tolerance)
+    except CheckFailedError as error:
+        measured = error.args[1] if len(error.args) > 1 else []
+        if args.json:
+            show({"output": None, "base_as": stream.base_as, "check": [asdict(d) for d in measured]}, as_json=True)
+        else:
+            print("\n".join(map(str, measured)))
+        raise
+
+
+def verify(args: Namespace) -> int:
+    from ..deploy.verification import verify
+
+    result = verify(args.adapter, _base(args.base, args.adapter), _dtype(args.dtype), args.tolerance)
+    show({**asdict(result), "passed": result.passed} if args.json else result, args.json)
+    return DONE if result.passed else CHECK_FAILED
+
+
+def combine(args: Namespace) -> int:
+    from ..deploy.basis import load_base
+    from ..model.combine import combine_adapters
+
+    if len(args.adapters) < 2:
+        raise ConfigError("give two or more adapters, each with --adapter")
+    check_free(args.output)
+    first = StreamMerge(open_checkpoint(_base(args.base, args.adapters[0])), [read_updates(args.adapters[0])])
+    model = load_base(first.base.directory, first.adapters, *first.trained_form())
+    names = [f"adapter{i}" for i in range(len(args.adapters))]
+    for name, directory in zip(names, args.adapters, strict=True):
+        load_adapter(model, directory, name)
+    weights = args.weights or [1.0] * len(names)
+    report = combine_adapters(model, names, weights, "combined", args.method, r=args.rank, density=args.density)
+    with new_directory(args.output) as directory:
+        save_adapter(model, directory, "combined")
+    show(report, args.json)
+    return DONE
+
+
+def extract(args: Namespace) -> int:
+    from ..integrations.pretrained import find_base, load_model
+    from ..model.extract import extract_adapter
+
+    if args.base is None:
+        raise ConfigError("name the base with --base")
+    check_free(args.output)
+    names = args.target_modules
+    targets = ALL_LINEAR if names == [ALL_LINEAR] else names
+    config = LoraConfig(
+        r=args.rank, lora_alpha=args.rank, target_modules=targets, task_type=args.task_type, base_model_name_or_path=args.base
+    )
+    tuned, base = (find_base(reference) for reference in (args.tuned, args.base))
+    dtype = open_checkpoint(base).tensors
+    dtype = next((t.dtype for t in dtype.values() if t.dtype.is_floating_point), torch.float32)
+    theirs = load_model(tuned, args.task_type, dtype, strict=False)
+    ours = load_model(base, args.task_type, dtype, strict=False, num_labels=getattr(theirs.config, "num_labels", 2))
+    report = extract_adapter(ours, theirs, config)
+    with new_directory(args.output) as directory:
+        save_adapter(ours, directory)
+    show(report, args.json)
+    return DONE
+
+
+def convert(args: Namespace) -> int:
+    from ..deploy.convert import convert_adapter
+
+    base = _base(args.base, args.adapter) if args.base else None
+    dtype = _dtype(args.dtype)
+    show(
+        convert_adapter(args.adapter, args.output, plain=args.plain, dtype=dtype, base=base, r=args.rank, initial=args.initial),
+        args.json,
+    )
+    return DONE
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _base(reference: str | None, adapter: Path) -> Path:
+    """The directory of the base that is given, or that the adapter's file names."""
+    reference = reference or read_adapter(adapter).config.base_model_name_or_path
+    if not reference:
+        raise ConfigError(f"{adapter} does not name its base; name it with --base")
+    if is_directory(expanded(reference)):
+        return expanded(reference)
+    from ..integrations.pretrained import find_base
+
+    return find_base(reference)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        texts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"--check: {path} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not texts:
+        raise CheckpointError(f"--check: {path} holds no text; put one on each line")
+    return texts
+
+
+@contextmanager
+def _progress(nbytes: int, what: str) -> Iterator:
+    """A bar on standard error, if that is a terminal and it takes more than a second."""
+    with tqdm(total=nbytes, desc=what, unit="B", unit_scale=True, delay=1, disable=None, file=sys.stderr, leave=False) as bar:
+        yield bar.update
+
+
+def quieten() -> None:
+    """Silences what the libraries say to their developers."""
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""An adapter without its model: merging over files, checking, inspecting, converting."""

@@ -1,0 +1,183 @@
+"""Does the merged model compute what the adapted one did? Both are run, whichever of the three bases was merged into.
+
+    nf4-dequantized   largest logit deviation 1.2e-06, 0.0 % of labels changed, layers off by at most 3.1e-07    <- merged
+    original          largest logit deviation 0.085, ...
+
+The adapted model is the yardstick: the base as the adapter was trained on it, with the adapter. All compute in float32, so
+that weights are compared and not arithmetic. A layer's error is |W' - (W + D)| / |D|, with W' the merged weight, W + D the
+adapted one and D the update: 1 means that the merge changed as much as the adapter did.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.nf4 import dequantize, is_quantized
+from ..errors import CheckFailedError, LoraError, one_line
+from ..files.storage import load_adapter
+from ..integrations.pretrained import in_float32, load_model, tokenize
+from ..model.adapters import set_adapter
+from ..model.registry import adapter_layers, find_adapter, registry_of
+from ..spec.config import check_tolerance
+from .basis import load_base
+from .probe import PROBE_FILE, read_probe, run_probe
+from .recipe import BASES, NF4
+from .stream import StreamMerge
+
+#: The largest deviation of a logit that passes, as a share of the largest logit, by what the weights were cast to: float32
+#: sums in another order; a rounding of each weight; a new quantisation, which can only be called a change of model.
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE_NF4 = 0.5
+RANDOM_SHAPE = (16, 32)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a merged model is from the adapted one.
+
+    Attributes:
+        base_as: what was merged into.
+        largest: the largest difference of a logit.
+        relative: the same, over the largest logit of the adapted model.
+        changed: share of the inputs whose label (largest logit) is another.
+        layers: {path: error of the layer's weight, as above}.
+        obstacle: why it could not be measured; None if it was.
+    """
+
+    base_as: str
+    largest: float = 0.0
+    relative: float = 0.0
+    changed: float = 0.0
+    layers: Mapping[str, float] | None = None
+    obstacle: str | None = None
+
+    def __str__(self) -> str:
+        if self.obstacle:
+            return f"{self.base_as:<16} not measured: {self.obstacle}"
+        return (
+            f"{self.base_as:<16} largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit), "
+            f"{self.changed:.1%} of labels changed, layers off by at most {max((self.layers or {}).values(), default=0):.2g}"
+        )
+
+
+def probe_inputs(merge: StreamMerge, texts: Sequence[str] | None) -> dict[str, Tensor]:
+    """What to run: the given texts, else the inputs that an adapter carries, else random token ids."""
+    directories = [*(adapter.directory for adapter in merge.adapters), merge.base.directory]
+    probe = next((a.directory for a in merge.adapters if (a.directory / PROBE_FILE).is_file()), None)
+    if texts is None and probe is not None:
+        return read_probe(probe).inputs
+    inputs = _random_inputs(merge) if texts is None else tokenize(directories, texts)
+    if merge.base.config.get("is_encoder_decoder"):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+def _random_inputs(merge: StreamMerge) -> dict[str, Tensor]:
+    vocabulary = merge.base.config.get("vocab_size")
+    high = vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else 100
+    ids = torch.randint(high, RANDOM_SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def check_merge(
+    merge: StreamMerge, directory: Path, texts: Sequence[str] | None = None, tolerance: float | None = None
+) -> list[Deviation]:
+    """Compares the merged model in `directory` with the adapted one, and what the other two bases would have given.
+
+    Args:
+        merge: what wrote it.
+        directory: the merged checkpoint.
+        texts: what to run; see `probe_inputs`.
+        tolerance: the largest deviation that passes, as a share of the largest logit; None: by the dtype.
+
+    Returns:
+        One deviation for each base; the first is of what was merged.
+
+    Raises:
+        ConfigError: the tolerance is no finite number, or negative.
+        CheckFailedError: the merged model deviates more, or does not load without a missing or unexpected key; or one of the
+            two models can't be run.
+    """
+    if tolerance is not None:
+        check_tolerance("tolerance", tolerance)
+    else:
+        tolerance = TOLERANCE_NF4 if merge.base_as == NF4 else TOLERANCES[merge.result_dtype]
+    inputs = probe_inputs(merge, texts)
+    try:
+        adapted = in_float32(_adapted(merge))
+        expected = run_probe(adapted, inputs)
+    except LoraError:
+        raise
+    except Exception as error:  # of any library that runs it
+        raise CheckFailedError(f"the adapted model can't be run: {_in_words(error)}") from None
+    try:
+        mine = _deviation(merge, directory, adapted, expected, inputs)
+    except Exception as error:
+        raise CheckFailedError(f"the merged model can't be run: {_in_words(error)}") from None
+    others = [
+        _deviation_of(base_as, merge, directory, adapted, expected, inputs) for base_as in BASES if base_as != merge.base_as
+    ]
+    if not mine.relative <= tolerance:
+        raise CheckFailedError(f"{mine}: above the tolerance of {tolerance:g}, so nothing was kept", [mine, *others])
+    return [mine, *others]
+
+
+def _adapted(merge: StreamMerge) -> nn.Module:
+    """The base as the adapters were trained on it, with all of them active."""
+    model = load_base(merge.base.directory, merge.adapters, *merge.trained_form())
+    names = [f"adapter{i}" for i in range(len(merge.adapters))]
+    for i, (name, adapter) in enumerate(zip(names, merge.adapters, strict=True)):
+        load_adapter(model, adapter.directory, name)
+        for _, layer in adapter_layers(model, find_adapter(model, name)):
+            layer.lora_scaling[name] *= merge.recipe.weights[i] if merge.recipe.weights else 1.0
+    set_adapter(model, names)
+    return model
+
+
+def _deviation_of(
+    base_as: str, merge: StreamMerge, directory: Path, adapted: nn.Module, expected: Tensor, inputs: Mapping[str, Tensor]
+) -> Deviation:
+    """The same for another base: merged beside `directory`, run and removed."""
+    try:
+        other = StreamMerge(merge.base, merge.adapters, replace(merge.recipe, base_as=base_as))
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as place:
+            other.write(Path(place))
+            return _deviation(other, Path(place), adapted, expected, inputs)
+    except Exception as error:  # of any library: that a comparison can't be had says nothing of the merge
+        return Deviation(base_as, obstacle=_in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    return one_line(str(error)) or type(error).__name__
+
+
+def _deviation(
+    merge: StreamMerge, directory: Path, adapted: nn.Module, expected: Tensor, inputs: Mapping[str, Tensor]
+) -> Deviation:
+    task = merge.adapters[0].config.task_type
+    merged = in_float32(load_model(directory, task, merge.result_dtype, strict=True))
+    found = run_probe(merged, inputs)
+    largest = (found - expected).abs().max().item()
+    errors = {}
+    names = registry_of(adapted).active
+    for name in names:
+        for path, layer in adapter_layers(adapted, find_adapter(adapted, name)):
+            if path not in errors:
+                module = merged.get_submodule(path)
+                W = dequantize(module) if is_quantized(module) else module.weight.detach().float()
+                here = [n for n in names if n in layer.lora_scaling]
+                update = layer.update_norm(here)
+                errors[path] = (W - layer.folded_weight(here)).norm().item() / update if update else 0.0
+    return Deviation(
+        base_as=merge.base_as,
+        largest=largest,
+        relative=largest / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny),
+        changed=(found.argmax(-1) != expected.argmax(-1)).double().mean().item(),
+        layers=errors,
+    )

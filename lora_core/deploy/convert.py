@@ -1,0 +1,200 @@
+"""An adapter directory into another: plain LoRA, which every reader knows, or another dtype.
+
+    convert_adapter("dora/", "plain/", plain=True, base="base/", r=32)      # DoRA: the nearest plain LoRA of rank 32
+    convert_adapter("pissa/", "plain/", plain=True, initial="pissa-start/") # PEFT's PiSSA and OLoRA: exact, rank 2r
+    convert_adapter("adapter/", "small/", dtype=torch.float16)
+
+A scaling of alpha / sqrt(r) becomes one of alpha / r, exactly. DoRA's update, f (W + s B A) - W, needs the base, and is not
+of low rank: the report says what share of it is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFormatError, ConfigError
+from ..files.adapter import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.config import HARMLESS_INITIALISERS
+from ..files.disk import read_safetensors, to_safetensors, write_whole
+from ..files.keys import copy_key
+from ..files.shards import new_directory
+from ..maths.lowrank import best_of_matrix
+from ..spec.config import check_rank
+from .basis import settings
+from .placement import place
+from .updates import AdapterUpdates, carrier, read_updates
+
+#: The files that go along with an adapter.
+BESIDE = (".json", ".txt", ".md", ".model", ".spm", ".jinja")
+FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_adapter` did.
+
+    Attributes:
+        output: the new directory.
+        layers: number of adapted layers.
+        dtype: of its tensors, if they were cast.
+        energy: {path: share of the update's squared Frobenius norm that is kept}; 1 where nothing is lost but rounding.
+    """
+
+    output: str
+    layers: int
+    dtype: str | None
+    energy: Mapping[str, float]
+
+    def __str__(self) -> str:
+        cast = f" in {self.dtype}" if self.dtype else ""
+        kept = f", keeping at least {min(self.energy.values()):.4%} of an update's squared norm" if self.energy else ""
+        return f"wrote {self.output}: {self.layers} layers{cast}{kept}"
+
+
+def convert_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    plain: bool = False,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    r: int | None = None,
+    initial: str | Path | None = None,
+) -> ConversionReport:
+    """Writes an adapter anew, in the directory `output`.
+
+    Args:
+        adapter: directory of the adapter.
+        output: directory to make.
+        plain: whether to make it plain LoRA.
+        dtype: what to cast floating-point tensors to; None: as they are.
+        base: directory of the base; needed for DoRA.
+        r: for DoRA, the rank of the new one; None: that of the old.
+        initial: for an adapter of PEFT that moved a part of the base into A and B when it started (PiSSA, OLoRA, CorDA):
+            directory of the adapter as it was before training.
+
+    Raises:
+        LoraError: the files are broken, or there is nothing to convert, or something that it takes is not given.
+    """
+    directory = Path(adapter)
+    if not plain and dtype is None:
+        raise ConfigError("say what to convert to: --plain, --dtype, or both")
+    if r is not None:
+        check_rank("r", r)
+    energy: dict[str, float] = {}
+    fields = _fields(directory)
+    if plain and fields.get("init_lora_weights", True) not in HARMLESS_INITIALISERS:
+        tensors, fields = _without_start(directory, fields, initial)
+        metadata = {"format": "pt"}
+    else:
+        updates = read_updates(directory)
+        tensors, metadata = read_safetensors(directory / WEIGHTS_FILE)
+        if plain and updates.config.use_dora:
+            if base is None:
+                raise ConfigError(f"{directory} is DoRA, whose update depends on the base's weights; name it with --base")
+            tensors, fields, energy = _without_magnitudes(updates, open_checkpoint(Path(base)), tensors, fields, r)
+        elif plain and updates.config.use_rslora:
+            fields = _with_scalings(fields, updates)
+        elif plain and dtype is None:
+            raise ConfigError(f"{directory} is plain LoRA already")
+    with new_directory(Path(output)) as new:
+        for path in directory.iterdir():  # the tokenizer and the like; a probe's logits would be another adapter's
+            if path.is_file() and path.suffix in BESIDE and path.name != CONFIG_FILE:
+                shutil.copyfile(path, new / path.name)
+        write_whole(new / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+        write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, {"format": "pt"}))
+        made = read_updates(new)
+        if dtype is not None:
+            stored = {copy_key(path, made.layers) for path in made.base_tensors}  # cast, they would be another base's
+            tensors = {key: t if key in stored else _cast(key, t, dtype) for key, t in tensors.items()}
+        if mark := json.loads(metadata.get(FINGERPRINT, "null")):
+            mark["settings"] = settings(made.layers, made.config)
+            metadata[FINGERPRINT] = json.dumps(mark)
+        write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
+    cast = str(dtype).removeprefix("torch.") if dtype else None
+    return ConversionReport(str(output), len(made.layers), cast, energy)
+
+
+def _fields(directory: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise AdapterFormatError(f"{directory} has no readable {CONFIG_FILE}; is it an adapter's directory?")
+    return fields
+
+
+def _with_scalings(fields: dict[str, Any], updates: AdapterUpdates) -> dict[str, Any]:
+    """The fields of plain LoRA with the same scalings: alpha = s r for each layer."""
+    alphas = {path: update.scaling * updates.config.rank_for(path) for path, update in updates.layers.items()}
+    common = max(set(alphas.values()), key=list(alphas.values()).count)
+    others = {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != common}
+    return fields | {"use_rslora": False, "lora_alpha": common, "alpha_pattern": others}
+
+
+def _without_magnitudes(
+    updates: AdapterUpdates, base: Checkpoint, tensors: Mapping[str, Tensor], fields: dict[str, Any], r: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
+    """DoRA as plain LoRA: on each layer the best factors of rank r for its whole update."""
+    placement = place(base, [updates])
+    kept = {key: t for key, t in tensors.items() if not key.endswith((*FACTORS, "lora_magnitude_vector"))}
+    energy, ranks = {}, {}
+    for path, update in updates.layers.items():
+        layer = carrier(update.plain_layer(base.tensors[placement.names[f"{path}.weight"]].read(), updates.transposed))
+        update.put_on(layer, "default")
+        D = layer.as_matrix(layer.folded_weight(["default"])) - layer.as_matrix(layer.dense_weight())
+        ranks[path] = min(r or updates.config.rank_for(path), *D.shape)
+        A, B, energy[path] = best_of_matrix(D, ranks[path])
+        old = update.tensors["lora_A"]
+        shapes = layer.file_shapes(layer, len(A))
+        names = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
+        for name, value, table in zip(names, (A, B), ("lora_A", "lora_B"), strict=True):
+            kept[f"{PREFIX}{path}.{name}"] = value.to(old.dtype).reshape(shapes[table])
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    patterns = {path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != common}
+    fields = fields | {"use_dora": False, "use_rslora": False, "r": common, "lora_alpha": common}  # scaling 1
+    return kept, fields | {"rank_pattern": patterns, "alpha_pattern": patterns}, energy
+
+
+def _without_start(
+    directory: Path, fields: dict[str, Any], initial: str | Path | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """B A - B0 A0 as one product of rank 2r, for the base that the start was taken from."""
+    kind = fields["init_lora_weights"]
+    if initial is None:
+        raise ConfigError(
+            f"{directory} started as {kind!r}, which changed the base; name the adapter as it was then with --initial"
+        )
+    if fields.get("use_dora") or fields.get("use_rslora"):
+        raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
+    now, _ = read_safetensors(directory / WEIGHTS_FILE)
+    then, _ = read_safetensors(Path(initial) / WEIGHTS_FILE)
+    tensors = dict(now)
+    for key in (key for key in now if key.endswith(FACTORS)):
+        if key not in then or then[key].shape != now[key].shape:
+            raise AdapterFormatError(f"{initial} has no {key} of the same shape; it is not the start of {directory}")
+        is_A = key.endswith(("lora_A.weight", "lora_embedding_A"))
+        tensors[key] = torch.cat([now[key], then[key]]) if is_A else torch.cat([now[key], -then[key]], dim=1)
+    doubled = {name: {k: 2 * v for k, v in (fields.get(name) or {}).items()} for name in ("rank_pattern", "alpha_pattern")}
+    return tensors, fields | doubled | {
+        "init_lora_weights": True,
+        "r": 2 * fields["r"],
+        "lora_alpha": 2 * fields["lora_alpha"],
+    }
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if tensor.isfinite().all() and not result.isfinite().all():
+        raise ConfigError(f"{key} overflows {str(dtype).removeprefix('torch.')}; use --dtype bfloat16; nothing was written")
+    return result

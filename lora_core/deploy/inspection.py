@@ -1,0 +1,150 @@
+"""What an adapter directory holds, and how much each of its updates changes; without its base.
+
+    print(inspect_adapter("adapter/"))
+
+For each layer the Frobenius norm of D = s B A and its effective rank, exp(H(sigma / sum sigma)) with H the entropy and sigma
+the singular values of D (Roy and Vetterli, "The effective rank", EUSIPCO 2007): between 1 and r, and r if all of them are
+alike. Both are worked out from the factors: D is never formed. With DoRA, D is the update before the rows are rescaled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..files.storage import WEIGHTS_FILE
+from .updates import AdapterUpdates, LayerUpdate, read_updates
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer: its rank, scaling, |D| and effective rank; the last two are NaN if the factors are not finite."""
+
+    path: str
+    rank: int
+    scaling: float
+    norm: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_adapter` found.
+
+    Attributes:
+        directory: where.
+        base: what the configuration calls its base; None if it does not.
+        task: its task type, or None.
+        variants: what is not plain LoRA about it, such as "DoRA".
+        targets: names or pattern of the targets.
+        dtypes: of the tensors.
+        parameters: number of values, and `layer_parameters` of those on adapted layers.
+        nbytes: size of the weights file.
+        whole: names of the tensors that it has whole.
+        fingerprint: a hash of what it says of its base, and `trained_on` the format of that base's weights; None if nothing.
+        layers: one view each.
+        warnings: what is wrong with it.
+    """
+
+    directory: str
+    base: str | None
+    task: str | None
+    variants: tuple[str, ...]
+    targets: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    parameters: int
+    layer_parameters: int
+    nbytes: int
+    whole: tuple[str, ...]
+    fingerprint: str | None
+    trained_on: str | None
+    layers: tuple[LayerView, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{r} ({n} layers)" for r, n in Counter(layer.rank for layer in self.layers).items())
+        facts = {
+            "adapter": self.directory,
+            "base": self.base or "not named",
+            "task": self.task or "none",
+            "variant": ", ".join(self.variants) or "plain LoRA",
+            "targets": ", ".join(self.targets),
+            "rank": ranks,
+            "dtype": ", ".join(self.dtypes),
+            "parameters": f"{self.parameters:,}, {self.layer_parameters:,} of them on adapted layers",
+            "size": f"{self.nbytes:,} bytes",
+            "whole": ", ".join(self.whole) or "nothing",
+            "fingerprint": f"{self.fingerprint}, of a base in {self.trained_on}" if self.fingerprint else "none",
+        }
+        width = max(len(layer.path) for layer in self.layers)
+        table = [f"{'layer':<{width}}  rank  scaling       |D|  effective rank"]
+        for v in self.layers:
+            table.append(f"{v.path:<{width}}  {v.rank:4d}  {v.scaling:7.4g}  {v.norm:8.4g}  {v.effective_rank:14.2f}")
+        lines = [f"{name:<12} {value}" for name, value in facts.items()]
+        return "\n".join([*lines, "", *table, *(f"warning: {text}" for text in self.warnings)])
+
+
+def inspect_adapter(directory: str | Path) -> Inspection:
+    """Reads an adapter directory.
+
+    Raises:
+        AdapterFileMissingError, AdapterFormatError: it is not there, or is broken. Values that are not finite are no error
+            here, but a warning.
+    """
+    updates = read_updates(Path(directory), finite=False)
+    config, layers = updates.config, tuple(map(_view, updates.layers.values()))
+    own = [tensor for update in updates.layers.values() for tensor in update.tensors.values()]
+    tensors = [*own, *updates.copies.values()]
+    kinds = {"DoRA": config.use_dora, "rank-stabilised scaling": config.use_rslora, "bias of B": config.lora_bias}
+    kinds |= {f"biases ({config.bias})": config.bias != "none"}
+    targets = config.target_modules
+    mark = updates.fingerprint
+    return Inspection(
+        directory=str(directory),
+        base=config.base_model_name_or_path,
+        task=config.task_type,
+        variants=tuple(name for name, used in kinds.items() if used),
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        layer_parameters=sum(tensor.numel() for tensor in own),
+        nbytes=(Path(directory) / WEIGHTS_FILE).stat().st_size,
+        whole=tuple(sorted(updates.copies)),
+        fingerprint=hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest() if mark else None,
+        trained_on=updates.trained_on,
+        layers=layers,
+        warnings=tuple(_warnings(updates, layers)),
+    )
+
+
+def _view(update: LayerUpdate) -> LayerView:
+    A, B = (t.double() for t in update.factors())
+    if A.isfinite().all() and B.isfinite().all():
+        left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.t()).R  # D = s Q_B (R_B R_A^T) Q_A^T
+        sigma = torch.linalg.svdvals(left @ right.t()) * update.scaling
+        norm, total = sigma.norm().item(), sigma.sum()
+        share = sigma / total if total > 0 else sigma
+        effective = torch.special.entr(share).sum().exp().item() if total > 0 else 0.0
+    else:
+        norm = effective = float("nan")
+    return LayerView(update.path, len(A), update.scaling, norm, effective)
+
+
+def _warnings(updates: AdapterUpdates, layers: tuple[LayerView, ...]) -> list[str]:
+    found = []
+    tensors = [(path, t) for path, u in updates.layers.items() for t in u.tensors.values()] + [*updates.copies.items()]
+    if broken := sorted({path for path, tensor in tensors if not tensor.isfinite().all()}):
+        found.append(f"NaN or infinite values in {len(broken)} places, such as {broken[0]}")
+    still = [layer.path for layer in layers if layer.norm == 0]
+    if len(still) == len(layers):
+        rest = "what it has whole" if updates.copies else "nothing"
+        rest = "the magnitudes" + (f" and {rest}" if updates.copies else "") if updates.config.use_dora else rest
+        found.append(f"B A is zero in every layer: this adapter changes {rest}; was it saved before training?")
+    elif still:
+        found.append(f"B A is zero in {len(still)} of {len(layers)} layers, such as {still[0]}")
+    return found

@@ -1,0 +1,152 @@
+"""A few inputs that an adapter carries, with the logits that its model gave for them when it was saved.
+
+    save_adapter(model, "out/");  save_probe(model, "out/", tokenizer(texts, ...), texts)      # out/probe.safetensors
+
+Whoever loads the adapter later, elsewhere, can run them again and see whether it is the same model: `verification.py`. The
+file also says in what dtype the model was and which of its layers were in 4 bits, which an adapter's other files do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.nf4 import is_quantized
+from ..errors import AdapterFileMissingError, AdapterFormatError, ConfigError
+from ..files.disk import read_safetensors, to_safetensors, write_whole
+from ..files.storage import WEIGHTS_FILE
+from ..model.registry import unwrap
+
+PROBE_FILE = "probe.safetensors"
+ABOUT = "lora_core.probe"  # in the file's metadata
+LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe file holds, for N inputs.
+
+    Attributes:
+        inputs: {argument of the model: (N, T)}, "input_ids" among them.
+        logits: (N, C), float32: what `run_probe` gave.
+        dtype: of the model, "float32" or the like.
+        quantized: paths of its 4-bit layers.
+        texts: what the inputs were tokenised from; None if that is not known.
+        versions: {library: version}.
+        weights: a hash of the adapter's weights file.
+    """
+
+    inputs: dict[str, Tensor]
+    logits: Tensor
+    dtype: str
+    quantized: tuple[str, ...]
+    texts: tuple[str, ...] | None
+    versions: dict[str, str]
+    weights: str
+
+
+def save_probe(
+    model: nn.Module, directory: str | os.PathLike, inputs: Mapping[str, Tensor], texts: Sequence[str] | None = None
+) -> None:
+    """Runs `model` on some inputs and writes them, with its logits, beside the adapter that was saved in `directory`.
+
+    Args:
+        model: the model, with the adapter active.
+        directory: where `save_adapter` has put the adapter.
+        inputs: its arguments, (N, T) each: input_ids, attention_mask, ...
+        texts: the N texts that the inputs were tokenised from, so that a changed tokenizer shows.
+
+    Raises:
+        ConfigError: the model gives no logits, or the number of texts is another than that of inputs.
+    """
+    directory = Path(directory)
+    if texts is not None and len(texts) != len(inputs["input_ids"]):
+        raise ConfigError(f"{len(texts)} texts are given for {len(inputs['input_ids'])} inputs; give one for each, or none")
+    logits = run_probe(model, inputs)
+    modules = unwrap(model).named_modules()
+    about = {
+        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "quantized": [path for path, module in modules if is_quantized(module)],
+        "texts": None if texts is None else list(texts),
+        "versions": versions(),
+        "weights": weights_hash(directory),
+    }
+    tensors = {"logits": logits} | {f"input.{name}": tensor.cpu() for name, tensor in inputs.items()}
+    data = to_safetensors(tensors, {"format": "pt", ABOUT: json.dumps(about)})
+    write_whole(directory / PROBE_FILE, data)
+
+
+def read_probe(directory: Path) -> Probe:
+    """The probe beside an adapter.
+
+    Raises:
+        AdapterFileMissingError: it has none.
+        AdapterFormatError: the file is broken.
+    """
+    path = directory / PROBE_FILE
+    if not path.is_file():
+        raise AdapterFileMissingError(f"{path} is not there: this adapter was saved without probe inputs")
+    tensors, metadata = read_safetensors(path)
+    try:
+        about = json.loads(metadata[ABOUT])
+        inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
+        if tensors["logits"].shape[:1] != inputs["input_ids"].shape[:1] or not isinstance(about["versions"], dict):
+            raise ValueError
+        texts = None if about["texts"] is None else tuple(map(str, about["texts"]))
+        quantized = tuple(map(str, about["quantized"]))
+        return Probe(inputs, tensors["logits"], str(about["dtype"]), quantized, texts, about["versions"], str(about["weights"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise AdapterFormatError(f"{path} is not as written here; save the adapter and its probe again") from None
+
+
+def quantized_layers(directory: Path) -> tuple[str, ...] | None:
+    """Paths of the layers that were in 4 bits when the adapter in `directory` was saved; None if no probe says so."""
+    return (read_probe(directory).quantized or None) if (directory / PROBE_FILE).is_file() else None
+
+
+@torch.no_grad()
+def run_probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits of each input, (N, C), float32; of models that give some for every token, those of the last one.
+
+    Raises:
+        ConfigError: the model gives no logits.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        output: Any = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    finally:
+        model.train(training)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(f"{type(model).__name__} gives no logits to compare; only models with a head can be probed")
+    if logits.dim() == 3:  # N T C
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(logits.device)
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        logits = logits[torch.arange(len(logits), device=mask.device), last]
+    return logits.float().cpu()
+
+
+def weights_hash(directory: Path) -> str:
+    """A hash of the adapter's weights file."""
+    return hashlib.blake2b((directory / WEIGHTS_FILE).read_bytes(), digest_size=16).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a model's outputs depend on."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

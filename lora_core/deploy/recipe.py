@@ -1,0 +1,54 @@
+"""How adapters are merged over files: what into, in what dtype, with what weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ConfigError
+from ..spec.config import check_finite
+
+ORIGINAL, DEQUANTIZED, NF4 = BASES = ("original", "nf4-dequantized", "nf4")
+REMEDY = "merge in float32 (--dtype float32), not into 4 bits (--base-as), or allow it (--allow-loss; allow_loss=True)"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge.
+
+    Attributes:
+        dtype: what floating-point tensors are cast to; None: each keeps the base's.
+        base_as: one of BASES; None: "nf4-dequantized" if an adapter's fingerprint says that it was trained on an NF4 base,
+            else "original".
+        weights: a factor for the update of each adapter; None: 1 each.
+        quantized: paths of the layers that are 4-bit in NF4; None: what the adapter's probe says of its model, or else every
+            matrix but embeddings and heads, which is what `quantize_nf4` takes in the models of transformers.
+        allow_loss: merge although the cast, or packing, loses more than half of the update in some layer.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    dtype: torch.dtype | None = None
+    base_as: str | None = None
+    weights: tuple[float, ...] | None = None
+    quantized: tuple[str, ...] | None = None
+    allow_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            if isinstance(self.weights, str) or not isinstance(self.weights, Iterable):
+                raise ConfigError(f"weights must be a list with one number for each adapter, not {self.weights!r:.99}")
+            object.__setattr__(self, "weights", tuple(self.weights))
+            for weight in self.weights:
+                check_finite("weights", weight)
+        if self.base_as not in (None, *BASES):
+            raise ConfigError(f"base_as must be one of {', '.join(map(repr, BASES))}, not {self.base_as!r}")
+        if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ConfigError(f"dtype must be float32, float16, bfloat16 or float64, not {self.dtype}")
+
+
+#: Nothing cast, each update once, into what its fingerprint says.
+AS_IT_IS = Recipe()

@@ -1,0 +1,305 @@
+"""Merging over a checkpoint's files: shard by shard, tensor by tensor, without building the model.
+
+    report = merge_checkpoint("llama/", ["adapter/"], "merged/", Recipe(dtype=torch.bfloat16))
+
+Each adapted weight is read, folded in float32 by the same code that folds a layer of a model, cast once and written; every
+other tensor is copied, or cast. So the memory that it takes is that of the largest layer, whatever the model's size (with
+"nf4" that of the largest shard in 4 bits besides), and the time about that of copying the files.
+
+What the adapter is folded into, `base_as`:
+
+    "original"         the base's weights as they are in the files
+    "nf4-dequantized"  those weights packed in NF4 and unpacked again: exactly what QLoRA trained against
+    "nf4"              what the adapter was trained against; the result is packed in NF4, which loses a part of the update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.nf4 import dequantize, packed_tensors
+from ..errors import AdapterFormatError, CheckpointError, ConfigError, MergeError, WrongBaseError
+from ..files.adapter import FLOAT_DTYPES
+from ..files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from ..files.shards import Entry, new_directory, write_index, write_shard
+from ..integrations.model_class import ModelClass, known_class
+from ..layers import LoraLayer
+from ..maths.loss import Cost, cost, cost_of_cast, refuse_loss
+from ..model.merge import MergeReport
+from ..spec.targets import is_head
+from .basis import Basis, check_base, check_stored, find_basis
+from .companions import Result, write_companions
+from .placement import place
+from .probe import quantized_layers
+from .recipe import AS_IT_IS, DEQUANTIZED, NF4, ORIGINAL, REMEDY, Recipe
+from .updates import AdapterUpdates, LayerUpdate, carrier, read_updates
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    recipe: Recipe = AS_IT_IS,
+    progress: Callable[[int], object] = int,
+) -> MergeReport:
+    """Merges adapter directories into a base's files; `output` is there whole or not at all, and loads in transformers.
+
+    Args:
+        base: directory of the base: config.json, safetensors weights in one file or in shards, its tokenizer.
+        adapters: directories of adapters; their updates add up.
+        output: the directory to make.
+        recipe: how.
+        progress: hears of the bytes of each tensor that was written.
+
+    Returns:
+        What it cost: for each layer, what casting or packing lost of the update.
+
+    Raises:
+        LoraError: the files are broken or don't belong together, a merged weight is not finite in its dtype, or the result
+            can't be written. Nothing is at `output`.
+    """
+    merge = StreamMerge(open_checkpoint(Path(base)), [read_updates(Path(a)) for a in adapters], recipe)
+    with new_directory(Path(output)) as directory:
+        return merge.write(directory, progress)
+
+
+class StreamMerge:
+    """One merge; when it is made, all has been checked that can be without reading every weight.
+
+    Attributes:
+        base_as: one of BASES, as given or as chosen.
+        quantized: paths of the layers that go through NF4.
+        file_dtype, result_dtype: of the adapted weights, in the base's files and in the result.
+        nbytes: bytes of the tensors to be written, for a progress bar: about, with NF4.
+    """
+
+    def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
+        if "quantization_config" in base.config:
+            raise CheckpointError(f"{base.directory} is quantised already; give the base that it was made from")
+        weights = (1.0,) * len(adapters) if recipe.weights is None else recipe.weights
+        if not adapters or len(weights) != len(adapters):
+            raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
+        if any(weight != 1 and a.config.use_dora for weight, a in zip(weights, adapters, strict=True)):
+            raise ConfigError("a DoRA adapter can't be weighted: its update is not a product; leave its weight at 1")
+        self.base, self.adapters, self.recipe = base, adapters, recipe
+        self.placement = place(base, adapters)
+        self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
+        self.updates: dict[str, dict[str, tuple[LayerUpdate, float]]] = {}  # {path: {adapter: (update, weight)}}
+        for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+            for path, update in adapter.layers.items():
+                self.updates.setdefault(path, {})[f"adapter{i}"] = (update, weight)
+        self.transposed = any(adapter.transposed for adapter in adapters)
+        self.spent: dict[str, Cost] = {}
+        first = next(iter(self.updates))
+        self.basis = find_basis(adapters, first, self._read(first))
+        self._check_stored()
+        self.base_as = recipe.base_as or (DEQUANTIZED if self.basis.trained_on_nf4 else ORIGINAL)
+        self.quantized = frozenset(() if self.base_as == ORIGINAL else self.nf4_layers())
+        self.file_dtype = base.tensors[self._source(first)].dtype
+        self.result_dtype = recipe.dtype or self.file_dtype
+        self.nbytes = sum(base.tensors[source].nbytes for source in self.placement.names.values())
+
+    def write(self, directory: Path, progress: Callable[[int], object] = int) -> MergeReport:
+        """Writes the merged checkpoint into an empty directory."""
+        places, size = {}, 0
+        for shard in self.base.shards:
+            names = [n for n, source in self.placement.names.items() if self.base.tensors[source].file.name == shard]
+            names += self.placement.added if shard == self.base.shards[-1] else ()
+            entries = {key: entry for name in names for key, entry in self._entries(name).items()}
+            if entries:
+                # The largest elements first: every tensor is then aligned in the file.
+                entries = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+                write_shard(directory / shard, entries, progress)
+                places |= dict.fromkeys(entries, shard)
+                size += sum(entry.nbytes for entry in entries.values())
+        if len(self.base.shards) > 1:
+            write_index(directory, places, size)
+        packed = tuple(sorted(self.quantized)) if self.base_as == NF4 else ()
+        kept = {path: c.kept for path, c in self.spent.items()}
+        if not self.recipe.allow_loss:
+            refuse_loss(kept, REMEDY)
+        report = MergeReport(
+            adapters=tuple(str(adapter.directory.name) for adapter in self.adapters),
+            layers={path: c.lost for path, c in self.spent.items() if path in self.updates},
+            dequantized=tuple(sorted(self.quantized - set(packed))),
+            requantized=packed,
+            kept=kept,
+        )
+        own = {name.removesuffix(".weight") for name, tensor in self.copies.items() if tensor.dim() == 2}
+        # Also what the file does not hold, since it is tied: transformers would make a 4-bit layer of it.
+        tied = {name.removesuffix(".weight") for group in (self.known.tied if packed and self.known else ()) for name in group}
+        dense = tuple(sorted((self._matrices() | own | tied) - self.quantized))
+        form = self.basis.form if packed else None
+        result = Result(self.placement.config, self.result_dtype, self.base_as, form, dense, report)
+        write_companions(directory, self.base, self.adapters, result)
+        return report
+
+    # --- what is written in the place of each tensor ------------------------------------------------------------------
+
+    def _entries(self, name: str) -> dict[str, Entry]:
+        """What stands in the merged checkpoint for one name: itself, or the parts of a 4-bit weight."""
+        source = self.base.tensors.get(self.placement.names.get(name, ""))
+        own = self.copies.get(name)
+        if own is not None:
+            if source is not None and source.shape != own.shape and not is_head(name):
+                raise AdapterFormatError(
+                    f"the adapter's {name} is {tuple(own.shape)}, and the base's {source.shape}; use the base it was trained on"
+                )
+            dtype = self._result_dtype((source or own).dtype)
+            return {name: Entry(dtype, tuple(own.shape), lambda: self._trained(name, own, dtype))}
+        dtype, path = self._result_dtype(source.dtype), name.removesuffix(".weight")
+        if name == path:  # a bias, a buffer
+            if self._added_biases(path):
+                return {name: Entry(dtype, source.shape, lambda: self._with_biases(path, source, dtype))}
+        elif path in self.quantized and self.base_as == NF4:
+            parts = packed_tensors(self._packed(path, source))
+            return {f"{path}.{part}": Entry(t.dtype, tuple(t.shape), partial(Tensor.cpu, t)) for part, t in parts.items()}
+        elif path in self.updates:
+            return {name: Entry(dtype, source.shape, lambda: self._folded(path, source, dtype))}
+        elif path in self.quantized:
+            return {name: Entry(dtype, source.shape, lambda: cast(dequantize(self.basis.pack(source.read())), dtype, name))}
+        if dtype != source.dtype:
+            return {name: Entry(dtype, source.shape, lambda: cast(source.read(), dtype, name))}
+        return {name: Entry(dtype, source.shape, source)}
+
+    def _result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.recipe.dtype if self.recipe.dtype and dtype in FLOAT_DTYPES else dtype
+
+    def _trained(self, name: str, own: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor that an adapter has trained whole."""
+        result = cast(own, dtype, name)
+        source = self.base.tensors.get((self.placement.names | self.placement.aliases).get(name, ""))
+        if dtype != own.dtype and own.is_floating_point() and source is not None and source.shape == own.shape:
+            self.spent[name] = cost_of_cast(own, source.read(), result)
+        return result
+
+    def _folded(self, path: str, source: StoredTensor, dtype: torch.dtype) -> Tensor:
+        """The merged weight, laid out as in the file."""
+        layer, names = self._adapted(path, source, unpack=path in self.quantized)
+        try:
+            self.spent[path] = layer.fold(names, dtype)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        return layer.weight.data.t() if self._is_transposed(path, source) else layer.weight.data
+
+    def _packed(self, path: str, source: StoredTensor) -> nn.Module:
+        """A 4-bit layer with the weight, merged if it is adapted.
+
+        The update is added to the weight of the file, and not to what that becomes in 4 bits, which would snap back.
+        """
+        W = source.read()
+        if path not in self.updates:
+            return self.basis.pack(W)
+        layer, names = self._adapted(path, source, unpack=self.basis.trained_on_nf4)
+        try:
+            exact, trained_on = layer.folded_weight(names), layer.dense_weight()
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        dtype = self._result_dtype(source.dtype)
+        packed = self.basis.repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
+        before = dequantize(self.basis.repack(W.to(dtype)))
+        self.spent[path] = cost(exact, trained_on, dequantize(packed), before)
+        return packed
+
+    def _adapted(self, path: str, source: StoredTensor, unpack: bool) -> tuple[LoraLayer, list[str]]:
+        """The layer with its adapters on it, in 4 bits if `unpack`, and their names."""
+        W = self._read(path)
+        check_base(self.basis, self.adapters, path, W)
+        updates = self.updates[path]
+        if unpack:
+            base = self.basis.pack(W)
+        else:
+            base = next(iter(updates.values()))[0].plain_layer(W, self.transposed)
+        layer = carrier(base)
+        for name, (update, weight) in updates.items():
+            update.put_on(layer, name, weight)
+        return layer, list(updates)
+
+    def _with_biases(self, path: str, source: StoredTensor, dtype: torch.dtype) -> Tensor:
+        own = self._added_biases(path)
+        return cast(source.read().to(own[0].dtype) + sum(own), dtype, path)
+
+    def _added_biases(self, path: str) -> list[Tensor]:
+        """What adapters with a `lora_bias` add to the bias at `path`."""
+        updates = self.updates.get(path.removesuffix(".bias"), {}) if path.endswith(".bias") else {}
+        return [u.tensors["lora_bias"] * (u.scaling * w) for u, w in updates.values() if "lora_bias" in u.tensors]
+
+    # --- the base's weights -------------------------------------------------------------------------------------------
+
+    def _check_stored(self) -> None:
+        """Raises a WrongBaseError if an adapter has stored, as the base's, what this base does not have."""
+        known = self.placement.aliases | self.placement.names
+        for path in {name for adapter in self.adapters for name in adapter.base_tensors}:
+            if path not in known:
+                raise WrongBaseError(f"the base has no {path!r}, which an adapter has stored of the one that it was trained on")
+            check_stored(self.adapters, path, self.base.tensors[known[path]].read())
+
+    def _source(self, path: str) -> str:
+        return self.placement.names[f"{path}.weight"]
+
+    def _read(self, path: str) -> Tensor:
+        source = self.base.tensors[self._source(path)]
+        if source.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{source.file}: {path}.weight is {source.dtype}; adapters are folded into float weights")
+        return source.read()
+
+    def _is_transposed(self, path: str, source: StoredTensor) -> bool:
+        update, _ = next(iter(self.updates[path].values()))
+        return not update.embedding and len(source.shape) == 2 and update.is_transposed(source.shape, self.transposed)
+
+    def _matrices(self) -> set[str]:
+        """Paths of what may be a linear layer: a matrix that the adapters don't replace."""
+        names = self.placement.names
+        return {
+            name.removesuffix(".weight")
+            for name, source in names.items()
+            if name.endswith(".weight") and len(self.base.tensors[source].shape) == 2 and name not in self.copies
+        }
+
+    def trained_form(self) -> tuple[Basis, tuple[str, ...], torch.dtype]:
+        """What the adapters were trained on, as far as they say: the form of 4-bit weights, which layers had them, and the
+        dtype of the others."""
+        layers = tuple(sorted(self.nf4_layers())) if self.basis.trained_on_nf4 else ()
+        return self.basis, layers, self.basis.loaded or self.adapters[0].dense_dtype or self.file_dtype
+
+    @cached_property
+    def known(self) -> ModelClass | None:
+        """What transformers knows of the class of the result."""
+        return known_class(self.base.directory, self.placement.architecture)
+
+    def nf4_layers(self) -> set[str]:
+        """Paths of the layers that are 4-bit in NF4."""
+        if self.transposed:
+            raise MergeError("layers that store their weight transposed (GPT-2's) have no NF4 form; use --base-as original")
+        matrices = self._matrices()
+        named = self.recipe.quantized
+        if named is None:
+            named = next((names for adapter in self.adapters if (names := quantized_layers(adapter.directory))), None)
+        if named is not None:
+            if absent := sorted(set(named) - matrices):
+                raise ConfigError(f"{absent[0]!r} is to be 4-bit, and is no matrix of this base")
+            return set(named)
+        linear = matrices & self.known.linear if self.known else {path for path in matrices if not is_embedding(path)}
+        return {path for path in linear if not is_head(path)}
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module of this path is an embedding, by the names that transformers gives them."""
+    return any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in path.split("."))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in another dtype.
+
+    Raises:
+        MergeError: it is finite, and would not be in `dtype`.
+    """
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.isfinite().all() and not result.isfinite().all():
+        raise MergeError(f"{name} overflows float16; use --dtype bfloat16; nothing was merged")
+    return result

@@ -1,0 +1,225 @@
+"""An adapter without a model: what its files say about each weight of a base, by path.
+
+    updates = read_updates("adapter/")
+    layer = updates.layers["encoder.layer.0.query"].layer(weight)      # a layer with the adapter on it; the base is not needed
+    layer.fold(["default"])
+
+The reverse of the keys that `files/storage.py` writes. What kind of layer a path is follows from the shapes and from the key
+names; only a square weight leaves it open whether it is stored transposed (GPT-2's), which the configuration says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterFormatError, ConfigError
+from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
+from ..layers import LoraLayer, lora_class
+from ..spec.config import MAX_FACTOR, LoraConfig
+from ..spec.patterns import limited
+
+#: {how a key ends: the table of a layer that its tensor belongs in}.
+PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
+    "lora_B.bias": "lora_bias",
+}
+_KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, PARTS))})")
+_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What an adapter has for one layer.
+
+    Attributes:
+        path: the layer's.
+        tensors: {"lora_A", "lora_B", and "lora_magnitude" or "lora_bias" if it has them: as in the file}.
+        scaling: the factor before B A.
+        embedding: whether the layer is an embedding.
+    """
+
+    path: str
+    tensors: dict[str, Tensor]
+    scaling: float
+    embedding: bool
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (r, d_in), and B, (d_out, r), float32 or wider; without the scaling."""
+        A, B = self.tensors["lora_A"].flatten(1), self.tensors["lora_B"].flatten(1)
+        return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
+
+    def put_on(self, layer: LoraLayer, name: str, weight: float = 1.0) -> None:
+        """Gives the adapted `layer` this update times `weight`, as the adapter `name`.
+
+        Raises:
+            AdapterFormatError: it is of other shapes.
+            ConfigError: `weight` makes the factor before B A larger than float32 holds.
+        """
+        if abs(weight * self.scaling) > MAX_FACTOR:
+            factor = f"{weight:g} times the scaling {self.scaling:g}"
+            raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")
+        shapes = layer.file_shapes(layer, len(self.tensors["lora_A"]))
+        for table, tensor in self.tensors.items():
+            if tuple(tensor.shape) != shapes[table]:
+                raise AdapterFormatError(
+                    f"{self.path}: {table} is {tuple(tensor.shape)}, and on this base's weight of "
+                    f"{tuple(layer.weight.shape)} it would be {shapes[table]}; use the base it was trained on"
+                )
+            value = tensor.flatten(1) if table in ("lora_A", "lora_B") else tensor.flatten()
+            getattr(layer, table)[name] = nn.Parameter(value, requires_grad=False)
+        layer.lora_scaling[name], layer.lora_dropout[name] = weight * self.scaling, 0.0
+
+    def plain_layer(self, weight: Tensor, transposed: bool) -> nn.Module:
+        """The base layer that this update is for, with this weight and no bias. A transposed weight is seen upright."""
+        if self.embedding:
+            layer = nn.Embedding(*weight.shape, device="meta")
+        elif weight.dim() in _CONVOLUTIONS:
+            d_out, channels, *size = weight.shape
+            layer = _CONVOLUTIONS[weight.dim()](channels, d_out, tuple(size), bias=False, device="meta")
+        elif weight.dim() == 2:
+            weight = weight.t() if self.is_transposed(weight.shape, transposed) else weight
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        else:
+            raise AdapterFormatError(f"{self.path}: its weight has {weight.dim()} dimensions; no adapter goes on that")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+
+    def is_transposed(self, shape: tuple[int, ...], otherwise: bool) -> bool:
+        """Whether a weight of this shape is stored as (d_in, d_out); `otherwise` decides for a square one."""
+        d_out, d_in = len(self.tensors["lora_B"]), self.tensors["lora_A"].shape[-1]
+        return tuple(shape) == (d_in, d_out) if d_in != d_out else otherwise
+
+
+def carrier(layer: nn.Module) -> LoraLayer:
+    """`layer`, turned into one that carries adapters."""
+    return lora_class(layer).adopt(layer)
+
+
+@dataclass(frozen=True)
+class AdapterUpdates:
+    """An adapter directory.
+
+    Attributes:
+        directory: where it is.
+        config: its settings.
+        layers: {path: what it has for that layer}.
+        copies: {path of a tensor of the base: the adapter's own in its place}; heads and biases.
+        base_tensors: {path of a tensor of the base: the same}, which PEFT stores of some embeddings and heads, trained or not.
+        transposed: whether the configuration says that weights are stored as (d_in, d_out).
+        fingerprint: what the file says of the base; None if nothing.
+    """
+
+    directory: Path
+    config: LoraConfig
+    layers: dict[str, LayerUpdate]
+    copies: dict[str, Tensor]
+    base_tensors: dict[str, Tensor]
+    transposed: bool
+    fingerprint: Any
+
+    @property
+    def trained_on(self) -> str | None:
+        """The format of the base's adapted weights when the adapter was saved, by its fingerprint: "float32" or the like,
+        or "nf4/64/double" (block size, scales quantised too); None if it has none."""
+        base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None
+        if not isinstance(base, dict) or not all(isinstance(line, str) for line in base.values()):
+            return None
+        return next((line.split(" ")[0] for line in base.values()), None)
+
+    @property
+    def dense_dtype(self) -> torch.dtype | None:
+        """That of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
+        return next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{self.trained_on}"), None)
+
+
+def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
+    """Reads an adapter directory; each tensor must have its place, its pair and its rank.
+
+    Args:
+        directory: with the two files.
+        finite: whether NaN and infinite values are refused.
+
+    Raises:
+        AdapterFileMissingError, AdapterFormatError: it is not there, or is broken.
+    """
+    config, tensors, mark = read_adapter(directory)
+    by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    embeddings, copies = set(), {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise AdapterFormatError(f"{directory}: the tensor {key!r} does not start with {PREFIX!r}, as PEFT's do")
+        if finite and not tensor.isfinite().all():
+            raise AdapterFormatError(f"{directory} has NaN or infinite values ({key})")
+        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if match is None:
+            copies[key.removeprefix(PREFIX)] = tensor
+            continue
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise AdapterFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
+        by_path[match["path"]][PARTS[match["part"]]] = tensor
+        if match["part"].startswith("lora_embedding"):
+            embeddings.add(match["path"])
+    if not by_path:
+        raise AdapterFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
+    copies, base_tensors = _apart(copies, by_path, config)
+    with limited():
+        layers = {
+            path: _checked(LayerUpdate(path, parts, config.scaling_for(path), path in embeddings), config, directory)
+            for path, parts in by_path.items()
+        }
+    # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
+    fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    return AdapterUpdates(directory, config, layers, copies, base_tensors, fields.get("fan_in_fan_out") is True, mark)
+
+
+def _apart(
+    tensors: Mapping[str, Tensor], layers: Container[str], config: LoraConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({path of a tensor: the adapter's own}, {path of a tensor: the base's}) of what is there besides A and B.
+
+    The configuration says what is trained whole. PEFT calls a layer that carries A and B "base_layer" inside of its wrapper.
+    """
+    own, base = {}, {}
+    for path, tensor in tensors.items():
+        owner, _, name = path.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        wrapped = layer != owner and layer in layers
+        trained = (name == "bias" and config.bias != "none") or (not wrapped and _is_saved(owner, config))
+        (own if trained else base)[f"{layer}.{name}" if wrapped else path] = tensor
+    return own, base
+
+
+def _is_saved(path: str, config: LoraConfig) -> bool:
+    """Whether a module is trained whole: it, or one around it, ends with an entry of `modules_to_save`, or is tied to such."""
+    parts = path.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    saved = config.saved_module_patterns
+    return (config.ensure_weight_tying and bool(saved)) or any(p.endswith(entry) for p in around for entry in saved)
+
+
+def _checked(update: LayerUpdate, config: LoraConfig, directory: Path) -> LayerUpdate:
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude"} if config.use_dora else set())
+    wanted |= {"lora_bias"} if config.lora_bias else set()
+    if wanted != update.tensors.keys():
+        listed = ", ".join(sorted(update.tensors.keys() ^ wanted))
+        raise AdapterFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
+    A, B = update.tensors["lora_A"], update.tensors["lora_B"]
+    r = config.rank_for(update.path)
+    if A.dim() < 2 or B.dim() < 2 or len(A) != r or B.shape[1] != r:
+        raise AdapterFormatError(
+            f"{directory}: {update.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, and its configuration says rank {r}"
+        )
+    return update

@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints, and adapters in PEFT's layout."""

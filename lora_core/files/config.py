@@ -1,0 +1,121 @@
+"""`adapter_config.json`: a `LoraConfig` as PEFT writes it, both ways.
+
+PEFT has more fields than we do. Those that say nothing about the maths are skipped; one that would change what the adapter
+computes is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterFormatError, ConfigError
+from ..layers import LoraConv1D
+from ..model.registry import adapter_layers, find_adapter
+from ..spec.config import ALL_LINEAR, LoraConfig
+from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
+
+#: Fields that PEFT writes and that say nothing about what an adapter with these tensors computes.
+NEUTRAL_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+    }
+)
+
+#: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
+MAX_BYTES = 2**20
+MAX_ENTRIES = 10_000
+MAX_EXPRESSIONS = 1_000
+
+#: Values of `init_lora_weights` that leave the base alone. The others (PiSSA, OLoRA, ...) move part of W into A and B.
+HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva")
+
+
+def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The fields of the file for an adapter of `model`."""
+    adapter = find_adapter(model, adapter_name)
+    config = adapter.config.as_stored()
+    fields = dataclasses.asdict(config)
+    if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
+        fields["target_modules"] = adapter.layers
+    fields |= {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
+        "modules_to_save": config.saved_module_patterns or None,
+        "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
+    }
+    return dict(sorted(fields.items()))  # and no deeper: the order of patterns has a meaning
+
+
+def config_from_json(path: Path) -> LoraConfig:
+    """The configuration in the file at `path`.
+
+    Raises:
+        AdapterFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise AdapterFormatError(f"{path} can't be read: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise AdapterFormatError(f"{path} is larger than {MAX_BYTES:,} bytes; an adapter's configuration is not")
+    try:
+        fields = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+        raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters can be read")
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    # An empty value, of a field known or not, means that the field is not used.
+    fields = {key: v for key, v in fields.items() if not (v is None or v is False or v in ("", [], {}))}
+    unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
+    if unsupported:
+        listed = ", ".join(f"{key}={fields[key]!r}" for key in unsupported)
+        raise AdapterFormatError(f"{path} asks for {listed}, which is not supported; the adapter would compute something else")
+    init = fields.pop("init_lora_weights", True)
+    if init not in HARMLESS_INITIALISERS:
+        raise AdapterFormatError(
+            f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
+            "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
+        )
+    if "target_modules" not in fields or "r" not in fields or "lora_alpha" not in fields:
+        raise AdapterFormatError(f"{path}: r, lora_alpha and target_modules must be set")
+    _check_patterns(path, fields)
+    try:
+        # What A and B started from does not matter any more.
+        return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
+    except ConfigError as error:
+        raise AdapterFormatError(f"{path}: {error}") from None
+
+
+def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
+    """Raises for patterns that would take too long; `LoraConfig` sees to all else about them."""
+    forms = {"target_modules": WHOLE, "exclude_modules": WHOLE, "layers_pattern": LAYERS}
+    forms |= {"rank_pattern": END, "alpha_pattern": END, "modules_to_save": WHOLE}
+    for name, form in forms.items():
+        value = fields.get(name)
+        entries = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
+        if len(entries) > MAX_ENTRIES:
+            raise AdapterFormatError(f"{path}: {name} has {len(entries):,} entries, and {MAX_ENTRIES:,} are allowed")
+        if isinstance(value, list) and form == WHOLE:
+            continue  # names, not patterns
+        if sum(isinstance(entry, str) and not is_name(entry) for entry in entries) > MAX_EXPRESSIONS:
+            raise AdapterFormatError(f"{path}: {name} has more than {MAX_EXPRESSIONS:,} regular expressions; use names")
+        for entry in entries:
+            if isinstance(entry, str) and (reason := refusal(entry, form)):
+                raise AdapterFormatError(f"{path}: {name}: the pattern {entry!r} {reason}")

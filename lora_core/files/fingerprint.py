@@ -1,0 +1,115 @@
+"""Which base an adapter belongs to: a fingerprint of the weights that it updates, small and fast to take.
+
+    base.layer.0.attention.query    float32 384x384 1f0c6a52e4b8d937      dtype or 4-bit format, shape, hash of the values
+
+The hash (BLAKE2b) is of 1,024 values spread evenly over the weight, of a 4-bit one the packed values and the block scales,
+so it takes microseconds whatever the size. Another checkpoint of the same architecture, another dtype or another
+quantisation has another fingerprint. The same is done for the settings that the adapter computes with, which stand in a
+file of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.forwards import stored_weight
+from ..bases.nf4 import is_quantized, packed_form
+from ..layers import LoraLayer
+from ..model.sharding import values_at
+from ..spec.config import LoraConfig
+
+SAMPLES = 1024
+
+
+def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> dict[str, Any]:
+    """The fingerprint of an adapter with these settings on these layers, (path, layer), adopted or not; for JSON."""
+    layers = dict(layers)
+    settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
+    settings += [config.use_dora, config.lora_bias, config.bias]
+    return {
+        "base": {path: _describe(layer) for path, layer in layers.items()},
+        "settings": _hash([json.dumps(settings).encode()]),
+    }
+
+
+def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:
+    """Whether `tensor` holds the values of the layer's own weight, in this dtype or a wider one."""
+    return same_values(stored_weight(_unfolded(layer)).detach(), tensor)
+
+
+def same_values(weight: Tensor, tensor: Tensor) -> bool:
+    """Whether `tensor` holds the values of `weight`, in this dtype or a wider one."""
+    return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
+
+
+def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
+    """The layer, or what holds the base's own weight while adapters are folded in."""
+    folded = isinstance(layer, LoraLayer) and layer.lora_folded
+    return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
+
+
+def _describe(layer: nn.Module) -> str:
+    layer = _unfolded(layer)
+    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer))
+
+
+def describe_dense(weight: Tensor) -> str:
+    """"float32 384x384 1f0c6a52e4b8d937": what a dense weight is, in one line."""
+    return describe_packed(str(weight.dtype).removeprefix("torch."), weight.shape, [weight])
+
+
+def describe_packed(form: str, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
+    """The same of a weight that is stored in `parts`; `shape` is that of the dense one."""
+    return f"{form} {'x'.join(map(str, shape))} {_hash(_sample(part) for part in parts)}"
+
+
+def difference(stored: Any, found: dict[str, Any]) -> str | None:
+    """What differs between the fingerprint of a file and that of the model at hand, in half a line; None: nothing.
+
+    Raises:
+        ValueError: `stored` is no fingerprint.
+    """
+    try:
+        base = {path: (*line.split(" "),) for path, line in stored["base"].items()}
+        settings = stored["settings"]
+        if any(len(parts) != 3 for parts in base.values()):
+            raise ValueError
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise ValueError("the fingerprint of the base is not as written here") from None
+    now = {path: (*line.split(" "),) for path, line in found["base"].items()}
+    differing = [path for path in now if base.get(path) != now[path]]
+    if differing:
+        path = differing[0]
+        return f"{len(differing)} of {len(now)} weights differ: {path} {_compare(base.get(path), now[path])}"
+    if settings != found["settings"]:
+        return "the settings in its configuration (rank, alpha, variant) are not those that it was saved with"
+    return None
+
+
+def _compare(was: tuple[str, str, str] | None, now: tuple[str, str, str]) -> str:
+    if was is None:
+        return "carried no adapter when it was saved"
+    if was[:2] != now[:2]:
+        return f"was {was[0]} {was[1]}, is {now[0]} {now[1]}"
+    return f"({now[0]} {now[1]}) has other values"
+
+
+def _sample(tensor: Tensor) -> bytes:
+    size = tensor.numel()
+    count = min(SAMPLES, size)
+    spread = torch.arange(count, device=tensor.device) * size // max(count, 1)
+    return values_at(tensor.detach(), spread).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

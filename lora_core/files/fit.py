@@ -1,0 +1,165 @@
+"""Does what a file holds fit a model? Every tensor that the configuration asks for must be there, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.forwards import stored_weight
+from ..errors import AdapterFormatError, OffloadedError, WrongBaseError
+from ..layers import lora_class
+from ..model.copies import original_of
+from ..model.plan import Plan, plan
+from ..spec.config import LoraConfig
+from .adapter import FLOAT_DTYPES, PREFIX
+from .fingerprint import difference, fingerprint, is_weight_of, same_values
+from .keys import copy_key, layer_keys
+
+#: The tied modules that PEFT's `ensure_weight_tying` knows; of others it trains the one that is named, apart.
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
+
+
+def plan_for_file(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Plan:
+    """The plan for an adapter from a file, whose tensors say whether what `ensure_weight_tying` means was trained as one."""
+    found = plan(model, config, strict=False)
+    if config.ensure_weight_tying:
+        absent = [path for path in found.copies if copy_key(path, found.layers.paths) not in tensors]
+        present = {path.split(".")[-2] for path in found.copies if path not in absent}
+        if absent and present.isdisjoint(TIED_BY_PEFT):
+            return plan(model, dataclasses.replace(config, ensure_weight_tying=False), strict=False)
+    return found
+
+
+def fitting_tensors(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], found: Plan, source: object
+) -> dict[str, Tensor]:
+    """{key: tensor} of what the plan needs, and no other.
+
+    Raises:
+        AdapterFormatError: tensors are missing, unexpected, of another shape or dtype, not finite, or two where one is needed.
+        OffloadedError: the model has no weights yet.
+    """
+    for path in found.layers.paths:
+        stored_weight(model.get_submodule(path), path)  # or the file's values would be lost on the meta device
+    expected = _expected_tensors(model, config, found)
+    tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
+    tensors |= _tied_tensors(tensors, config, found, source)
+    _check_tensors(tensors, expected, source)
+    check_finite(tensors, str(source), "not loaded")
+    return tensors
+
+
+def check_base(source: object, stored: Any, model: nn.Module, config: LoraConfig, found: Plan, strict: bool) -> None:
+    """Raises, or warns, if the stored fingerprint is that of another base."""
+    if stored is None:
+        return
+    layers = [(path, model.get_submodule(path)) for path in found.layers.paths]
+    try:
+        differs = difference(stored, fingerprint(layers, config))
+    except ValueError as error:
+        raise AdapterFormatError(f"{source}: {error}; save the adapter again") from None
+    if differs is None:
+        return
+    message = f"{source} was saved on another base: {differs}"
+    if strict:
+        raise WrongBaseError(f"{message}; load it onto its own base, quantised and cast alike, or pass strict=False")
+    warnings.warn(message, stacklevel=3)
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> None:
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise OffloadedError(f"{source} is on the meta device; load the model's weights before injecting; {outcome}")
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise AdapterFormatError(f"{source} has NaN or infinite values in {len(bad)} tensors ({listed(bad)}); {outcome}")
+
+
+def listed(items: Sequence[str]) -> str:
+    """The first three."""
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether it is the base's own: PEFT stores that of some embeddings and heads, inside of its wrapper if adapted."""
+    owner, _, name = key.removeprefix(PREFIX).rpartition(".")
+    for path in (owner, owner.removesuffix(".base_layer")):
+        try:
+            module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
+        except (AttributeError, LookupError):  # no such module or tensor
+            continue
+        if name == "weight" and original is module.weight:
+            return is_weight_of(module, tensor)
+        return original is not None and not original.is_meta and same_values(original, tensor)
+    return False
+
+
+def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, Tensor]:
+    """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
+    expected = {}
+    for path in found.layers.paths:
+        module = model.get_submodule(path)
+        kind = lora_class(module)
+        shapes = kind.file_shapes(module, config.rank_for(path))
+        for table, key in layer_keys(path, kind, config).items():
+            expected[key] = torch.empty(shapes[table], device="meta")
+    for path in found.copies:
+        expected[copy_key(path, found.layers.paths)] = original_of(model, path)
+    return expected
+
+
+def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan, source: object) -> dict[str, Tensor]:
+    """{key: tensor} of copies that the file has under another name: of tensors that stay one, it may have any, or all.
+
+    Raises:
+        AdapterFormatError: it has two that differ.
+    """
+    filled: dict[str, Tensor] = {}
+    first: dict[object, str] = {}
+    keys = {path: copy_key(path, found.layers.paths) for path in found.copies}
+    for path, group in found.copies.items():
+        if keys[path] not in tensors:
+            continue
+        other = first.setdefault(group, keys[path])
+        if not _equal(tensors[other], tensors[keys[path]]):
+            reason = "ensure_weight_tying is set" if config.ensure_weight_tying else "the model has them as one tensor"
+            raise AdapterFormatError(f"{source}: {other} and {keys[path]} differ, and {reason}; it is of another model")
+    for path, group in found.copies.items():
+        if keys[path] not in tensors and group in first:
+            filled[keys[path]] = tensors[first[group]]
+    return filled
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object) -> None:
+    problems = []
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing:
+        problems.append(f"{len(missing)} missing tensors ({listed(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors without a home on this model ({listed(unexpected)})")
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)}, not {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} wrong shapes ({listed(wrong)})")
+    kinds = [
+        f"{key} is {tensors[key].dtype}"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].dtype not in (FLOAT_DTYPES if tensor.is_floating_point() else (tensor.dtype,))
+    ]
+    if kinds:
+        problems.append(f"{len(kinds)} tensors of a dtype that has no place there ({listed(kinds)})")
+    if problems:
+        raise AdapterFormatError(
+            f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on"
+        )

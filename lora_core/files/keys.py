@@ -1,0 +1,26 @@
+"""The names of an adapter's tensors in PEFT's files: each after "base_model.model." and the path of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..layers import LoraEmbedding, LoraLayer
+from ..spec.config import LoraConfig
+from .adapter import PREFIX
+
+
+def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
+    """{table of a layer: the key of an adapter's tensor there}."""
+    form = "lora_embedding_{}" if issubclass(kind, LoraEmbedding) else "lora_{}.weight"
+    keys = {"lora_A": form.format("A"), "lora_B": form.format("B")}
+    if config.use_dora:
+        keys["lora_magnitude"] = "lora_magnitude_vector"
+    if config.lora_bias:
+        keys["lora_bias"] = "lora_B.bias"
+    return {table: f"{PREFIX}{path}.{key}" for table, key in keys.items()}
+
+
+def copy_key(path: str, layers: Collection[str]) -> str:
+    """The key of a trained copy: the tensor's own path, but for the bias of an adapted layer, which PEFT wraps."""
+    owner, _, name = path.rpartition(".")
+    return f"{PREFIX}{owner}.base_layer.{name}" if owner in layers else f"{PREFIX}{path}"

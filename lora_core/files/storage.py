@@ -1,0 +1,168 @@
+"""Adapters on disk, in PEFT's format, both ways.
+
+    save_adapter(model, "out/")          # out/adapter_config.json, out/adapter_model.safetensors
+    load_adapter(model, "out/")          # onto the same base: injects what the configuration says, then loads
+
+Reading is strict: every tensor that the configuration asks for must be there, in the right shape and finite, and nothing
+else. Nothing on the model changes before all of that has been checked. Writing is whole or not at all: each file is
+written under a temporary name in the same directory, synced and renamed, the configuration last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterExistsError, AdapterFormatError, ConfigError, MergeError
+from ..model.inject import InjectionReport, attach, describe, warn_of_untied
+from ..model.plan import Plan
+from ..model.registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, registry_of, unwrap
+from ..model.sharding import refuse_sharded, whole, writes_files
+from ..model.verbs import changes_adapters
+from ..spec.config import LoraConfig
+from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE, read_adapter
+from .config import config_to_json
+from .disk import to_safetensors, write_all
+from .fingerprint import fingerprint
+from .fit import check_base, check_finite, fitting_tensors, plan_for_file
+from .keys import copy_key, layer_keys
+
+
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+) -> None:
+    """Writes one adapter as `adapter_config.json` and `adapter_model.safetensors`, readable by PEFT.
+
+    Args:
+        model: the model that holds it. While the adapter is folded in it can be saved too.
+        directory: where to; made if it does not exist. Files of these two names are replaced.
+        adapter_name: which adapter.
+        dtype: what its floating-point tensors are cast to; None: as they are, which is float32 beside a 16-bit base.
+
+    Raises:
+        UnknownAdapterError: it is not on the model.
+        AdapterFormatError: it has NaN or infinite values, or would have in `dtype`; nothing is written.
+        ConfigError: `directory` is a file.
+        OutputError: it can't be made or written to; each file is as it was or whole.
+
+    A model that is sharded over processes (see `sharding.py`) is saved in all of them at once, and process 0 writes.
+    """
+    tensors = adapter_tensors(model, adapter_name)
+    if dtype is not None:
+        if dtype not in FLOAT_DTYPES:
+            raise ConfigError(f"dtype must be float64, float32, bfloat16 or float16, not {dtype}")
+        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
+    config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2) + "\n"
+    adapter = find_adapter(model, adapter_name)
+    mark = fingerprint(adapter_layers(model, adapter), adapter.config.as_stored())
+    weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
+    if writes_files(model):
+        write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
+
+
+@changes_adapters
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
+    strict: bool = True,
+) -> InjectionReport:
+    """Reads an adapter that `save_adapter` or PEFT wrote.
+
+    A model without an adapter of that name gets one, as the file's configuration says; one that has it, with the same
+    settings, gets its values. The first adapter of a model becomes active. A and B keep the file's dtype. Tensors that
+    the base ties and the file has apart stay apart, as in PEFT: the tie is gone while the adapter is active, and a warning says
+    so.
+
+    Args:
+        model: the base, or a model with other adapters.
+        directory: the directory with the two files.
+        adapter_name: the name that it gets here; it is not in the files.
+        trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
+        strict: raise if the file has a fingerprint of its base and this base has another; else warn.
+
+    Returns:
+        What `inject` reports.
+
+    Raises:
+        AdapterFileMissingError: the directory or a file is not there.
+        AdapterExistsError: the model has another adapter of that name.
+        MergeError: it has this one, and it is folded into the weights now.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        OffloadedError: the base's weights are on the meta device, or a module to be replaced whole is offloaded.
+        WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
+        AdapterFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
+            of another shape or not finite. The message lists them, and the model is as it was.
+    """
+    refuse_sharded(model, "loading")
+    config, tensors, mark = read_adapter(directory)
+    root, found = unwrap(model), plan_for_file(model, config, tensors)
+    exists = has_adapters(model) and adapter_name in registry_of(model).adapters
+    if not exists:
+        check_new_name(model, adapter_name)
+    elif not _same_structure(root, adapter_name, config, found):
+        raise AdapterExistsError(
+            f"the model has an adapter {adapter_name!r} of other layers or ranks; choose another adapter_name or "
+            f"delete_adapter(model, {adapter_name!r})"
+        )
+    elif any(adapter_name in layer.lora_folded for _, layer in adapter_layers(root, find_adapter(root, adapter_name))):
+        raise MergeError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
+    if not found.layers.paths:
+        raise AdapterFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
+    tensors = fitting_tensors(root, config, tensors, found, directory)
+    check_base(directory, mark, root, config, found, strict)
+    unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
+    if unmatched:
+        warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
+
+    if exists:
+        report = describe(root, adapter_name, found)
+    else:
+        warn_of_untied(found)
+        report = attach(root, config, adapter_name, found, trainable)
+    adapter = find_adapter(root, adapter_name)
+    for path, layer in adapter_layers(root, adapter):
+        for table, key in layer_keys(path, type(layer), config).items():
+            parameter = getattr(layer, table)[adapter_name]
+            parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
+    for path, copy in copies_of(root, adapter_name).items():
+        copy.data = tensors[copy_key(path, adapter.layers)].to(copy)
+    return report
+
+
+@torch.no_grad()
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """{key: tensor} of an adapter, with PEFT's keys; the tensors are the model's own, detached, or gathered if sharded."""
+    adapter = find_adapter(model, adapter_name)
+    tensors = {}
+    for path, layer in adapter_layers(model, adapter):
+        layer.check_shape(path, adapter_name)
+        factors = dict(zip(("lora_A", "lora_B"), layer.factors(adapter_name), strict=True))
+        shapes = layer.file_shapes(layer, len(factors["lora_A"]))
+        for table, key in layer_keys(path, type(layer), adapter.config).items():
+            tensor = factors[table] if table in factors else getattr(layer, table)[adapter_name]
+            tensors[key] = whole(tensor.detach()).view(shapes[table])
+    for path, copy in copies_of(model, adapter_name).items():
+        tensors[copy_key(path, adapter.layers)] = whole(copy.detach())
+    return tensors
+
+
+def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan) -> bool:
+    """Whether the adapter `name` of the model is stored with this configuration's layers, tensors, scalings and copies."""
+    adapter = find_adapter(model, name)
+    return (
+        adapter.config.as_stored() is adapter.config  # else the file's tensors hold its start too
+        and (adapter.config.use_dora, adapter.config.lora_bias) == (config.use_dora, config.lora_bias)
+        and adapter.layers == found.layers.paths
+        and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
+        and all(adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)
+        and set(adapter.copied) == set(found.copies)
+    )

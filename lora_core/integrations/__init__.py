@@ -1,0 +1,1 @@
+"""What needs transformers, imported when it is first asked for."""

@@ -1,0 +1,1 @@
+"""LoRA on plain tensors: no modules, no names, no state."""

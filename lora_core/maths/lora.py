@@ -1,0 +1,250 @@
+"""The maths of LoRA on plain tensors: no modules, no names, no state.
+
+A LoRA linear layer computes (Hu et al., arXiv 2106.09685, equation 3)
+
+    y = x W^T + b + s dropout(x) A^T B^T        W: (d_out, d_in) frozen;  A: (r, d_in) and B: (d_out, r) trained
+
+and, with g = s dy B, its gradients are
+
+    dx = dy W + dropout'(g A)        dA = g^T dropout(x)        dB = s dy^T (dropout(x) A^T)
+
+Written as separate autograd operations this makes several passes over tensors of the size of x and y, and autograd
+keeps copies of them. `lora_linear` is one autograd function instead. For the backward it keeps x,
+which is one tensor for all layers that read it; the thin product dropout(x) A^T; and the seed of the dropout's mask. The update
+is added into the base layer's output in place, dx is built in one buffer, and no gradient for W is computed.
+
+Beside a 16-bit or 4-bit base A and B are float32. The base's product is computed in the base's dtype, as without an adapter;
+the update, and the gradients of A and B, in float32; and their sums are rounded once, to the dtype that the base gives.
+
+Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import methodcaller
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
+from ..cpu.masks import same_shared_mask
+from ..cpu.products import product, tall_product
+
+#: Elements of a block of rows that is masked at a time: 2 MiB of float32. A quarter takes the same time.
+BLOCK = 2**19
+
+Draw = Callable[[Tensor, float], KeepMask]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    dense: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    draw: Draw | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update: x W^T + b + scaling * dropout(x) A^T B^T.
+
+    Args:
+        x: input, (..., d_in), floating point.
+        weight: W, (d_out, d_in), or what `dense` turns into that (packed 4-bit values).
+        bias: b, (d_out,), or None.
+        lora_A: A, (r, d_in), of any float dtype. The update is computed in autocast's dtype if that is on, else in the wider
+            of this and that of x.
+        lora_B: B, (d_out, r), likewise.
+        scaling: the factor before the update, a number (lora_alpha / r).
+        dropout: probability with which an element of x is zeroed before A; 0 when not training. It is rounded as `dropout.py`
+            says, and drawn from torch's generator for x's device.
+        dense: makes W of `weight`, a new tensor in the dtype of the computation; called in the forward and again in the
+            backward, so that only the packed form is kept in between.
+        dtype: what the base's product is computed in; None: autocast's dtype if that is on, else that of x.
+        linear: how the base layer multiplies in the forward: `F.linear`, or `products.product`.
+        draw: gives the dropout mask for (x, dropout), where several layers share one; None: each call draws its own.
+
+    Returns:
+        y, (..., d_out), in autocast's dtype or that of x.
+    """
+    result = autocast_dtype(x)
+    if dtype is None:
+        dtype = result
+        if dense is None and weight.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+            dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
+    bias = None if bias is None else bias.to(dtype)
+    lora_A, lora_B = (factor.to(update_dtype(x, lora_A)) for factor in (lora_A, lora_B))
+    if torch.compiler.is_compiling() or weight.requires_grad or _is_watched():
+        # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
+        W = dense(weight) if dense else weight
+        y = F.linear(x.to(dtype), W, bias)
+        return (y + lora_product(x, lora_A, lora_B, scaling, dropout)).to(result)
+    mask = None
+    if dropout:
+        mask = draw(x, dropout) if draw else draw_keep_mask((x.numel() // x.shape[-1], x.shape[-1]), dropout, x.device)
+    return _LoraLinear.apply(
+        x, weight, bias, lora_A, lora_B, scaling, mask, dropout, dense, dtype, result, linear, draw is not None
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a mode of torch sees each operation, as selective checkpointing does, which must not find results changed."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """Folds an adapter into W, (d_out, d_in), in place: W + s B A; with DoRA's m, (d_out,): f (W + s B A). Returns W."""
+    W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
+    return W if magnitude is None else W.mul_(dora_factor(W, magnitude)[:, None])
+
+
+def dora_factor(V: Tensor, magnitude: Tensor) -> Tensor:
+    """f = m / |V|, (d_out,), with the norm of each row of V, (d_out, d_in), a constant in the gradient.
+
+    V is W + s B A, the direction; the output of the layer is f times that of V (Liu et al., "DoRA", arXiv 2402.09353,
+    equation 5 and section 4.3). A row of zeros gets the factor 0, not NaN.
+    """
+    norm = torch.linalg.vector_norm(V.detach(), dim=1)
+    return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x is computed in: autocast's if that is on, which leaves float64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def update_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    """What the update of x by A and B is computed in: autocast's dtype if that is on, else the wider of theirs."""
+    if x.is_floating_point() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(x.dtype, factor.dtype)
+
+
+def lora_product(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """The update alone, in plain operations: scaling * dropout(x) A^T B^T, (..., d_out), in the dtype of `update_dtype`."""
+    dtype = update_dtype(x, lora_A)
+    return scaling * (F.dropout(x.to(dtype), dropout) @ lora_A.to(dtype).t() @ lora_B.to(dtype).t())
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The fused form of `lora_linear`; the module docstring has the equations. A and B come in the update's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, p, dense, dtype, result, linear, shared):
+        need_A, need_B = ctx.needs_input_grad[3:5]
+        x_cast, same = x.to(dtype), A.dtype == dtype
+        x2 = x.reshape(-1, x.shape[-1]).to(A.dtype)  # T d_in
+        h = None
+        if mask:
+            s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
+        if not mask and same and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
+            y = linear(x_cast, fold(weight, A, B, s, dense), bias)  # ... d_out
+        else:
+            # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
+            y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous().to(A.dtype)  # ... d_out
+            h = masked_product(x2, mask.keep, A) if mask else x2 @ A.t()  # T r
+            y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
+
+        ctx.save_for_backward(
+            x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
+            weight,
+            A,
+            B,
+            h if need_B else None,
+            mask.source if mask else None,
+        )
+        ctx.s, ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = s, p, dense, dtype, x.dtype
+        ctx.same_mask = same_shared_mask if shared else same_keep_mask
+        return y.to(result)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dy):
+        x, weight, A, B, h, source = ctx.saved_tensors
+        s, dense = ctx.s, ctx.dense
+        need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        dx = dA = dB = dbias = None
+        dy2 = dy.reshape(-1, B.shape[0])  # T d_out
+        dy_wide = dy2.to(A.dtype)
+        x2 = None if x is None else x.reshape(-1, A.shape[1])  # T d_in
+        g = (dy_wide @ B).mul_(s)  # T r
+        if need_B:
+            h = x2.to(A.dtype) @ A.t() if h is None else h
+            dB = tall_product(dy_wide, h).mul_(s)
+        if need_x:
+            same = A.dtype == ctx.dtype
+            folded = source is None and same and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
+            W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
+            dx = product(dy2.to(ctx.dtype), W.t()).to(A.dtype)  # T d_in
+            del W
+            if source is None and not folded:
+                dx.addmm_(g, A)
+        if source is not None:
+            keep = ctx.same_mask(source, (len(dy2), A.shape[1]), ctx.p)
+            dA = masked_gradients(x2 if need_A else None, keep, g, A, dx)
+        elif need_A:
+            dA = tall_product(x2.to(A.dtype), g).t()
+        if need_x:
+            dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
+        if need_bias:
+            dbias = dy2.to(ctx.dtype).sum(0)
+        return dx, None, dbias, dA, dB, *(None,) * 8
+
+
+def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
+    """(keep * x) A^T, (T, r), for a mask `keep` of ones and zeros, (T, d_in), uint8."""
+    h = x.new_empty(len(x), len(A))
+    for rows in blocks(x):
+        torch.mm(keep[rows].to(x.dtype).mul_(x[rows]), A.t(), out=h[rows])
+    return h
+
+
+def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
+    """The gradients of `masked_product` for g, (T, r): adds that of x to dx, if given; returns that of A, unless x is None."""
+    sums = torch.promote_types(A.dtype, torch.float32)  # in 16 bits each block would be rounded
+    dA = None if x is None else A.new_zeros(A.shape[1], A.shape[0], dtype=sums)  # d_in r
+    for rows in blocks(keep):
+        mask = keep[rows].to(g.dtype)
+        if dx is not None:
+            dx[rows].addcmul_(g[rows] @ A, mask)
+        if dA is not None:
+            dA += tall_product(mask.mul_(x[rows]), g[rows])
+    return None if dA is None else dA.t().to(A.dtype)
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x, (T, d), in blocks: on a CPU so small that one stays in a core's cache, and costs little memory."""
+    T, d = x.shape
+    step = max(1, BLOCK // max(d, 1)) if x.device.type == "cpu" else max(1, T)
+    return (slice(start, start + step) for start in range(0, T, step))
+
+
+# --- which way to multiply ------------------------------------------------------------------------------------------
+#
+# Without dropout, x W^T + s (x A^T) B^T is also x (W + s B A)^T, and likewise in the backward (Cherniuk et al., "Run
+# LoRA Run", arXiv 2312.03415). Both do T r (d_in + d_out) multiplications in all for h and g, which the gradients of A
+# and B need anyway. Beyond those, adding the thin product touches each element of the output twice (2 T d_out in the
+# forward, 2 T d_in in the backward), and folding touches each element of W: three times when a copy must be made, twice
+# when W has just been dequantised into a buffer of our own. Rank multiplies both sides alike, so the choice is one of T
+# against the width summed over. Forward and backward measured on two CPU cores at r=16 and widths 384 and 768: with a copy
+# folding is 6 to 11 % slower at once the width or less, even from twice on and up to 4 % faster at five times; in a buffer
+# it is up to 3 % slower at once, even from 1.5 times on. 16-bit weights are never folded: W + s B A rounded to 16 bits
+# loses most of a small update.
+
+
+def folding_pays(tokens: int, width: int, dtype: torch.dtype, dense: Callable | None) -> bool:
+    """Whether x (W + s B A)^T is cheaper than two products, for `tokens` rows summed over `width`."""
+    return dtype in (torch.float32, torch.float64) and tokens > width * (1.5 if dense else 2)
+
+
+def fold(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dense: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """W + scaling * B A, (d_out, d_in), in a new tensor: in the one that `dense` makes, if it is given."""
+    return dense(weight).addmm_(B, A, alpha=scaling) if dense else torch.addmm(weight, B, A, alpha=scaling)

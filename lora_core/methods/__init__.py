@@ -1,0 +1,1 @@
+"""What an adapter adds to a layer, and where it starts."""

@@ -1,0 +1,44 @@
+"""What models of transformers say of themselves, read where they say it: no class of that library is needed for it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+
+def output_layer(model: object) -> object | None:
+    """What a model of transformers calls its output embeddings: the head of a language model, whatever its name."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """The paths of what models of transformers, `model` or parts of it, keep in float32 and dense, whatever the rest is.
+
+    T5 computes in the dtype of its `wo`, which is uint8 in 4 bits.
+    """
+    found: set[str] = set()
+    for outer, module in model.named_modules(remove_duplicate=False):
+        for name in getattr(module, "_keep_in_fp32_modules", None) or ():
+            named = re.compile(rf"(?:^|\.)(?:{name})(?:\.|$)")
+            inner = (path for path, _ in module.named_modules(remove_duplicate=False) if named.search(path))
+            found.update(f"{outer}.{path}" if outer else path for path in inner)
+    return found
+
+
+def configs(root: nn.Module) -> list[Any]:
+    """The configuration of a transformers model, and that of its language model if it has one of its own."""
+    config = getattr(root, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return [c for c in (config, text) if hasattr(c, "__dict__")]
+
+
+def forget_quantization(root: nn.Module) -> None:
+    """Takes off a transformers model what says that its weights are 4-bit: it would save, move and load as such."""
+    root.__dict__.pop("hf_quantizer", None)
+    for flag in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        root.__dict__.pop(flag, None)
+    if hasattr(getattr(root, "config", None), "quantization_config"):
+        del root.config.quantization_config

@@ -1,0 +1,153 @@
+"""`inject`: gives an adapter to each layer that a configuration means, and freezes the rest.
+
+    inject(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..layers import LoraLayer, lora_class
+from ..spec.config import LoraConfig
+from .copies import copy_tensor, original_of, submodule
+from .left_out import HEAD
+from .plan import Plan, plan
+from .registry import Adapter, adapter_parameters, check_new_name, has_adapters, register, registry_of, unwrap
+from .sharding import refuse_sharded
+from .verbs import changes_adapters
+from .wide import SIXTEEN_BITS
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did.
+
+    Attributes:
+        adapter_name: the adapter.
+        targets: paths of the layers that carry it.
+        hits: {pattern of target_modules: number of modules it matched, before exclusions}.
+        modules_to_save: paths of the modules that are trained whole.
+        trainable_parameters: number of values that the adapter trains.
+        untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
+        left_out: {path of what "all-linear" passed over: why}.
+    """
+
+    adapter_name: str
+    targets: tuple[str, ...]
+    hits: Mapping[str, int]
+    modules_to_save: tuple[str, ...]
+    trainable_parameters: int
+    untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
+        untied = f"; trained apart from what it is tied to: {', '.join(self.untied)}" if self.untied else ""
+        left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
+        return (
+            f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
+            f"{self.trainable_parameters:,} trainable parameters{untied}{left}"
+        )
+
+
+@changes_adapters
+def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> InjectionReport:
+    """Adds an adapter to `model`, in place.
+
+    The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
+    wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers'), GPT-2's `Conv1D`,
+    convolutions without groups, and `nn.Embedding`.
+
+    Args:
+        model: any module. It is changed, not wrapped.
+        config: the adapter's settings.
+        adapter_name: letters, digits, "_" and "-".
+
+    Returns:
+        A report of what was matched.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a layer that can't carry an adapter.
+        AdapterExistsError: the model has an adapter of that name.
+        ConfigError: the name is not valid, no such start fits a rank, or biases are to be trained beside another adapter.
+        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        ShardedError, OffloadedError: the model is spread over processes, or a module to be trained whole is offloaded.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")
+    check_new_name(model, adapter_name)
+    found = plan(model, config)
+    warn_of_untied(found)
+    _warn_of_left_out(found)
+    if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
+        warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=6)
+    return attach(model, config, adapter_name, found)
+
+
+def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainable: bool = True) -> InjectionReport:
+    """Puts the adapter `name` on the modules of a plan."""
+    model = unwrap(model)
+    refuse_sharded(model, "a new adapter")
+    if config.bias != "none" and has_adapters(model):
+        others = ", ".join(map(repr, registry_of(model).adapters))
+        raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")
+    for path in found.layers.paths:
+        module = submodule(model, path)
+        layer = module if isinstance(module, LoraLayer) else lora_class(module).adopt(module)
+        layer.add_adapter(
+            name,
+            r=config.rank_for(path),
+            scaling=config.scaling_for(path),
+            dropout=config.lora_dropout,
+            init=config.init_lora_weights,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
+        )
+    adapter = Adapter(config, found.layers.paths, found.saved_modules, tuple(found.copies), tuple(found.untied), trainable)
+    register(model, name, adapter, _copies(model, found))
+    return describe(model, name, found)
+
+
+def describe(model: nn.Module, name: str, found: Plan) -> InjectionReport:
+    """The report on an adapter that is on the model, by the plan that it has."""
+    size = sum(p.numel() for p in adapter_parameters(model, name))
+    layers = found.layers
+    return InjectionReport(name, layers.paths, layers.hits, found.saved_modules, size, found.untied, found.left_out)
+
+
+def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:
+    """Copies of the base's tensors that an adapter trains itself: parameters in float32 beside 16-bit ones."""
+    copies: dict[object, Tensor] = {}
+    for path, group in found.copies.items():
+        if group not in copies:
+            own = original_of(model, path)
+            wide = isinstance(own, nn.Parameter) and own.dtype in SIXTEEN_BITS
+            copies[group] = copy_tensor(own, torch.float32 if wide else None)
+    return {path: copies[group] for path, group in found.copies.items()}
+
+
+def _warn_of_left_out(found: Plan) -> None:
+    """Says once what "all-linear" does not adapt, but for the head, which it never means."""
+    reasons = {path: why for path, why in found.left_out.items() if why != HEAD}
+    if reasons:
+        path, why = next(iter(reasons.items()))
+        more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
+        warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
+
+
+def warn_of_untied(found: Plan) -> None:
+    """Says that tied tensors are trained apart."""
+    if found.untied:
+        path, others = next(iter(found.untied.items()))
+        more = f" (and {len(found.untied) - 1} more)" if len(found.untied) > 1 else ""
+        warnings.warn(
+            f"the base ties {path} to {', '.join(others)}, and this adapter trains it apart{more}: the tie is gone while the "
+            "adapter is active, and after merging it; ensure_weight_tying=True trains one tensor for both",
+            stacklevel=4,
+        )

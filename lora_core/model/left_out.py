@@ -1,0 +1,49 @@
+"""What `target_modules="all-linear"` passes over, and why: products that are no `nn.Linear` of their own, or may not be one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from ..layers import lora_class
+from ..spec.targets import is_head
+
+HEAD = "the head"
+#: The projections that attention holds itself: in one parameter, or in three where keys and values have widths of their own.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None, named: Collection[str] = ()) -> dict[str, str]:
+    """{path of a module or parameter: why "all-linear" does not mean it}.
+
+    Args:
+        modules: {path: module} of the base, the root's path being "".
+        head: the model's output layer, if it says which that is.
+        named: paths of modules that the configuration trains whole or excludes; they and what is inside them are not listed.
+    """
+    found = {}
+    for path, module in modules.items():
+        if any(path == outer or path.startswith(f"{outer}.") for outer in named):
+            continue
+        kind, parent = type(module), modules.get(path.rpartition(".")[0])
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.Linear):
+            if module is head or is_head(path):
+                found[path] = HEAD
+            elif isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
+                found[path] = "attention reads its weight without calling it"
+            elif lora_class(module) is None:
+                found[path] = f"a {kind.__name__}, which may compute something else than nn.Linear"
+        elif re.search("linear", kind.__name__, re.IGNORECASE) and not module._modules and lora_class(module) is None:
+            found[path] = f"a {kind.__name__}, which is not known here"
+        elif not isinstance(module, _CONVOLUTIONS):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() == 3 and len(parameter) > 1:  # one: a row of embeddings
+                    found[f"{prefix}{name}"] = "several matrices in one parameter, as fused experts are"
+        for name in _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ():
+            if module._parameters.get(name) is not None:
+                found[f"{prefix}{name}"] = "attention's own parameter, and no layer"
+    return found

@@ -1,0 +1,270 @@
+"""Folding adapters into the base: reversibly in place, or for good.
+
+    merge_adapter(model);  unmerge_adapter(model)              # in place; unmerging restores every byte
+    report = merge_and_unload(model, dtype=torch.float16)      # plain modules, ready to ship
+
+The sum W + scaling * B A is computed in float32 (float64 for float64 weights) and cast once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..bases.nf4 import is_quantized, to_dense
+from ..errors import MergeError
+from ..layers import LoraLayer
+from ..maths.loss import Cost, describe_loss, refuse_loss
+from . import copies
+from .adapters import remove_all
+from .atomic import LastSteps
+from .conventions import forget_quantization
+from .copies import submodule
+from .registry import Registry, activate, adapter_layers, as_names, find_adapter, registry_of, unfold_all, unwrap
+from .sharding import refuse_sharded
+from .untie import ties, untie
+from .verbs import change_adapters, changes_adapters
+
+#: What helps where the weights' own precision is too coarse for an update.
+_REMEDY = "merge with dtype=torch.float32"
+_REMEDY_NF4 = (
+    "merge over the base's files, where the original weights are at hand (python -m lora_core merge --base-as nf4), or without "
+    "requantize"
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_and_unload` did.
+
+    Attributes:
+        adapters: names of the adapters that were folded in.
+        layers: {path: what casting the sum to the weight's dtype, or packing it in 4 bits, lost of the update D, as
+            |cast(W + D) - (W + D)| / |D| in Frobenius norms}. Zero in float32; in 16 bits a small update can be lost
+            altogether (1.0), and 4 bits usually add more error than the update is large.
+        dequantized: paths of 4-bit layers that are dense now.
+        requantized: paths of layers that are in 4 bits.
+        untied: paths of weights that the base tied to others, and that are apart now.
+        kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `maths/loss.py`. Also of
+            the tensors that were trained whole and are cast, the update being what training changed.
+    """
+
+    adapters: tuple[str, ...]
+    layers: dict[str, float]
+    dequantized: tuple[str, ...]
+    requantized: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
+    kept: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def largest_error(self) -> float:
+        return max(self.layers.values(), default=0.0)
+
+    @property
+    def least_kept(self) -> float:
+        return min(self.kept.values(), default=1.0)
+
+    def __str__(self) -> str:
+        kinds = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
+        kinds += f"; {len(self.requantized)} layers in 4 bits" if self.requantized else ""
+        kinds += f"; no longer tied to others: {', '.join(self.untied)}" if self.untied else ""
+        left = describe_loss(self.kept) or f"at least {min(self.least_kept, 1):.1%} of each update is there"
+        error = f"; rounding moved a weight by up to {self.largest_error:.2g} times its update" if self.largest_error else ""
+        return f"merged {', '.join(self.adapters)} into {len(self.layers)} layers: {left}{error}{kinds}"
+
+
+@changes_adapters
+def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *, allow_loss: bool = False) -> None:
+    """Folds adapters into the weights, in place: the forward then costs what the base's does.
+
+    The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile, and what the
+    base ties to an adapted or trained weight is apart (a `config.tie_word_embeddings` then says so), so that a model saved now
+    loads as it computes.
+
+    Args:
+        model: a model with adapters.
+        names: the adapters to fold, which are made active; None: the active ones.
+        allow_loss: merge although the weights' 16 bits lose more than half of the update in some layer.
+
+    Raises:
+        MergeError: adapters are folded in already, none is active, a weight is computed from others (pruned, say) or not finite
+            once it is folded, or too much would be lost.
+        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
+            spread over processes, or an adapted weight is offloaded.
+    """
+    root, registry, names = unwrap(model), registry_of(model), _chosen(model, names)
+    tied = ties(root)
+    spent = _fold_all(model, names)
+    if not allow_loss:
+        refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
+    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, spent))
+
+
+@changes_adapters
+def unmerge_adapter(model: nn.Module) -> None:
+    """Takes folded adapters out of the weights again: each weight is what it was before, byte for byte.
+
+    Raises:
+        MergeError: no adapter is folded in, or a weight was pruned since, say.
+    """
+    if not is_merged(model):
+        raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
+    unfold_all(model)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are folded into the weights now."""
+    return any(layer.lora_folded for layer in _layers(model, registry_of(model).adapters).values())
+
+
+def merge_and_unload(
+    model: nn.Module,
+    names: str | Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    requantize: bool = False,
+    allow_loss: bool = False,
+) -> MergeReport:
+    """Folds adapters into the weights for good: plain modules again, no adapter left.
+
+    Modules that the adapters trained whole, and biases, keep the trained values. Every 4-bit layer of the model becomes
+    a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against; or, with
+    `requantize`, stays a 4-bit layer. A refusal changes nothing: weights that take the update in their own dtype are read
+    first, to know that nothing can overflow, and then changed in their own memory, so that whatever shares it changes too;
+    the others are held until all are folded.
+
+    Args:
+        model: a model with adapters. It is changed; the report is what is returned.
+        names: the adapters to fold; None: the active ones. The others are dropped.
+        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one takes that from
+            before it was packed).
+        requantize: pack the merged weight of a 4-bit layer in 4 bits again, in the format that it had. The report says
+            what that lost: weights that lie on the 4-bit grid snap back after a small update.
+        allow_loss: merge although the cast, or packing, loses more than half of the update in some layer.
+
+    Where the base ties an adapted or trained weight to others (a head that is the input embeddings), they are apart afterwards,
+    as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
+
+    Raises:
+        MergeError: no adapter is active, a weight is computed from others (pruned, say), a merged one would not be finite in
+            its dtype, or in some layer less than half of the update would be left. The model is as it was.
+        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
+            spread over processes, or an adapted weight is offloaded.
+    """
+    change = functools.partial(_merge, model, names, dtype, requantize, allow_loss)
+    return change_adapters(model, change)
+
+
+def _merge(
+    model: nn.Module,
+    names: str | Iterable[str] | None,
+    dtype: torch.dtype | None,
+    requantize: bool,
+    allow_loss: bool,
+    last: LastSteps,
+) -> MergeReport:
+    """`merge_and_unload`, but for what is added in place: `last` gets that to do."""
+    root, registry = unwrap(model), registry_of(model)
+    names = _chosen(model, names)
+    unfold_all(model)
+    quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
+    _check_cast(root, dtype)
+    tied = ties(root)
+    spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
+    for layer in _layers(model, names).values():
+        layer.keep_folded()
+    changed, whole = _changed(registry, names, spent), {}
+    for name in names:  # the trained copies of heads and biases become the base's own
+        whole |= copies.keep(root, name, registry.adapters[name].copied, dtype)
+    kept = {path: c.kept for path, c in (spent | whole).items()}
+    if not allow_loss:
+        refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
+    remove_all(root)
+    dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
+    for path in () if requantize else quantized:
+        layer = submodule(root, path)
+        if layer not in dense:
+            dense[layer] = to_dense(layer)
+        parent, _, name = path.rpartition(".")
+        setattr(submodule(root, parent), name, dense[layer])
+    untied, _ = untie(root, tied.values(), changed)
+    if dense:
+        forget_quantization(root)
+    if dtype is not None:
+        root.to(dtype)
+    return MergeReport(
+        adapters=names,
+        layers={path: c.lost for path, c in spent.items()},
+        dequantized=tuple(quantized if dense else ()),
+        requantized=tuple(quantized if requantize else ()),
+        untied=untied,
+        kept=kept,
+    )
+
+
+def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
+    """{path: layer} of every layer that carries one of the adapters `names`."""
+    return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
+
+
+def _changed(registry: Registry, names: Iterable[str], spent: Iterable[str]) -> set[str]:
+    """The paths of the base's tensors that adapters own a copy of or add to."""
+    copied = (path for name in names for path in registry.adapters[name].copied)
+    return {*copied, *(f"{path}.weight" for path in spent)}
+
+
+def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:
+    chosen = registry_of(model).active if names is None else as_names(names)
+    if not chosen:
+        raise MergeError("no adapter is active; name the ones to merge")
+    return chosen
+
+
+def _fold_all(
+    model: nn.Module,
+    names: tuple[str, ...],
+    dtype: torch.dtype | None = None,
+    *,
+    packed: bool = False,
+    last: LastSteps | None = None,
+    shared: Container[int] = (),
+) -> dict[str, Cost]:
+    """Makes `names` active and folds them in; {path: what the cast lost}.
+
+    4-bit layers are folded into 4-bit weights if `packed`. With `last`, dense ones are added to in their own memory, by a step
+    of it, where they can be and that is not `shared`.
+    """
+    refuse_sharded(model, "merging")
+    activate(model, names)
+    spent = {}
+    for path, layer in _layers(model, names).items():
+        for name in layer.present(names):
+            layer.check_shape(path, name)
+        try:
+            layer.check_stored(names)
+            in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
+            if in_place and layer.folds_in_place(names):
+                for step in layer.steps_in_place(names):
+                    last.add(layer.weight, step)
+                spent[path] = Cost()
+            else:
+                spent[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; nothing was merged") from None
+    return spent
+
+
+def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:
+    """Raises if a parameter is finite now and would not be in `dtype`."""
+    if dtype is None:
+        return
+    largest = torch.finfo(dtype).max
+    for path, parameter in root.named_parameters():
+        if parameter.is_floating_point() and largest < parameter.detach().abs().amax() < torch.inf:
+            raise MergeError(
+                f"{path} overflows {str(dtype).removeprefix('torch.')}; use dtype=torch.bfloat16; nothing was merged"
+            )

@@ -1,0 +1,249 @@
+"""What a configuration means on one model: the layers to adapt, the modules to train whole, the biases. Changes nothing.
+
+Everything that could keep an adapter from taking effect is found here, before the first change: layers that can't carry one, a
+forward that would hide it, a module that another adapter or another part of the model has a hand in.
+
+Tied tensors (a head that is the input embeddings) are trained apart, as in PEFT: each path gets a copy of its own, and the tie
+is gone while the adapter is active. As long as it is on the model, `config.tie_word_embeddings` is False: transformers would
+tie again what is trained. `ensure_weight_tying` trains one copy for all the paths of a tie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
+from ..bases.nf4 import is_quantized
+from ..errors import TargetError
+from ..layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
+from ..layers.holder import TABLES
+from ..methods.start import check_rank_fits
+from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
+from ..spec.patterns import limited
+from ..spec.targets import Targets, excluded_paths, match_saved_modules, select_targets
+from .conventions import output_layer
+from .copies import CHILD, base_tensors, original_of, own_keys
+from .left_out import left_out
+from .registry import adapter_layers, has_adapters, registry_of, unwrap
+
+LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The modules of one model that one configuration means.
+
+    Attributes:
+        layers: the layers to adapt, and how often each pattern hit.
+        saved_modules: paths of the modules to train whole.
+        copies: {path of a tensor of the base to train a copy of: what is equal for the paths that share one copy}.
+        untied: {path of such a tensor: paths that the base ties it to, and the adapter does not}.
+        left_out: {path of what "all-linear" might mean, and passes over: why}.
+    """
+
+    layers: Targets
+    saved_modules: tuple[str, ...]
+    copies: Mapping[str, object]
+    untied: Mapping[str, tuple[str, ...]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
+    """What `inject` would adapt, and train a copy of.
+
+    With `strict=False` patterns that match nothing are left with zero hits instead of raising.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a module on which an adapter could not take effect.
+        OffloadedError: a module to be trained whole is offloaded.
+    """
+    model = unwrap(model)
+    _refuse_foreign_adapters(model)
+    if lazy := next((path for path, p in model.named_parameters() if is_lazy(p)), None):
+        raise TargetError(f"{lazy!r} has no shape yet (a lazy layer); run the model once before it gets adapters")
+    modules = base_modules(model)
+    paths = list(modules)
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    patterns = config.saved_module_patterns
+    saved = match_saved_modules(patterns, optional=heads if strict else patterns, paths=paths)
+    if heads and not saved and strict:
+        raise TargetError(
+            f"task_type {config.task_type!r}: found no head called {' or '.join(map(repr, heads))}; "
+            "name the model's in modules_to_save, or leave task_type out"
+        )
+    ties = _ties(model)
+    if config.ensure_weight_tying:
+        saved = _with_tied_modules(model, saved, ties)
+    head = output_layer(model)
+    linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
+    with limited():
+        targets = select_targets(config, paths, linear, saved, strict)
+        named = {*saved, *excluded_paths(config, paths, strict)}
+        _check_targets(model, modules, config, targets.paths)
+    _check_used_once(model, modules, (*targets.paths, *saved))
+    for path in targets.paths if config.ensure_weight_tying else ():
+        if tied := ties.get(id(modules[path].weight)):
+            raise TargetError(
+                f"ensure_weight_tying: {' and '.join(map(repr, tied))} are tied, and an adapter goes on one of them; two "
+                "layers can't share A and B here: leave it out, or train them whole, in modules_to_save"
+            )
+    for path in saved:
+        _check_saved(path, modules[path])
+    found = plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
+    if config.target_modules == ALL_LINEAR:
+        return dataclasses.replace(found, left_out=left_out({"": model, **modules}, head, named))
+    return found
+
+
+def plan_copies(
+    model: nn.Module, targets: Targets, saved: Sequence[str], biases: Sequence[str] = (), keep_ties: bool = False
+) -> Plan:
+    """The plan with these modules trained whole, and these biases.
+
+    Args:
+        model: the module at the root.
+        targets: the layers to adapt.
+        saved: paths of the modules.
+        biases: paths of the biases.
+        keep_ties: whether what is tied to a tensor of theirs is trained with it, as one.
+
+    Raises:
+        TargetError: a bias is tied to one that would not be trained with it.
+    """
+    ties = _ties(model)
+    whole = {f"{module}.{key}": module for module in saved for key in own_keys(model.get_submodule(module))}
+    copies: dict[str, object] = {}
+    for path in (*biases, *whole):
+        # One module's own ties hold inside of it, as in PEFT's copy of the whole module.
+        scope = None if keep_ties or path not in whole else whole[path]
+        copies[path] = (scope, id(original_of(model, path)))
+    for path in list(copies) if keep_ties else ():
+        copies |= dict.fromkeys(ties.get(id(original_of(model, path)), ()), copies[path])
+    untied = {}
+    for path in copies:
+        others = tuple(p for p in ties.get(id(original_of(model, path)), ()) if copies.get(p) != copies[path])
+        if others and path in biases:
+            raise TargetError(f"the bias {path!r} is tied to {others[0]!r}, which would not be trained too; use bias='none'")
+        if others:
+            untied[path] = others
+    return Plan(targets, tuple(saved), copies, untied)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of the model's own modules: without the root and without what adapters added."""
+    tables = {f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in TABLES}
+    return {p: m for p, m in model.named_modules() if p and p not in tables and CHILD not in p.split(".")}
+
+
+def _ties(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """{id of a parameter of the base that has several paths: these}."""
+    paths = defaultdict(list)
+    for path in base_tensors(model):
+        paths[id(original_of(model, path))].append(path)
+    return {key: tuple(tied) for key, tied in paths.items() if len(tied) > 1}
+
+
+def _with_tied_modules(model: nn.Module, saved: Sequence[str], ties: Mapping[int, Sequence[str]]) -> tuple[str, ...]:
+    """`saved` and the modules whose parameters are tied to one in them."""
+    parameters = {f"{m}.{key}" for m in saved for key in own_keys(model.get_submodule(m))}
+    tied = {path.rpartition(".")[0] for paths in ties.values() if parameters.intersection(paths) for path in paths}
+    inside = {path for path in tied for m in saved if path == m or path.startswith(f"{m}.")}
+    return (*saved, *sorted(tied - inside))
+
+
+# --- what can't be adapted --------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign_adapters(model: nn.Module) -> None:
+    """Raises a TargetError if a layer carries an adapter that this model's own list does not know."""
+    adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
+    layers = {layer for adapter in adapters for _, layer in adapter_layers(model, adapter)}
+    owners = {path.rpartition(".")[0] for adapter in adapters for path in adapter.copied}
+    for path, module in model.named_modules():
+        if (isinstance(module, LoraLayer) and module not in layers) or (CHILD in module._modules and path not in owners):
+            raise TargetError(
+                f"{path or 'this module'!r} carries an adapter that was injected through another module: a part of this model, "
+                "a larger one that it is a part of, or one that shares layers with it; call the verbs on that one, or unload it"
+            )
+
+
+def _check_targets(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Sequence[str]
+) -> None:
+    """Raises a TargetError for a module on which an adapter could not take effect."""
+    adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
+    whole = {path for adapter in adapters for path in adapter.saved_modules}
+    for path in targets:
+        kind = lora_class(modules[path])
+        if kind is None:
+            raise TargetError(
+                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
+                "target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or nn.Embedding layers"
+            )
+        refuse_hidden_forward(path, modules[path])
+        check_rank_fits(config.init_lora_weights, path, kind.matrix_shape(modules[path]), config.rank_for(path))
+        if not 0 < config.scaling_for(path) < math.inf:
+            raise TargetError(f"target_modules: {path!r} would have a scaling of {config.scaling_for(path)}; check lora_alpha")
+        if config.lora_bias and issubclass(kind, LoraEmbedding):
+            raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
+        if any(path == w or path.startswith(f"{w}.") for w in whole):
+            raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
+        parent = modules.get(path.rpartition(".")[0], model)
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise TargetError(
+                f"target_modules: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
+                "its layers without calling them; call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+
+
+def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> None:
+    """Raises a TargetError for a module that has two places in the model: an adapter would change both."""
+    places = defaultdict(list)
+    for parent, module in model.named_modules():
+        for name, child in module._modules.items():
+            places[id(child)].append(f"{parent}.{name}" if parent else name)
+    for path in paths:
+        if len(found := places[id(modules[path])]) > 1:
+            raise TargetError(
+                f"{' and '.join(map(repr, found))} are one module, and an adapter on it would change all of these places; give "
+                "each a module of its own (copy.deepcopy), or leave it out"
+            )
+
+
+def _check_saved(path: str, module: nn.Module) -> None:
+    if any(is_quantized(m) for m in module.modules()):
+        raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
+    if any(isinstance(m, LoraLayer) for m in module.modules()):
+        raise TargetError(f"modules_to_save: {path!r} carries an adapter and can't be trained whole as well")
+    refuse_offloaded(f"modules_to_save: {path}", module, "a trained copy")
+
+
+def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str], saved: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the base's biases that `config.bias` trains; "all" means every parameter of that name."""
+    if config.bias == "all":
+        for path, module in base_modules(model).items():
+            _check_bias(path, module)
+        paths = [path for path in base_tensors(model) if path.rpartition(".")[2] == "bias"]
+        return tuple(path for path in paths if not any(path.startswith(f"{s}.") for s in saved))
+    if config.bias == "lora_only":
+        found = {path: model.get_submodule(path) for path in layers}
+        found = {path: module for path, module in found.items() if getattr(module, "bias", None) is not None}
+        for path, module in found.items():
+            _check_bias(path, module)
+        return tuple(f"{path}.bias" for path in found)
+    return ()
+
+
+def _check_bias(path: str, module: nn.Module) -> None:
+    if "bias" not in module._parameters and isinstance(getattr(module, "bias", None), Tensor):
+        raise TargetError(
+            f"{path}: its bias is computed from other tensors (pruned, say); make it a plain one, or use bias='none'"
+        )

@@ -1,0 +1,52 @@
+"""What every verb that changes a model's adapters shares: when it is refused, and that it is done or undone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..errors import ConfigError, MixedBatchError
+from .atomic import LastSteps, attempt
+from .conventions import configs
+from .registry import has_adapters, registry_of, unwrap
+
+T = TypeVar("T")
+
+
+def check_changeable(model: nn.Module) -> None:
+    """Refuses to change the adapters of a model while someone counts on them as they are.
+
+    Raises:
+        MixedBatchError: a thread, maybe this one, is in a mixed batch, or in `disable_adapters`.
+    """
+    if not has_adapters(model):
+        return
+    registry = registry_of(model)
+    if registry.mixing:
+        where = "this thread" if get_ident() in registry.mixing else "another thread"
+        raise MixedBatchError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
+    if registry.disabled:
+        raise MixedBatchError("disable_adapters is open on this model; change its adapters after it is closed")
+
+
+def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
+    """Makes a verb, whose first argument is a model, all or nothing, and refuses it where `check_changeable` does."""
+
+    @functools.wraps(verb)
+    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+        return change_adapters(model, lambda _: verb(model, *args, **kwargs))
+
+    return whole
+
+
+def change_adapters(model: nn.Module, change: Callable[[LastSteps], T]) -> T:
+    """`atomic.attempt` on a model and its configuration, refused where `check_changeable` does."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_changeable(model)
+    root = unwrap(model)
+    return attempt(root, change, configs(root))

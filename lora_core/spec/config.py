@@ -1,0 +1,272 @@
+"""`LoraConfig`: what an adapter is, checked when it is made.
+
+    LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+
+The field names are those of PEFT's `adapter_config.json`, so that a configuration can travel. The update that an
+adapter adds to a weight W is (Hu et al., "LoRA", arXiv 2106.09685, section 4.1)
+
+    W + scaling * B A        scaling = lora_alpha / r        or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
+
+#: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
+#: SVD of N iterations is "pissa_niter_N"). `methods/start.py` says what they are.
+INITIALIZERS = ("gaussian", "orthogonal", "pissa", "olora")
+FROM_WEIGHT = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
+AFTERWARDS = {"eva": "initialize_eva(model, batches)", "loftq": "initialize_loftq(model, dense_weights)"}
+
+BIAS_MODES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+#: No layer is so wide; what is larger is a mistake, and too much for a tensor's shape.
+MAX_RANK = 2**20
+
+#: The largest factor before an update: what float32 holds.
+MAX_FACTOR = 2**128 - 2**104
+
+#: The heads that a task adds to a pretrained model: new, so trained and saved whole (PEFT's lists, by task).
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The settings of one adapter. Immutable; every value is checked when the object is made.
+
+    Args:
+        r: rank of the update, a positive integer.
+        lora_alpha: numerator of the scaling, a positive number.
+        lora_dropout: probability, in [0, 1), with which an element of the adapter's input is zeroed in training. Each layer
+            draws its own mask, as in the paper and in PEFT; `share_dropout_masks` makes siblings share one.
+        target_modules: which layers to adapt. A list of names: each matches the module of exactly that path or any
+            path that ends in `.name`. A string: a regular expression that must match the whole path. `"all-linear"`:
+            every linear layer but the head.
+        exclude_modules: the same patterns; what they match is left alone.
+        bias: which biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` (those of adapted layers).
+        modules_to_save: modules trained and saved whole. A module is meant when its path ends with an entry, as bare
+            text, which is PEFT's rule: "classifier" means DistilBERT's "pre_classifier" as well.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        use_dora: train the magnitude of each row of the weight apart from its direction (DoRA, arXiv 2402.09353).
+        lora_bias: give B a bias, trained from zero; adapted layers need one of their own to be merged.
+        init_lora_weights: where A and B start. True: A Kaiming-uniform and B zero; False: B random too, so that the
+            adapter changes the model from the start (of use in tests); or "gaussian", "orthogonal", "pissa",
+            "pissa_niter_N", "olora" (see `methods/start.py`).
+        rank_pattern, alpha_pattern: {pattern: value}, an r or lora_alpha of its own for some layers. A pattern
+            matches a path that it ends, after a dot or from the start, as a regular expression; the first hit wins.
+        layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
+        layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
+        task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
+        ensure_weight_tying: train one copy for all the paths of a tied tensor in `modules_to_save` (a head that is the input
+            embeddings); else each that is named is trained apart, and the others keep the base's.
+        base_model_name_or_path: which base the adapter belongs to; written to its file, not used here.
+
+    Raises:
+        ConfigError: a field is unknown or its value is not allowed; the message names field, value and what is.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    task_type: str | None = None
+    ensure_weight_tying: bool = False
+    base_model_name_or_path: str | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
+        # A dataclass answers an unknown field with a bare TypeError; a misspelt setting deserves a hint.
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name, value in fields.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise ConfigError(f"LoraConfig has no field {name!r} (given {value!r}); {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        p = self.lora_dropout
+        if not _is_number(p) or not 0 <= p < 1:
+            raise ConfigError(f"lora_dropout must be a probability in [0, 1), not {p!r}")
+        _check_choice("bias", self.bias, BIAS_MODES)
+        if self.task_type is not None:
+            _check_choice("task_type", self.task_type, TASK_TYPES)
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_start()
+        if self.lora_bias and (self.use_dora or self.bias != "none"):
+            raise ConfigError("lora_bias=True goes with neither use_dora nor a bias mode: both would train the same bias")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            form = LAYERS if name == "layers_pattern" else WHOLE
+            if isinstance(value, str):
+                _check_regex(name, value, form)
+                continue
+            self._freeze_names(name, value)
+            for entry in (value or ()) if form == LAYERS else ():
+                _check_regex(name, entry, form)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}")
+        self._freeze_names("modules_to_save", self.modules_to_save)
+        self._freeze_pattern("rank_pattern", check_rank)
+        self._freeze_pattern("alpha_pattern", check_alpha)
+        base = self.base_model_name_or_path
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"base_model_name_or_path must be a name or a path, not {base!r}")
+        object.__setattr__(self, "_found", {})  # {(field, path): what its patterns say}
+        self._freeze_layer_indices()
+
+    def _check_start(self) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, bool) or init in INITIALIZERS or (isinstance(init, str) and FROM_WEIGHT.fullmatch(init)):
+            return
+        if isinstance(init, str) and init in AFTERWARDS:
+            raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
+        known = ", ".join(map(repr, INITIALIZERS))
+        raise ConfigError(f"init_lora_weights must be True, False, {known} or 'pissa_niter_N', not {init!r}")
+
+    def _freeze_names(self, name: str, value: Any) -> None:
+        if value is None:
+            return
+        valid = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
+        if not valid:
+            raise ConfigError(f"{name} must be a list of module names, not {value!r}")
+        if not value:
+            raise ConfigError(f"{name} is an empty list; leave it None or name a module")
+        ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
+        object.__setattr__(self, name, tuple(ordered))
+
+    def _freeze_pattern(self, name: str, check: Any) -> None:
+        pattern = getattr(self, name)
+        if not isinstance(pattern, Mapping):
+            raise ConfigError(f"{name} must be a dictionary of pattern to value, not {pattern!r}")
+        for key, value in pattern.items():
+            _check_regex(name, key, END)
+            check(f"{name}[{key!r}]", value)
+        object.__setattr__(self, name, dict(pattern))
+
+    def _freeze_layer_indices(self) -> None:
+        indices = self.layers_to_transform
+        if indices is None:
+            if self.layers_pattern is not None:
+                raise ConfigError("layers_pattern is set without layers_to_transform; say which layers, or leave it out")
+            return
+        listed = [indices] if isinstance(indices, int) else indices
+        valid = isinstance(listed, (list, tuple)) and listed and all(type(i) is int and i >= 0 for i in listed)
+        if not valid:
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, not {indices!r}")
+        if isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"layers_to_transform needs target_modules as a list, not the pattern {self.target_modules!r}; "
+                "put the layer numbers into the pattern"
+            )
+        object.__setattr__(self, "layers_to_transform", tuple(listed))
+
+    @property
+    def saved_module_patterns(self) -> tuple[str, ...]:
+        """`modules_to_save` and the heads that `task_type` adds, without repeats, in order."""
+        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
+
+    def as_stored(self) -> LoraConfig:
+        """What this adapter is in a file: one that subtracts its start is plain LoRA of rank 2r with the same scaling."""
+        if not (isinstance(self.init_lora_weights, str) and FROM_WEIGHT.fullmatch(self.init_lora_weights)):
+            return self
+        alpha = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=alpha * self.lora_alpha,
+            rank_pattern={key: 2 * value for key, value in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * value for key, value in self.alpha_pattern.items()},
+        )
+
+    def rank_for(self, path: str) -> int:
+        """The rank of the layer at `path`, after `rank_pattern`."""
+        return self._first_match("rank_pattern", path, self.r)
+
+    def scaling_for(self, path: str) -> float:
+        """The factor before B A for the layer at `path`, after both patterns."""
+        r, alpha = self.rank_for(path), self._first_match("alpha_pattern", path, self.lora_alpha)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def _first_match(self, name: str, path: str, default: Any) -> Any:
+        if (name, path) not in self._found:  # asked for often, and there may be a pattern for each layer
+            hits = (value for pattern, value in getattr(self, name).items() if matches(pattern, path, END))
+            self._found[name, path] = next(hits, default)
+        return self._found[name, path]
+
+
+def check_rank(name: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{name} must be a positive integer{_bound(value, MAX_RANK)}, not {_shown(value)}")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= MAX_FACTOR:
+        raise ConfigError(f"{name} must be a positive number{_bound(value, MAX_FACTOR)}, not {_shown(value)}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    if not _is_number(value) or not abs(value) <= sys.float_info.max:  # an integer may be too large for isfinite
+        raise ConfigError(f"{name} must be a finite number, not {_shown(value)}")
+
+
+def check_tolerance(name: str, value: Any) -> None:
+    check_finite(name, value)
+    if value < 0:
+        raise ConfigError(f"{name} must be zero or more, not {value!r}: nothing deviates by less")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _shown(value: Any) -> str:
+    return "an integer of more than 19 digits" if isinstance(value, int) and abs(value) >= 10**19 else repr(value)
+
+
+def _bound(value: Any, most: int) -> str:
+    if not _is_number(value) or not most < value < math.inf:
+        return ""
+    return f" up to {most:,}" if most < 10**19 else f" up to {float(most):.3g}"
+
+
+def _check_regex(name: str, pattern: Any, form: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{name} must be a non-empty pattern, not {pattern!r}")
+    try:
+        if not is_name(pattern):  # there may be thousands, and expressions take time to make
+            expression_of(pattern, form)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None

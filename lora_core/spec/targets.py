@@ -1,0 +1,161 @@
+"""Name patterns -> module paths, with a hit count for each pattern. Strings only: no torch.
+
+A list entry matches the module of exactly that path, or any path that ends in `.entry`; a string is a regular
+expression that must match the whole path. A pattern that matches nothing is an error that names what comes closest:
+a misspelt target must not pass because another one matched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import TargetError
+from .config import ALL_LINEAR, LoraConfig
+from .patterns import END, LAYERS, matches
+
+#: What the heads of pretrained models are called. They are trained whole or not at all; never quantised.
+HEAD_NAMES = ("classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers that a configuration selects.
+
+    Attributes:
+        paths: module paths, in model order.
+        hits: {pattern: number of paths it matched, before exclusions}.
+    """
+
+    paths: tuple[str, ...]
+    hits: Mapping[str, int]
+
+
+def select_targets(
+    config: LoraConfig, paths: Sequence[str], linear: Collection[str], saved: Collection[str], strict: bool = True
+) -> Targets:
+    """The paths that `config` targets.
+
+    Args:
+        config: whose `target_modules`, `exclude_modules`, `layers_to_transform` and patterns decide.
+        paths: every module path of the model, in order.
+        linear: those of linear layers, which `"all-linear"` takes, less any that HEAD_NAMES names.
+        saved: paths of modules trained whole; they and what is inside them are never targets.
+        strict: raise for a pattern that matches nothing; else leave it with zero hits.
+
+    Raises:
+        TargetError: no targets are given, a pattern matches nothing, or nothing is left after exclusions.
+    """
+    targets = config.target_modules
+    if targets is None:
+        raise TargetError(f"target_modules is not set; name the layers to adapt, or pass {ALL_LINEAR!r}")
+    free = [p for p in paths if not any(p == s or p.startswith(f"{s}.") for s in saved)]
+    if targets == ALL_LINEAR:
+        chosen = [p for p in free if p in linear and not is_head(p)]
+        hits = {ALL_LINEAR: len(chosen)}
+    else:
+        found = match_patterns("target_modules", targets, free, strict)
+        hits = {pattern: len(hit) for pattern, hit in found.items()}
+        matched = set().union(*found.values())
+        chosen = [p for p in free if p in matched]
+    excluded = excluded_paths(config, paths, strict)
+    chosen = [p for p in chosen if p not in excluded]
+    chosen = [p for p in chosen if in_selected_layer(config, p)]
+    if not strict:
+        return Targets(tuple(chosen), hits)
+    if not chosen:
+        raise TargetError(
+            f"target_modules {targets!r} leaves no layer to adapt; "
+            "check exclude_modules, modules_to_save, and layers_to_transform (a list of layers at the top of the model "
+            "must be named in layers_pattern)"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches(pattern, p, END) for p in chosen):
+                raise TargetError(
+                    f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{_closest(pattern, chosen)}"
+                )
+    return Targets(tuple(chosen), hits)
+
+
+def excluded_paths(config: LoraConfig, paths: Sequence[str], strict: bool = True) -> set[str]:
+    """The paths that `exclude_modules` matches.
+
+    Raises:
+        TargetError: `strict`, and a pattern matches nothing.
+    """
+    if config.exclude_modules is None:
+        return set()
+    return set().union(*match_patterns("exclude_modules", config.exclude_modules, paths, strict).values())
+
+
+def match_patterns(
+    field: str, patterns: str | Iterable[str], paths: Sequence[str], strict: bool = True
+) -> dict[str, list[str]]:
+    """{pattern: the paths it matches}; a string is one regular expression, anything else a collection of names.
+
+    Raises:
+        TargetError: `strict`, and a pattern matches no path; names `field`, the pattern and the closest module names.
+    """
+    if isinstance(patterns, str):
+        hits = {patterns: [p for p in paths if matches(patterns, p)]}
+    else:
+        hits = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
+    for pattern, found in hits.items():
+        if strict and not found:
+            named = isinstance(patterns, str) and any(p == pattern or p.endswith(f".{pattern}") for p in paths)
+            hint = f"; a string is an expression for the whole path, a name goes in a list: [{pattern!r}]" if named else ""
+            raise TargetError(f"{field}: {pattern!r} matched no module{hint or _closest(pattern, paths)}")
+    return hits
+
+
+def match_saved_modules(patterns: Iterable[str], optional: Collection[str], paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths of the modules to train whole: those that end with a pattern, as bare text, as PEFT matches them.
+
+    A module inside another that matched is left out: it is trained with its parent. A pattern in `optional` (a head that
+    a task type may bring) may match nothing.
+
+    Raises:
+        TargetError: another pattern matches nothing.
+    """
+    found: set[str] = set()
+    optional = set(optional)
+    for pattern in patterns:
+        hits = [p for p in paths if p.endswith(pattern)]
+        if not hits and pattern not in optional:
+            raise TargetError(f"modules_to_save: {pattern!r} matched no module{_closest(pattern, paths)}")
+        found.update(hits)
+    return tuple(p for p in paths if p in found and not any(p.startswith(f"{outer}.") for outer in found))
+
+
+def in_selected_layer(config: LoraConfig, path: str) -> bool:
+    """Whether `path` lies in a layer that `layers_to_transform` names, by PEFT's rules; True when it is not set."""
+    if config.layers_to_transform is None or path in config.target_modules:  # a whole path says its layer itself
+        return True
+    lists = config.layers_pattern
+    if lists is None:
+        found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)]  # any list, but not one at the top of the model
+    else:
+        found = (matches(name, path, LAYERS) for name in ((lists,) if isinstance(lists, str) else lists))
+    # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
+    match = next(filter(None, found), None)
+    return match is not None and int(match["layer"]) in config.layers_to_transform
+
+
+def is_head(path: str) -> bool:
+    """Whether `path` is a module that HEAD_NAMES names, or inside one (RoBERTa's `classifier.dense`)."""
+    return not set(path.split(".")).isdisjoint(HEAD_NAMES)
+
+
+def _closest(pattern: str, paths: Sequence[str]) -> str:
+    """"; closest: 'q_lin' (6 modules)": the names, as deep as the pattern, that look most like it."""
+    depth = pattern.count(".") + 1
+    names = Counter(".".join(p.split(".")[-depth:]) for p in paths if p)
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    if not close:
+        example = max(paths, key=len, default="")
+        return f"; module paths look like {example!r}" if example else "; the model has no such modules"
+    return "; closest: " + ", ".join(f"{n!r} ({names[n]} module{'s' * (names[n] > 1)})" for n in close)
