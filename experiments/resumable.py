@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from lora_core.layers.base import LoraLayer
-from lora_core.layers.holder import TABLES
 
 from . import checkpoints
 from .checkpoints import Checkpoint, Saving
@@ -256,5 +255,5 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     own = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            own |= {f"{path}.{t}.{name}": p for t in TABLES for name, p in getattr(layer, t).items()}
+            own |= {f"{path}.{t}.{name}": p for t in layer.lora_tables for name, p in getattr(layer, t).items()}
     return own

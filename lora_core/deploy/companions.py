@@ -13,6 +13,7 @@ import torch
 
 from ..files.checkpoint import CONFIG_FILE, TOKENIZER_CONFIG, TOKENIZER_FILES, Checkpoint
 from ..integrations.tied_names import OUTPUT_LAYERS
+from ..methods.registry import method_of
 from ..model.merge import MergeReport
 from .updates import AdapterUpdates
 
@@ -86,9 +87,9 @@ def _card(base: Checkpoint, adapters: Sequence[AdapterUpdates], result: Result) 
     }[result.base_as]
     listed = "\n".join(
         f"- `{a.directory.name}`: rank {a.config.r}, alpha {a.config.lora_alpha:g}"
-        f"{', DoRA' if a.config.use_dora else ''}, {len(a.layers)} layers"
+        f"{label and ', '}{label}, {len(a.layers)} layers"
         + (f"; whole: {', '.join(sorted(a.copies))}" if a.copies else "")
-        for a in adapters
+        for a, label in ((a, method_of(a.config).label) for a in adapters)
     )
     return (
         f"---\nlibrary_name: transformers\nbase_model: {name}\nbase_model_relation: finetune\n---\n\n"

@@ -21,21 +21,22 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFormatError, ConfigError
-from ..files.adapter import CONFIG_FILE, FINGERPRINT, PREFIX, WEIGHTS_FILE
+from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.config import HARMLESS_INITIALISERS
 from ..files.disk import read_safetensors, to_safetensors, write_whole
-from ..files.keys import copy_key
+from ..files.keys import copy_key, layer_keys_of, parse_key
 from ..files.shards import new_directory
 from ..maths.lowrank import best_of_matrix
-from ..spec.config import check_rank
+from ..methods.registry import all_tables, method_of
+from ..spec.config import ALL_LINEAR, LoraConfig, check_rank
 from .basis import settings
 from .placement import place
 from .updates import AdapterUpdates, carrier, read_updates
 
 #: The files that go along with an adapter.
 BESIDE = (".json", ".txt", ".md", ".model", ".spm", ".jinja")
-FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+PLAIN = LoraConfig(target_modules=ALL_LINEAR)  # what decides the keys of plain LoRA
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def convert_adapter(
         output: directory to make.
         plain: whether to make it plain LoRA.
         dtype: what to cast floating-point tensors to; None: as they are.
-        base: directory of the base; needed for DoRA.
-        r: for DoRA, the rank of the new one; None: that of the old.
+        base: directory of the base; needed for DoRA, and what else is not plain LoRA.
+        r: for those, the rank of the new one; None: that of the old.
         initial: for an adapter of PEFT that moved a part of the base into A and B when it started (PiSSA, OLoRA, CorDA):
             directory of the adapter as it was before training.
 
@@ -98,10 +99,11 @@ def convert_adapter(
     else:
         updates = read_updates(directory)
         tensors, metadata = read_safetensors(directory / WEIGHTS_FILE)
-        if plain and updates.config.use_dora:
+        method = method_of(updates.config)
+        if plain and not method.is_plain:
             if base is None:
-                raise ConfigError(f"{directory} is DoRA, whose update depends on the base's weights; name it with --base")
-            tensors, fields, energy = _without_magnitudes(updates, open_checkpoint(Path(base)), tensors, fields, r)
+                raise ConfigError(f"{directory} is {method.label}, {method.needs_base}; name it with --base")
+            tensors, fields, energy = _approximated(updates, open_checkpoint(Path(base)), tensors, fields, r)
         elif plain and updates.config.use_rslora:
             fields = _with_scalings(fields, updates)
         elif plain and dtype is None:
@@ -142,12 +144,13 @@ def _with_scalings(fields: dict[str, Any], updates: AdapterUpdates) -> dict[str,
     return fields | {"use_rslora": False, "lora_alpha": common, "alpha_pattern": others}
 
 
-def _without_magnitudes(
+def _approximated(
     updates: AdapterUpdates, base: Checkpoint, tensors: Mapping[str, Tensor], fields: dict[str, Any], r: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
-    """DoRA as plain LoRA: on each layer the best factors of rank r for its whole update."""
+    """Any adapter as plain LoRA: on each layer the best factors of rank r for its whole update."""
     placement = place(base, [updates])
-    kept = {key: t for key, t in tensors.items() if not key.endswith((*FACTORS, "lora_magnitude_vector"))}
+    kept = {key: t for key, t in tensors.items() if parse_key(key).table is None}
+    fields = method_of(updates.config).as_plain(fields)
     energy, ranks = {}, {}
     for path, update in updates.layers.items():
         layer = carrier(update.plain_layer(base.tensors[placement.names[f"{path}.weight"]].read(), updates.transposed))
@@ -155,14 +158,13 @@ def _without_magnitudes(
         D = layer.as_matrix(layer.folded_weight(["default"])) - layer.as_matrix(layer.dense_weight())
         ranks[path] = min(r or updates.config.rank_for(path), *D.shape)
         A, B, energy[path] = best_of_matrix(D, ranks[path])
-        old = update.tensors["lora_A"]
-        shapes = layer.file_shapes(layer, len(A))
-        names = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
-        for name, value, table in zip(names, (A, B), ("lora_A", "lora_B"), strict=True):
-            kept[f"{PREFIX}{path}.{name}"] = value.to(old.dtype).reshape(shapes[table])
+        old, shapes = next(iter(update.tensors.values())), layer.file_shapes(layer, len(A))
+        keys = layer_keys_of(path, update.embedding, PLAIN)
+        kept[keys["lora_A"]] = A.to(old.dtype).reshape(shapes["A"])
+        kept[keys["lora_B"]] = B.to(old.dtype).reshape(shapes["B"])
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     patterns = {path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != common}
-    fields = fields | {"use_dora": False, "use_rslora": False, "r": common, "lora_alpha": common}  # scaling 1
+    fields = fields | {"use_rslora": False, "r": common, "lora_alpha": common}  # scaling 1
     return kept, fields | {"rank_pattern": patterns, "alpha_pattern": patterns}, energy
 
 
@@ -175,15 +177,15 @@ def _without_start(
         raise ConfigError(
             f"{directory} started as {kind!r}, which changed the base; name the adapter as it was then with --initial"
         )
-    if fields.get("use_dora") or fields.get("use_rslora"):
-        raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
     now, _ = read_safetensors(directory / WEIGHTS_FILE)
     then, _ = read_safetensors(Path(initial) / WEIGHTS_FILE)
-    tensors = dict(now)
-    for key in (key for key in now if key.endswith(FACTORS)):
+    tensors, tables = dict(now), {key: parsed.table for key in now if (parsed := parse_key(key))}
+    if fields.get("use_rslora") or any(table and all_tables()[table].form == "scale" for table in tables.values()):
+        raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
+    for key in (key for key, table in tables.items() if table in ("lora_A", "lora_B")):
         if key not in then or then[key].shape != now[key].shape:
             raise AdapterFormatError(f"{initial} has no {key} of the same shape; it is not the start of {directory}")
-        is_A = key.endswith(("lora_A.weight", "lora_embedding_A"))
+        is_A = tables[key] == "lora_A"
         tensors[key] = torch.cat([now[key], then[key]]) if is_A else torch.cat([now[key], -then[key]], dim=1)
     doubled = {name: {k: 2 * v for k, v in (fields.get(name) or {}).items()} for name in ("rank_pattern", "alpha_pattern")}
     return tensors, fields | doubled | {

@@ -4,7 +4,7 @@
 
 For each layer the Frobenius norm of D = s B A and its effective rank, exp(H(sigma / sum sigma)) with H the entropy and sigma
 the singular values of D (Roy and Vetterli, "The effective rank", EUSIPCO 2007): between 1 and r, and r if all of them are
-alike. Both are worked out from the factors: D is never formed. With DoRA, D is the update before the rows are rescaled.
+alike. Both are worked out from the factors: D is never formed. Where a method rescales rows, D is the update before that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..files.storage import WEIGHTS_FILE
+from ..methods.registry import method_of
 from .updates import AdapterUpdates, LayerUpdate, read_updates
 
 
@@ -100,7 +101,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
     config, layers = updates.config, tuple(map(_view, updates.layers.values()))
     own = [tensor for update in updates.layers.values() for tensor in update.tensors.values()]
     tensors = [*own, *updates.copies.values()]
-    kinds = {"DoRA": config.use_dora, "rank-stabilised scaling": config.use_rslora, "bias of B": config.lora_bias}
+    kinds = {method_of(config).label: True, "rank-stabilised scaling": config.use_rslora}
     kinds |= {f"biases ({config.bias})": config.bias != "none"}
     targets = config.target_modules
     mark = updates.fingerprint
@@ -108,7 +109,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         directory=str(directory),
         base=config.base_model_name_or_path,
         task=config.task_type,
-        variants=tuple(name for name, used in kinds.items() if used),
+        variants=tuple(name for name, used in kinds.items() if name and used),
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         parameters=sum(tensor.numel() for tensor in tensors),
@@ -123,7 +124,9 @@ def inspect_adapter(directory: str | Path) -> Inspection:
 
 
 def _view(update: LayerUpdate) -> LayerView:
-    A, B = (t.double() for t in update.factors())
+    if (factors := update.factors()) is None:
+        return LayerView(update.path, update.rank, update.scaling, float("nan"), float("nan"))
+    A, B = (t.double() for t in factors)
     if A.isfinite().all() and B.isfinite().all():
         left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.t()).R  # D = s Q_B (R_B R_A^T) Q_A^T
         sigma = torch.linalg.svdvals(left @ right.t()) * update.scaling
@@ -142,8 +145,8 @@ def _warnings(updates: AdapterUpdates, layers: tuple[LayerView, ...]) -> list[st
         found.append(f"NaN or infinite values in {len(broken)} places, such as {broken[0]}")
     still = [layer.path for layer in layers if layer.norm == 0]
     if len(still) == len(layers):
-        rest = "what it has whole" if updates.copies else "nothing"
-        rest = "the magnitudes" + (f" and {rest}" if updates.copies else "") if updates.config.use_dora else rest
+        parts = (method_of(updates.config).besides, "what it has whole" if updates.copies else "")
+        rest = " and ".join(filter(None, parts)) or "nothing"
         found.append(f"B A is zero in every layer: this adapter changes {rest}; was it saved before training?")
     elif still:
         found.append(f"B A is zero in {len(still)} of {len(layers)} layers, such as {still[0]}")

@@ -30,6 +30,7 @@ from ..files.shards import Entry, new_directory, write_index, write_shard
 from ..integrations.model_class import ModelClass, known_class
 from ..layers import LoraLayer
 from ..maths.loss import Cost, cost, cost_of_cast, refuse_loss
+from ..methods.registry import method_of
 from ..model.merge import MergeReport
 from ..spec.targets import is_head
 from .basis import Basis, check_base, check_stored, find_basis
@@ -84,8 +85,9 @@ class StreamMerge:
         weights = (1.0,) * len(adapters) if recipe.weights is None else recipe.weights
         if not adapters or len(weights) != len(adapters):
             raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
-        if any(weight != 1 and a.config.use_dora for weight, a in zip(weights, adapters, strict=True)):
-            raise ConfigError("a DoRA adapter can't be weighted: its update is not a product; leave its weight at 1")
+        for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
+            if weight != 1 and not method.is_product:
+                raise ConfigError(f"a {method.label} adapter can't be weighted: its update is not a product; leave its weight at 1")
         self.base, self.adapters, self.recipe = base, adapters, recipe
         self.placement = place(base, adapters)
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
@@ -225,9 +227,9 @@ class StreamMerge:
         return cast(source.read().to(own[0].dtype) + sum(own), dtype, path)
 
     def _added_biases(self, path: str) -> list[Tensor]:
-        """What adapters with a `lora_bias` add to the bias at `path`."""
+        """What adapters with a bias of their own add to the bias at `path`."""
         updates = self.updates.get(path.removesuffix(".bias"), {}) if path.endswith(".bias") else {}
-        return [u.tensors["lora_bias"] * (u.scaling * w) for u, w in updates.values() if "lora_bias" in u.tensors]
+        return [bias * w for u, w in updates.values() if (bias := u.bias()) is not None]
 
     # --- the base's weights -------------------------------------------------------------------------------------------
 

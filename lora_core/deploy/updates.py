@@ -11,7 +11,6 @@ names; only a square weight leaves it open whether it is stored transposed (GPT-
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -22,21 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterFormatError, ConfigError
-from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
+from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
+from ..files.keys import PREFIX, parse_key
 from ..layers import LoraLayer, lora_class
+from ..methods.base import Method
+from ..methods.registry import all_tables, method_of
 from ..spec.config import MAX_FACTOR, LoraConfig
 from ..spec.patterns import limited
 
-#: {how a key ends: the table of a layer that its tensor belongs in}.
-PARTS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "lora_magnitude",
-    "lora_B.bias": "lora_bias",
-}
-_KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, PARTS))})")
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
@@ -46,18 +38,24 @@ class LayerUpdate:
 
     Attributes:
         path: the layer's.
-        tensors: {"lora_A", "lora_B", and "lora_magnitude" or "lora_bias" if it has them: as in the file}.
+        tensors: {table of a layer: as in the file}.
         scaling: the factor before B A.
         embedding: whether the layer is an embedding.
+        method: what the adapter adds.
+        rank: of the update.
     """
 
     path: str
     tensors: dict[str, Tensor]
     scaling: float
     embedding: bool
+    method: Method
+    rank: int
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A, (r, d_in), and B, (d_out, r), float32 or wider; without the scaling."""
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A, (r, d_in), and B, (d_out, r), float32 or wider, without the scaling; None if the file has no A and B."""
+        if not self.method.owns_factors:
+            return None
         A, B = self.tensors["lora_A"].flatten(1), self.tensors["lora_B"].flatten(1)
         return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
 
@@ -71,16 +69,22 @@ class LayerUpdate:
         if abs(weight * self.scaling) > MAX_FACTOR:
             factor = f"{weight:g} times the scaling {self.scaling:g}"
             raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")
-        shapes = layer.file_shapes(layer, len(self.tensors["lora_A"]))
+        shapes = layer.file_shapes(layer, self.rank)
+        layer.add_tables(self.tensors)
         for table, tensor in self.tensors.items():
-            if tuple(tensor.shape) != shapes[table]:
+            form = all_tables()[table].form
+            if form and tuple(tensor.shape) != shapes[form]:
                 raise AdapterFormatError(
                     f"{self.path}: {table} is {tuple(tensor.shape)}, and on this base's weight of "
-                    f"{tuple(layer.weight.shape)} it would be {shapes[table]}; use the base it was trained on"
+                    f"{tuple(layer.weight.shape)} it would be {shapes[form]}; use the base it was trained on"
                 )
-            value = tensor.flatten(1) if table in ("lora_A", "lora_B") else tensor.flatten()
+            value = tensor.flatten(1) if form in ("A", "B", "") else tensor.flatten()
             getattr(layer, table)[name] = nn.Parameter(value, requires_grad=False)
-        layer.lora_scaling[name], layer.lora_dropout[name] = weight * self.scaling, 0.0
+        layer.put(name, self.method, weight * self.scaling, 0.0)
+
+    def bias(self) -> Tensor | None:
+        """s c, (d_out,), which the update adds to the layer's bias; None if it has none."""
+        return None if self.method.bias_table is None else self.tensors[self.method.bias_table] * self.scaling
 
     def plain_layer(self, weight: Tensor, transposed: bool) -> nn.Module:
         """The base layer that this update is for, with this weight and no bias. A transposed weight is seen upright."""
@@ -99,7 +103,9 @@ class LayerUpdate:
 
     def is_transposed(self, shape: tuple[int, ...], otherwise: bool) -> bool:
         """Whether a weight of this shape is stored as (d_in, d_out); `otherwise` decides for a square one."""
-        d_out, d_in = len(self.tensors["lora_B"]), self.tensors["lora_A"].shape[-1]
+        d_in, d_out = self.method.sizes(self.tensors)
+        if d_in is None:  # only d_out is known
+            return otherwise if shape[0] == shape[1] else shape[0] != d_out
         return tuple(shape) == (d_in, d_out) if d_in != d_out else otherwise
 
 
@@ -157,29 +163,35 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
     """
     config, tensors, mark = read_adapter(directory)
     by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    embeddings, copies = set(), {}
+    embeddings, copies, shared = set(), {}, {}
     for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
+        parsed = parse_key(key)
+        if parsed is None:
             raise AdapterFormatError(f"{directory}: the tensor {key!r} does not start with {PREFIX!r}, as PEFT's do")
         if finite and not tensor.isfinite().all():
             raise AdapterFormatError(f"{directory} has NaN or infinite values ({key})")
-        match = _KEY.fullmatch(key.removeprefix(PREFIX))
-        if match is None:
-            copies[key.removeprefix(PREFIX)] = tensor
+        if parsed.table is None:
+            copies[parsed.path] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
             raise AdapterFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
-        by_path[match["path"]][PARTS[match["part"]]] = tensor
-        if match["part"].startswith("lora_embedding"):
-            embeddings.add(match["path"])
+        if not parsed.path:
+            shared[parsed.table] = tensor
+            continue
+        by_path[parsed.path][parsed.table] = tensor
+        if parsed.embedding:
+            embeddings.add(parsed.path)
     if not by_path:
         raise AdapterFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
     copies, base_tensors = _apart(copies, by_path, config)
+    method = method_of(config)
     with limited():
         layers = {
-            path: _checked(LayerUpdate(path, parts, config.scaling_for(path), path in embeddings), config, directory)
+            path: LayerUpdate(path, parts | shared, config.scaling_for(path), path in embeddings, method, config.rank_for(path))
             for path, parts in by_path.items()
         }
+    for update in layers.values():
+        _check(update, config, directory)
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
     fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     return AdapterUpdates(directory, config, layers, copies, base_tensors, fields.get("fan_in_fan_out") is True, mark)
@@ -210,16 +222,18 @@ def _is_saved(path: str, config: LoraConfig) -> bool:
     return (config.ensure_weight_tying and bool(saved)) or any(p.endswith(entry) for p in around for entry in saved)
 
 
-def _checked(update: LayerUpdate, config: LoraConfig, directory: Path) -> LayerUpdate:
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude"} if config.use_dora else set())
-    wanted |= {"lora_bias"} if config.lora_bias else set()
-    if wanted != update.tensors.keys():
-        listed = ", ".join(sorted(update.tensors.keys() ^ wanted))
+def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
+    """Raises an AdapterFormatError unless the update has what its method needs, of the configuration's rank."""
+    wanted = {table.name: table for table in update.method.files(config)}
+    if wanted.keys() != update.tensors.keys():
+        listed = ", ".join(sorted(update.tensors.keys() ^ wanted.keys()))
         raise AdapterFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
-    A, B = update.tensors["lora_A"], update.tensors["lora_B"]
-    r = config.rank_for(update.path)
-    if A.dim() < 2 or B.dim() < 2 or len(A) != r or B.shape[1] != r:
-        raise AdapterFormatError(
-            f"{directory}: {update.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, and its configuration says rank {r}"
-        )
-    return update
+    along = {"A": 0, "B": 1, "rank": 0}  # which dimension is the rank
+    ranked = {name: update.tensors[name] for name, table in wanted.items() if table.form in along}
+    for name, tensor in ranked.items():
+        form = wanted[name].form
+        if tensor.dim() < (1 if form == "rank" else 2) or tensor.shape[along[form]] != update.rank:
+            shapes = " and ".join(f"{n.removeprefix('lora_')} {tuple(t.shape)}" for n, t in ranked.items())
+            raise AdapterFormatError(
+                f"{directory}: {update.path} has {shapes}, and its configuration says rank {update.rank}"
+            )

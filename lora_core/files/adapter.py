@@ -22,7 +22,6 @@ from .disk import is_directory, read_safetensors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 FINGERPRINT = "lora_core.fingerprint"  # in the metadata of the weights file, where PEFT does not look
 
 #: What A, B and copies of the base's float tensors may be stored in.

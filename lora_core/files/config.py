@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import AdapterFormatError, ConfigError
 from ..layers import LoraConv1D
+from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
@@ -51,7 +52,7 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         fields["target_modules"] = adapter.layers
     fields |= {
-        "peft_type": "LORA",
+        "peft_type": method_of(config).peft_type,
         "inference_mode": True,
         "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
         "modules_to_save": config.saved_module_patterns or None,
@@ -77,10 +78,12 @@ def config_from_json(path: Path) -> LoraConfig:
         fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters can be read")
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    classes, kind = config_classes(), fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+    if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in classes:
+        readable = " and ".join(map(repr, classes))
+        raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
+    form = classes[kind]
+    known = {f.name for f in dataclasses.fields(form)}
     # An empty value, of a field known or not, means that the field is not used.
     fields = {key: v for key, v in fields.items() if not (v is None or v is False or v in ("", [], {}))}
     unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
@@ -93,12 +96,13 @@ def config_from_json(path: Path) -> LoraConfig:
             f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
             "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
         )
-    if "target_modules" not in fields or "r" not in fields or "lora_alpha" not in fields:
-        raise AdapterFormatError(f"{path}: r, lora_alpha and target_modules must be set")
+    needed = [name for name in ("r", "lora_alpha", "target_modules") if name in known]
+    if not fields.keys() >= set(needed):
+        raise AdapterFormatError(f"{path}: {', '.join(needed[:-1])} and {needed[-1]} must be set")
     _check_patterns(path, fields)
     try:
         # What A and B started from does not matter any more.
-        return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
+        return form(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
     except ConfigError as error:
         raise AdapterFormatError(f"{path}: {error}") from None
 

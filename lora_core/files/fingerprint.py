@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..bases.forwards import stored_weight
 from ..bases.nf4 import is_quantized, packed_form
 from ..layers import LoraLayer
+from ..methods.registry import method_of
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
 
@@ -32,7 +33,7 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
     """The fingerprint of an adapter with these settings on these layers, (path, layer), adopted or not; for JSON."""
     layers = dict(layers)
     settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
-    settings += [config.use_dora, config.lora_bias, config.bias]
+    settings += [*method_of(config).settings(config), config.bias]
     return {
         "base": {path: _describe(layer) for path, layer in layers.items()},
         "settings": _hash([json.dumps(settings).encode()]),

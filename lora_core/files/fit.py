@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..bases.forwards import stored_weight
 from ..errors import AdapterFormatError, OffloadedError, WrongBaseError
 from ..layers import lora_class
+from ..methods.registry import all_tables, method_of
 from ..model.copies import original_of
 from ..model.plan import Plan, plan
 from ..spec.config import LoraConfig
-from .adapter import FLOAT_DTYPES, PREFIX
+from .adapter import FLOAT_DTYPES
 from .fingerprint import difference, fingerprint, is_weight_of, same_values
-from .keys import copy_key, layer_keys
+from .keys import copy_key, layer_keys, parse_key, shared_keys
 
 #: The tied modules that PEFT's `ensure_weight_tying` knows; of others it trains the one that is named, apart.
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -86,7 +87,10 @@ def listed(items: Sequence[str]) -> str:
 
 def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether it is the base's own: PEFT stores that of some embeddings and heads, inside of its wrapper if adapted."""
-    owner, _, name = key.removeprefix(PREFIX).rpartition(".")
+    parsed = parse_key(key)
+    if parsed is None or parsed.table is not None:
+        return False
+    owner, _, name = parsed.path.rpartition(".")
     for path in (owner, owner.removesuffix(".base_layer")):
         try:
             module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
@@ -100,13 +104,17 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
 
 def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, Tensor]:
     """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
-    expected = {}
+    expected, sizes, tables = {}, [], all_tables()
     for path in found.layers.paths:
         module = model.get_submodule(path)
         kind = lora_class(module)
         shapes = kind.file_shapes(module, config.rank_for(path))
         for table, key in layer_keys(path, kind, config).items():
-            expected[key] = torch.empty(shapes[table], device="meta")
+            expected[key] = torch.empty(shapes[tables[table].form], device="meta")
+        sizes.append(kind.matrix_shape(module))
+    shared = method_of(config).shared_shapes(config, sizes)
+    for table, key in shared_keys(config).items():
+        expected[key] = torch.empty(shared[table], device="meta")
     for path in found.copies:
         expected[copy_key(path, found.layers.paths)] = original_of(model, path)
     return expected

@@ -1,26 +1,74 @@
-"""The names of an adapter's tensors in PEFT's files: each after "base_model.model." and the path of its layer."""
+"""The names of an adapter's tensors in PEFT's files. The only owner of them, with the methods that say how theirs end.
+
+    base_model.model.PATH.lora_A.weight         a tensor of one layer (an embedding's ends otherwise)
+    base_model.vera_A                           one that all layers share
+    base_model.model.classifier.weight          a tensor of the base that was trained whole
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from typing import NamedTuple
 
 from ..layers import LoraEmbedding, LoraLayer
+from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
-from .adapter import PREFIX
+
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
+
+
+class Parsed(NamedTuple):
+    """What a key says.
+
+    Attributes:
+        path: of the layer; "" for a tensor that all layers share; of the tensor itself if it is the base's.
+        table: the table that it belongs in; None for a tensor of the base.
+        embedding: whether the layer is an embedding.
+    """
+
+    path: str
+    table: str | None
+    embedding: bool = False
 
 
 def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
     """{table of a layer: the key of an adapter's tensor there}."""
-    form = "lora_embedding_{}" if issubclass(kind, LoraEmbedding) else "lora_{}.weight"
-    keys = {"lora_A": form.format("A"), "lora_B": form.format("B")}
-    if config.use_dora:
-        keys["lora_magnitude"] = "lora_magnitude_vector"
-    if config.lora_bias:
-        keys["lora_bias"] = "lora_B.bias"
-    return {table: f"{PREFIX}{path}.{key}" for table, key in keys.items()}
+    return layer_keys_of(path, issubclass(kind, LoraEmbedding), config)
+
+
+def layer_keys_of(path: str, embedding: bool, config: LoraConfig) -> dict[str, str]:
+    """The same, where it is known whether the layer is an embedding."""
+    return {
+        table.name: f"{PREFIX}{path}.{(embedding and table.embedding_key) or table.key}"
+        for table in method_of(config).files(config)
+        if not table.shared
+    }
+
+
+def shared_keys(config: LoraConfig) -> dict[str, str]:
+    """{shared table: the key of its tensor}."""
+    return {table.name: f"{ROOT}{table.key}" for table in method_of(config).files(config) if table.shared}
 
 
 def copy_key(path: str, layers: Collection[str]) -> str:
     """The key of a trained copy: the tensor's own path, but for the bias of an adapted layer, which PEFT wraps."""
     owner, _, name = path.rpartition(".")
     return f"{PREFIX}{owner}.base_layer.{name}" if owner in layers else f"{PREFIX}{path}"
+
+
+def parse_key(key: str) -> Parsed | None:
+    """What a key means; None if it does not start as PEFT's do."""
+    tables = [table for table in all_tables().values() if table.key]
+    if shared := next((table for table in tables if table.shared and key == f"{ROOT}{table.key}"), None):
+        return Parsed("", shared.name)
+    if not key.startswith(PREFIX):
+        return None
+    path = key.removeprefix(PREFIX)
+    ends = {end: table.name for table in tables if not table.shared for end in (table.key, table.embedding_key) if end}
+    match = re.fullmatch(rf"(?P<path>.+)\.(?P<end>{'|'.join(map(re.escape, ends))})", path)
+    if match is None:
+        return Parsed(path, None)
+    name = ends[match["end"]]
+    return Parsed(match["path"], name, match["end"] == all_tables()[name].embedding_key)

@@ -14,11 +14,13 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterExistsError, AdapterFormatError, ConfigError, MergeError
+from ..methods.registry import all_tables, method_of
 from ..model.inject import InjectionReport, attach, describe, warn_of_untied
 from ..model.plan import Plan
 from ..model.registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, registry_of, unwrap
@@ -30,7 +32,7 @@ from .config import config_to_json
 from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
-from .keys import copy_key, layer_keys
+from .keys import copy_key, layer_keys, shared_keys
 
 
 def save_adapter(
@@ -130,7 +132,7 @@ def load_adapter(
         report = attach(root, config, adapter_name, found, trainable)
     adapter = find_adapter(root, adapter_name)
     for path, layer in adapter_layers(root, adapter):
-        for table, key in layer_keys(path, type(layer), config).items():
+        for table, key in (layer_keys(path, type(layer), config) | shared_keys(config)).items():
             parameter = getattr(layer, table)[adapter_name]
             parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
     for path, copy in copies_of(root, adapter_name).items():
@@ -145,14 +147,20 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
         layer.check_shape(path, adapter_name)
-        factors = dict(zip(("lora_A", "lora_B"), layer.factors(adapter_name), strict=True))
-        shapes = layer.file_shapes(layer, len(factors["lora_A"]))
+        stored = layer.lora_method[adapter_name].stored(layer, adapter_name)
+        shapes = layer.file_shapes(layer, adapter.config.as_stored().rank_for(path))
         for table, key in layer_keys(path, type(layer), adapter.config).items():
-            tensor = factors[table] if table in factors else getattr(layer, table)[adapter_name]
-            tensors[key] = whole(tensor.detach()).view(shapes[table])
+            tensors[key] = whole(stored[table].detach()).view(shapes[all_tables()[table].form])
+        for table, key in shared_keys(adapter.config).items():
+            tensors[key] = whole(stored[table].detach())
     for path, copy in copies_of(model, adapter_name).items():
         tensors[copy_key(path, adapter.layers)] = whole(copy.detach())
     return tensors
+
+
+def _method(config: LoraConfig) -> tuple[Any, ...]:
+    method = method_of(config)
+    return method.name, *method.settings(config)
 
 
 def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan) -> bool:
@@ -160,7 +168,7 @@ def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan
     adapter = find_adapter(model, name)
     return (
         adapter.config.as_stored() is adapter.config  # else the file's tensors hold its start too
-        and (adapter.config.use_dora, adapter.config.lora_bias) == (config.use_dora, config.lora_bias)
+        and _method(adapter.config) == _method(config)
         and adapter.layers == found.layers.paths
         and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
         and all(adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)

@@ -26,9 +26,9 @@ class LoraConv(LoraLayer):
     def file_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         ones = (1,) * len(layer.kernel_size)
         return super().file_shapes(layer, r) | {
-            "lora_A": (r, layer.in_channels, *layer.kernel_size),
-            "lora_B": (layer.out_channels, r, *ones),
-            "lora_magnitude": (1, layer.out_channels, *ones),
+            "A": (r, layer.in_channels, *layer.kernel_size),
+            "B": (layer.out_channels, r, *ones),
+            "scale": (1, layer.out_channels, *ones),
         }
 
     def as_matrix(self, W: Tensor) -> Tensor:  # d_out channels k -> d_out d_in

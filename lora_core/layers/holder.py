@@ -7,7 +7,8 @@ gives back exactly what was there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +16,29 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..bases.forwards import change_class, execution_device, stored_entry
 from ..errors import MergeError
-from ..methods.start import start
+from ..methods.base import Method
+from ..methods.registry import LORA, all_tables
 
-#: The modules that hold an adapter's tensors on a layer, each by adapter name.
-TABLES = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude", "lora_bias")
 
-#: Those that are trained.
-TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_bias")
+def share(tensors: Mapping[str, Tensor], layers: Iterable[AdapterHolder]) -> dict[AdapterHolder, dict[str, nn.Parameter]]:
+    """{layer: {table: parameter}} of tensors that all `layers` of an adapter hold: one parameter on each device."""
+    made: dict[torch.device, dict[str, nn.Parameter]] = {}
+    for device in map(execution_device, layers := tuple(layers)):
+        if device not in made:
+            made[device] = {t: nn.Parameter(tensor.to(device), requires_grad=False) for t, tensor in tensors.items()}
+    return {layer: made[execution_device(layer)] for layer in layers}
 
 
 class AdapterHolder(nn.Module):
     """A layer that holds adapters. What they do to it, its subclass `LoraLayer` says.
 
+    An adapter's tensors stand in the tables of its method, which are `nn.ParameterDict`s by adapter: `lora_A`, `lora_B` and what
+    else `methods/` says. (`lora_A0` and `lora_B0` are what A and B started from, for a start from the weight: such an adapter
+    adds s (B A - B0 A0), so the base is left alone and the start changes nothing.)
+
     Attributes:
-        lora_A: {adapter: A}, (r, d_in).
-        lora_B: {adapter: B}, (d_out, r).
-        lora_A0, lora_B0: {adapter: the values that A and B started from}, for initialisers that start from the weight:
-            such an adapter adds s (B A - B0 A0), so the base is left alone and the start changes nothing.
-        lora_magnitude: {adapter: m of DoRA}, (d_out,).
-        lora_bias: {adapter: bias of B}, (d_out,).
+        lora_tables: names of the tables that it has.
+        lora_method: {adapter: what it adds}.
         lora_scaling: {adapter: s}.
         lora_dropout: {adapter: probability of dropout on the adapter's input}.
         lora_active: names of the adapters that the forward applies, in order.
@@ -52,9 +57,10 @@ class AdapterHolder(nn.Module):
         base_class = type(module)
         change_class(module, cls)
         module.lora_base_class = base_class
-        for table in TABLES:
-            setattr(module, table, nn.ParameterDict())
-        module.lora_scaling, module.lora_dropout, module.lora_rows, module.lora_masks = {}, {}, {}, None
+        module.lora_tables = ()
+        module.add_tables(all_tables())
+        module.lora_scaling, module.lora_dropout, module.lora_method = {}, {}, {}
+        module.lora_rows, module.lora_masks = {}, None
         module.lora_active = module.lora_folded = ()
         module.lora_unfolded = ()  # (weight, bias, dtype of the folded weight): in a tuple they are not registered
         return module
@@ -73,10 +79,17 @@ class AdapterHolder(nn.Module):
             )
         self.leave_mask_group()
         change_class(self, self.lora_base_class)
-        plain = ("scaling", "dropout", "rows", "masks", "active", "folded", "unfolded", "base_class")
-        for name in (*TABLES, *(f"lora_{attribute}" for attribute in plain)):
+        plain = ("scaling", "dropout", "method", "rows", "masks", "active", "folded", "unfolded", "base_class", "tables")
+        for name in (*self.lora_tables, *(f"lora_{attribute}" for attribute in plain)):
             delattr(self, name)
         return self
+
+    def add_tables(self, names: Iterable[str]) -> None:
+        """Makes the tables of these names that it has not."""
+        new = tuple(name for name in names if name not in self.lora_tables)
+        for name in new:
+            setattr(self, name, nn.ParameterDict())
+        self.lora_tables += new
 
     def leave_mask_group(self) -> None:
         """Makes the layer draw its dropout masks alone again."""
@@ -90,48 +103,38 @@ class AdapterHolder(nn.Module):
         r: int,
         scaling: float,
         dropout: float,
-        init: bool | str = True,
-        use_dora: bool = False,
-        lora_bias: bool = False,
+        init: Any = True,
+        method: Method = LORA,
+        shared: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        """Adds an adapter, started as `init` says (see `initializers.start`); not active yet.
+        """Adds an adapter, started as `init` says (see `methods/start.py`); not active yet.
 
         Its tensors are float32 beside 16-bit and 4-bit weights, where the optimiser needs the precision, else of the
-        weight's dtype.
+        weight's dtype. `shared` has those that it shares with other layers.
         """
-        d_in, d_out = self.matrix_shape(self)
+        self.add_tables(table.name for table in method.tables)
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=dtype, device=execution_device(self))
-        A, B, from_weight = start(
-            init, empty, (d_in, d_out), r, scaling, lambda: self.as_matrix(self.dense_weight()), self.zero_A
-        )
-        tensors = {"lora_A": A, "lora_B": B}
-        if from_weight:
-            tensors |= {"lora_A0": A.clone(), "lora_B0": B.clone()}
-        if lora_bias:
-            tensors["lora_bias"] = empty.new_zeros(d_out)
-        for table, tensor in tensors.items():
+        for table, tensor in method.start(self, empty, r, scaling, init).items():
             getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=False)
-        self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
-        if use_dora:
-            self.lora_magnitude[name] = nn.Parameter(empty.new_empty(d_out), requires_grad=False)
-            self.reset_magnitude(name)
+        for table, parameter in (shared or {}).items():
+            getattr(self, table)[name] = parameter
+        self.put(name, method, scaling, dropout)
+        method.settle(self, name)
 
-    @torch.no_grad()
-    def reset_magnitude(self, name: str) -> None:
-        """Makes DoRA's m, if the adapter has one, the norms |W + s B A| as they are: its factor f is then 1."""
-        if name in self.lora_magnitude:
-            magnitude = self.lora_magnitude[name]
-            magnitude.data = self.direction(name).norm(dim=1).to(magnitude)
+    def put(self, name: str, method: Method, scaling: float, dropout: float) -> None:
+        """Makes what is in the tables under `name` an adapter."""
+        self.lora_method[name], self.lora_scaling[name], self.lora_dropout[name] = method, scaling, dropout
 
     def delete_adapter(self, name: str) -> None:
-        for table in TABLES:
+        for table in self.lora_tables:
             if name in getattr(self, table):
                 del getattr(self, table)[name]
-        del self.lora_scaling[name], self.lora_dropout[name]
+        del self.lora_method[name], self.lora_scaling[name], self.lora_dropout[name]
 
     def rename_adapter(self, old: str, new: str) -> None:
-        for table in (*(getattr(self, table) for table in TABLES), self.lora_scaling, self.lora_dropout):
+        tables = [getattr(self, table) for table in self.lora_tables]
+        for table in (*tables, self.lora_method, self.lora_scaling, self.lora_dropout):
             if old in table:
                 table[new] = table.pop(old)
         self.lora_active, self.lora_folded = (
@@ -147,16 +150,27 @@ class AdapterHolder(nn.Module):
         return tuple(name for name in names if name in self.lora_scaling)
 
     def trained(self, name: str) -> Iterator[nn.Parameter]:
-        """What is trained of an adapter: A, B, and the magnitude and bias if it has them."""
-        return (getattr(self, table)[name] for table in TRAINED if name in getattr(self, table))
+        """What is trained of an adapter."""
+        tables = (getattr(self, table.name) for table in self.lora_method[name].tables if table.trained)
+        return (table[name] for table in tables if name in table)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A, B) of what an adapter adds: its own, or [A; A0] and [B, -B0], of rank 2r, if its start is subtracted."""
-        A, B = stored_entry(self.lora_A, name), stored_entry(self.lora_B, name)
-        if name in self.lora_A0:
-            A0, B0 = stored_entry(self.lora_A0, name), stored_entry(self.lora_B0, name)
-            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
-        return A, B
+        """(A, B) of the s B A that stands beside W in what an adapter computes."""
+        return self.lora_method[name].product(self, name)
+
+    def row_scale(self, name: str) -> Tensor | None:
+        """f of an adapter, (d_out,), with which the output of W + s B A is multiplied; None: 1."""
+        return self.lora_method[name].row_scale(self, name)
+
+    def own_bias(self, name: str) -> Tensor | None:
+        """s c, (d_out,), which an adapter adds to the output; None if it has no bias of its own."""
+        table = self.lora_method[name].bias_table
+        return None if table is None else stored_entry(getattr(self, table), name) * self.lora_scaling[name]
+
+    def own_biases(self, names: Iterable[str]) -> Tensor | None:
+        """The sum of those of `names`."""
+        own = [bias for bias in map(self.own_bias, names) if bias is not None]
+        return sum(own[1:], start=own[0]) if own else None
 
     def joined_factors(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """(A, B) of the sum of the products of `names`, of summed rank, with the scalings in B."""

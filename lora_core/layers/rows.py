@@ -22,7 +22,7 @@ class RowAdapters:
         place: where each row is in `grouped`, flattened, (N,).
         A: (K, R, d_in).
         B: transposed, with the scaling in it, (K, R, d_out).
-        factor: DoRA's f, (K, d_out); None if no adapter has one.
+        scale: f, with which an adapter multiplies the output, (K, d_out); None if no adapter has one.
         bias: with the scaling in it, (K, d_out); None likewise.
     """
 
@@ -31,7 +31,7 @@ class RowAdapters:
     place: Tensor
     A: Tensor
     B: Tensor
-    factor: Tensor | None
+    scale: Tensor | None
     bias: Tensor | None
 
 

@@ -97,20 +97,9 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
-    """Folds an adapter into W, (d_out, d_in), in place: W + s B A; with DoRA's m, (d_out,): f (W + s B A). Returns W."""
-    W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
-    return W if magnitude is None else W.mul_(dora_factor(W, magnitude)[:, None])
-
-
-def dora_factor(V: Tensor, magnitude: Tensor) -> Tensor:
-    """f = m / |V|, (d_out,), with the norm of each row of V, (d_out, d_in), a constant in the gradient.
-
-    V is W + s B A, the direction; the output of the layer is f times that of V (Liu et al., "DoRA", arXiv 2402.09353,
-    equation 5 and section 4.3). A row of zeros gets the factor 0, not NaN.
-    """
-    norm = torch.linalg.vector_norm(V.detach(), dim=1)
-    return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Folds an adapter into W, (d_out, d_in), in place: W + s B A. Returns W."""
+    return W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

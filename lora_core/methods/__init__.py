@@ -1,1 +1,1 @@
-"""What an adapter adds to a layer, and where it starts."""
+"""What an adapter adds to a layer, and where it starts. `base.py` is the contract, `registry.py` the list."""

@@ -30,6 +30,8 @@ from ..errors import ConfigError, LoraError, MergeError, QuantizationError
 from ..layers import LoraLayer
 from ..layers.linear import LinearLayer, Lora4bit
 from ..maths.lowrank import best_of_matrix
+from ..methods.base import refuse_foreign_factors
+from ..methods.registry import method_of
 from ..spec.config import check_finite
 from .registry import Adapter, adapter_layers, find_adapter
 from .verbs import changes_adapters
@@ -134,7 +136,7 @@ def initialize_eva(
         for start in (layer.lora_A0, layer.lora_B0):
             if adapter_name in start:
                 del start[adapter_name]
-        layer.reset_magnitude(adapter_name)
+        layer.lora_method[adapter_name].settle(layer, adapter_name)
     _settle(adapter, layers, ranks, adapter_name)
     return EvaReport(ranks, {p: spectra[p][:r].sum().item() for p, r in ranks.items()}, vectors)
 
@@ -237,7 +239,7 @@ def initialize_loftq(
         own = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         own[0].data, own[1].data = (torch.zeros_like(parameter) for parameter in own)
         own[0].data[: len(A)], own[1].data[:, : len(A)] = A, B
-        layer.reset_magnitude(adapter_name)
+        layer.lora_method[adapter_name].settle(layer, adapter_name)
         before[path] = (lost.norm() / W.norm()).item()
         after[path] = before[path] * math.sqrt(1 - energy)
     return LoftqReport(before, after)
@@ -246,6 +248,7 @@ def initialize_loftq(
 def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:
     """The adapter `name` and its layers, {path: layer}, if its tensors can be replaced now."""
     adapter = find_adapter(model, name)
+    refuse_foreign_factors(method_of(adapter.config), "starting anew")
     layers = dict(adapter_layers(model, adapter))
     if any(layer.lora_folded for layer in layers.values()):
         raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")

@@ -29,6 +29,8 @@ from ..errors import ConfigError, MergeError
 from ..layers import LoraEmbedding, LoraLayer
 from ..maths.lowrank import best_of_matrix, best_of_product
 from ..maths.pruning import MAJORITIES, PRUNING, Rule
+from ..methods.base import refuse_foreign_factors, refuse_no_product
+from ..methods.registry import method_of
 from ..spec.config import LoraConfig, check_rank
 from ..spec.targets import Targets, match_patterns
 from .copies import original_of
@@ -161,7 +163,7 @@ def _combine_layer(path: str, layer: LoraLayer, sources: Mapping[str, float], r:
     weights = {name: weight * layer.lora_scaling[name] for name, weight in sources.items() if name in layer.lora_scaling}
     factors = {name: layer.factors(name) for name in weights}
     dtype = functools.reduce(torch.promote_types, (A.dtype for A, _ in factors.values()), torch.float32)
-    biases = {name: layer.lora_bias[name] for name in weights if name in layer.lora_bias}
+    biases = {name: b for name in weights if (b := layer.own_bias(name)) is not None}
     for name, (A, B) in factors.items():
         for tensor in (A, B, biases.get(name)):
             if tensor is not None and not tensor.isfinite().all():
@@ -176,7 +178,7 @@ def _combine_layer(path: str, layer: LoraLayer, sources: Mapping[str, float], r:
         energy = 1.0
         if rule.method != "cat":
             A, B, energy = best_of_product(A, B, None if rule.method == "linear" else r, torch.finfo(dtype).eps)
-    bias = rule(b.detach().double() * weights[name] for name, b in biases.items()) if biases else None
+    bias = rule(b.detach().double() * sources[name] for name, b in biases.items()) if biases else None
 
     part = _Part(A.to(dtype).contiguous(), B.to(dtype).contiguous(), None if bias is None else bias.to(dtype), energy)
     if not all(t.isfinite().all() for t in (part.A, part.B, part.bias) if t is not None):
@@ -276,11 +278,9 @@ def _sources(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]
 
 def _check_records(model: nn.Module, records: Mapping[str, Adapter]) -> None:
     for name, record in records.items():
-        if record.config.use_dora:
-            raise ConfigError(
-                f"adapter {name!r} is DoRA, whose update depends on the weight it is on and does not add up with others; "
-                "merge it into the base, or combine plain LoRA adapters"
-            )
+        method = method_of(record.config)
+        refuse_no_product(method, name)
+        refuse_foreign_factors(method, "combine_adapters")
         if record.config.bias != "none":
             raise ConfigError(
                 f"adapter {name!r} trains the base's biases (bias={record.config.bias!r}), which only one adapter of a model "

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..bases.nf4 import dequantize, is_quantized, packed_form
 from ..errors import ConfigError, MergeError, OffloadedError
 from ..layers import LoraLayer, lora_class
-from ..layers.holder import TABLES
 from ..maths.lowrank import best_of_matrix
+from ..methods.base import refuse_foreign_factors
+from ..methods.registry import method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
 from .copies import CHILD, original_of
 from .inject import attach, warn_of_untied
@@ -92,7 +93,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
         layer, s = root.get_submodule(path), config.scaling_for(path)
         D = _difference(root, source, f"{path}.weight", names[f"{path}.weight"])
         *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), config.rank_for(path), s)
-        if config.lora_bias and layer.bias is not None:
+        if method_of(config).bias_table and layer.bias is not None:
             biases[path] = _difference(root, source, f"{path}.bias", names[f"{path}.bias"]) / s
     copies = {path: _read(source, names[path]).detach() for path in found.copies}
     for path, tensor in copies.items():
@@ -109,7 +110,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
         layer.lora_A[adapter_name].data[: len(A)] = A  # fewer than r where the shape allows no more: the rest meets zeros in B
         layer.lora_B[adapter_name].data.zero_()[:, : len(A)] = B
         if path in biases:
-            layer.lora_bias[adapter_name].data.copy_(biases[path])
+            getattr(layer, method_of(config).bias_table)[adapter_name].data.copy_(biases[path])
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = copies[path].to(copy, copy=True)
     return ExtractReport(adapter_name, energy, adapter.saved_modules, tuple(sorted(missed)))
@@ -122,7 +123,7 @@ def _tensors(source: Tuned) -> dict[str, bool]:
     """{name of each of its own tensors, under every path: whether its state dict has it}."""
     if isinstance(source, Mapping):
         return dict.fromkeys(source, True)
-    added = {getattr(m, table) for m in source.modules() if isinstance(m, LoraLayer) for table in TABLES}
+    added = {getattr(m, table) for m in source.modules() if isinstance(m, LoraLayer) for table in m.lora_tables}
     return {
         f"{path}.{name}" if path else name: name not in module._non_persistent_buffers_set
         for path, module in source.named_modules(remove_duplicate=False)
@@ -206,8 +207,10 @@ def _differs(base: nn.Module, tuned: Tuned, name: str, other: str) -> bool:
 def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None:
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")
-    if config.use_dora:
-        raise ConfigError("use_dora=True: a difference of weights is extracted as plain LoRA; leave it out")
+    method = method_of(config)
+    if not method.is_product:
+        raise ConfigError(f"{method.asked}: a difference of weights is extracted as plain LoRA; leave it out")
+    refuse_foreign_factors(method, "extract_adapter")
     if isinstance(config.init_lora_weights, str) and FROM_WEIGHT.fullmatch(config.init_lora_weights):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} subtracts its start, and an extracted adapter has none; leave it"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import LoraLayer, lora_class
+from ..layers.holder import share
+from ..methods.registry import method_of
 from ..spec.config import LoraConfig
 from .copies import copy_tensor, original_of, submodule
 from .left_out import HEAD
@@ -97,17 +99,18 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     if config.bias != "none" and has_adapters(model):
         others = ", ".join(map(repr, registry_of(model).adapters))
         raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")
-    for path in found.layers.paths:
-        module = submodule(model, path)
-        layer = module if isinstance(module, LoraLayer) else lora_class(module).adopt(module)
+    method, modules = method_of(config), {path: submodule(model, path) for path in found.layers.paths}
+    layers = {path: m if isinstance(m, LoraLayer) else lora_class(m).adopt(m) for path, m in modules.items()}
+    shared = share(method.shared(config, [layer.matrix_shape(layer) for layer in layers.values()]), layers.values())
+    for path, layer in layers.items():
         layer.add_adapter(
             name,
             r=config.rank_for(path),
             scaling=config.scaling_for(path),
             dropout=config.lora_dropout,
-            init=config.init_lora_weights,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
+            init=method.start_of(config),
+            method=method,
+            shared=shared[layer],
         )
     adapter = Adapter(config, found.layers.paths, found.saved_modules, tuple(found.copies), tuple(found.untied), trainable)
     register(model, name, adapter, _copies(model, found))

@@ -97,23 +97,24 @@ def _refuse_biases(name: str, adapter: Adapter) -> None:
 def _stack_factors(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, Tensor, Tensor]) -> RowAdapters:
     """What the rows need of the adapters `names` on one layer; those that are not on it change nothing there."""
     d_in, d_out = layer.matrix_shape(layer)
-    like = next(iter(layer.lora_A.values()))
+    like = layer.factors(next(iter(layer.lora_scaling)))[0]
     here = [name if name in layer.lora_scaling else None for name in (*names, None)]
     nothing = like.new_zeros(0, d_in), like.new_zeros(d_out, 0)
     pairs = [nothing if name is None else layer.factors(name) for name in here]
     scaling = like.new_tensor([layer.lora_scaling.get(name, 0.0) for name in here])
 
-    def each(table: nn.ParameterDict, value: Callable[[str], Tensor], otherwise: Tensor) -> Tensor | None:
-        if not any(name in table for name in here):
+    def each(value: Callable[[str], Tensor | None], otherwise: Tensor) -> Tensor | None:
+        own = [None if name is None else value(name) for name in here]
+        if all(tensor is None for tensor in own):
             return None
-        return torch.stack([value(name) if name in table else otherwise for name in here])
+        return torch.stack([otherwise if tensor is None else tensor.to(like) for tensor in own])
 
     return RowAdapters(
         *(tensor.to(like.device) for tensor in rows),
         pad_sequence([A for A, _ in pairs], batch_first=True),
         pad_sequence([B.t() for _, B in pairs], batch_first=True).mul_(scaling[:, None, None]),
-        each(layer.lora_magnitude, layer.dora_factor, like.new_ones(d_out)),
-        each(layer.lora_bias, lambda name: layer.lora_bias[name] * layer.lora_scaling[name], like.new_zeros(d_out)),
+        each(layer.row_scale, like.new_ones(d_out)),
+        each(layer.own_bias, like.new_zeros(d_out)),
     )
 
 

@@ -23,9 +23,8 @@ from torch.nn.parameter import is_lazy
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
 from ..bases.nf4 import is_quantized
 from ..errors import TargetError
-from ..layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
-from ..layers.holder import TABLES
-from ..methods.start import check_rank_fits
+from ..layers import LoraConv1D, LoraLayer, LoraLinear, lora_class
+from ..methods.registry import method_of
 from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from ..spec.patterns import limited
 from ..spec.targets import Targets, excluded_paths, match_saved_modules, select_targets
@@ -139,7 +138,7 @@ def plan_copies(
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the model's own modules: without the root and without what adapters added."""
-    tables = {f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in TABLES}
+    tables = {f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in m.lora_tables}
     return {p: m for p, m in model.named_modules() if p and p not in tables and CHILD not in p.split(".")}
 
 
@@ -189,11 +188,9 @@ def _check_targets(
                 "target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or nn.Embedding layers"
             )
         refuse_hidden_forward(path, modules[path])
-        check_rank_fits(config.init_lora_weights, path, kind.matrix_shape(modules[path]), config.rank_for(path))
+        method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]))
         if not 0 < config.scaling_for(path) < math.inf:
             raise TargetError(f"target_modules: {path!r} would have a scaling of {config.scaling_for(path)}; check lora_alpha")
-        if config.lora_bias and issubclass(kind, LoraEmbedding):
-            raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
             raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
         parent = modules.get(path.rpartition(".")[0], model)

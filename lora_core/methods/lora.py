@@ -1,0 +1,56 @@
+"""LoRA: A and B of the adapter's own (Hu et al., arXiv 2106.09685, equation 3).
+
+    W x + s B A dropout(x)
+
+One that starts from the weight adds s (B A - B0 A0), with A0 and B0 the values of its start (see `start.py`): that is LoRA of
+rank 2r, with [A; A0] and [B, -B0], and stands so in its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.forwards import stored_entry
+from ..spec.config import LoraConfig
+from .base import Method, Table
+from .start import check_rank_fits, start
+
+
+class Lora(Method):
+    """Plain LoRA."""
+
+    name = "lora"
+    mark = (False, False)  # neither DoRA nor a bias of B
+    owns_factors = True
+    tables = (
+        Table("lora_A", "A", "lora_A.weight", "lora_embedding_A"),
+        Table("lora_B", "B", "lora_B.weight", "lora_embedding_B"),
+        Table("lora_A0", "A", trained=False),
+        Table("lora_B0", "B", trained=False),
+    )
+
+    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int]) -> None:
+        check_rank_fits(config.init_lora_weights, path, shape, config.rank_for(path))
+
+    def start(self, layer: Any, like: Tensor, r: int, scaling: float, init: bool | str) -> dict[str, Tensor]:
+        shape = layer.matrix_shape(layer)
+        A, B, from_weight = start(init, like, shape, r, scaling, lambda: layer.as_matrix(layer.dense_weight()), layer.zero_A)
+        return {"lora_A": A, "lora_B": B} | ({"lora_A0": A.clone(), "lora_B0": B.clone()} if from_weight else {})
+
+    def product(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        A, B = stored_entry(layer.lora_A, name), stored_entry(layer.lora_B, name)
+        if name in layer.lora_A0:
+            A0, B0 = stored_entry(layer.lora_A0, name), stored_entry(layer.lora_B0, name)
+            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+        return A, B
+
+    def stored(self, layer: Any, name: str) -> dict[str, Tensor]:
+        A, B = self.product(layer, name)
+        return super().stored(layer, name) | {"lora_A": A, "lora_B": B}
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int]:
+        return tensors["lora_A"].flatten(1).shape[1], len(tensors["lora_B"])
