@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter_files import FLOAT_DTYPES, PREFIX
 from .config import LoraConfig
 from .copies import original_of
-from .errors import AdapterFormatError, OffloadedError, WrongBaseError
+from .errors import AdapterFormatError, OffloadedError, TargetError, WrongBaseError
 from .fingerprint import difference, fingerprint, is_weight_of, same_values
 from .forwards import stored_weight
 from .keys import copy_key, layer_keys
@@ -90,7 +90,7 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     for path in (owner, owner.removesuffix(".base_layer")):
         try:
             module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
-        except (AttributeError, LookupError):  # no such module or tensor
+        except (AttributeError, LookupError, TargetError):  # no such module or tensor
             continue
         if name == "weight" and original is module.weight:
             return is_weight_of(module, tensor)

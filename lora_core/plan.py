@@ -4,8 +4,8 @@ Everything that could keep an adapter from taking effect is found here, before t
 forward that would hide it, a module that another adapter or another part of the model has a hand in.
 
 Tied tensors (a head that is the input embeddings) are trained apart, as in PEFT: each path gets a copy of its own, and the tie
-is gone while the adapter is active. As long as it is on the model, `config.tie_word_embeddings` is False: transformers would tie
-again what is trained. `ensure_weight_tying` trains one copy for all the paths of a tie.
+is gone while the adapter is active. As long as it is on the model, `config.tie_word_embeddings` is False: transformers would
+tie again what is trained. `ensure_weight_tying` trains one copy for all the paths of a tie.
 """
 
 from __future__ import annotations
