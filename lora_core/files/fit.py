@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
-from ..errors import AdapterFormatError, OffloadedError, WrongBaseError
+from ..errors import AdapterFormatError, OffloadedError, TargetError, WrongBaseError
 from ..layers import lora_class
 from ..model.copies import original_of
 from ..model.plan import Plan, plan
@@ -90,7 +90,7 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     for path in (owner, owner.removesuffix(".base_layer")):
         try:
             module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
-        except (AttributeError, LookupError):  # no such module or tensor
+        except (AttributeError, LookupError, TargetError):  # no such module or tensor
             continue
         if name == "weight" and original is module.weight:
             return is_weight_of(module, tensor)
