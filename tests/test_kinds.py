@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
-from lora_core.bases.nf4 import dequantize
+from lora_core.bases import dense_weight
 from lora_core.errors import MergeError
 from lora_core.layers import lora_class
 
@@ -60,7 +60,7 @@ KINDS = {
     "linear without bias": Kind(lambda: nn.Linear(10, 6, bias=False), lambda: torch.randn(5, 10)),
     "many rows": Kind(lambda: nn.Linear(10, 6), lambda: torch.randn(40, 10)),  # so that W + s B A is formed
     "Conv1D": Kind(conv1d_of_gpt2, lambda: torch.randn(5, 10), lambda layer: layer.weight.detach().t()),
-    "nf4": Kind(packed, lambda: torch.randn(5, 64), dequantize),
+    "nf4": Kind(packed, lambda: torch.randn(5, 64), dense_weight),
     "conv1d": convolution(lambda: nn.Conv1d(3, 6, 3, stride=2, padding=1), 9),
     "conv2d": convolution(lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), 5, 4),
     "conv2d circular": convolution(lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular", bias=False), 4, 5),

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import base_for, parse_format
+from ..bases.base import Format
+from ..bases.dense import DenseFormat
 from ..errors import AdapterFormatError, ConfigError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, PREFIX, read_adapter
 from ..layers import LoraLayer, lora_class
@@ -132,17 +135,23 @@ class AdapterUpdates:
 
     @property
     def trained_on(self) -> str | None:
-        """The format of the base's adapted weights when the adapter was saved, by its fingerprint: "float32" or the like,
-        or "nf4/64/double" (block size, scales quantised too); None if it has none."""
+        """The format of the base's adapted weights when the adapter was saved, by its fingerprint; None if it has none."""
         base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None
         if not isinstance(base, dict) or not all(isinstance(line, str) for line in base.values()):
             return None
         return next((line.split(" ")[0] for line in base.values()), None)
 
     @property
+    def packed_form(self) -> Format | None:
+        """The same, if they were packed."""
+        form = parse_format(self.trained_on or "")
+        return form if form is not None and base_for(form).packed else None
+
+    @property
     def dense_dtype(self) -> torch.dtype | None:
-        """That of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
-        return next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{self.trained_on}"), None)
+        """The dtype of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
+        form = parse_format(self.trained_on or "")
+        return form.dtype if isinstance(form, DenseFormat) and form.dtype in FLOAT_DTYPES else None
 
 
 def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:

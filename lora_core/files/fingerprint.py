@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import base_of
+from ..bases.base import Format
+from ..bases.dense import DenseFormat
 from ..bases.forwards import stored_weight
-from ..bases.nf4 import is_quantized, packed_form
 from ..layers import LoraLayer
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
@@ -34,7 +36,7 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
     settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
     settings += [config.use_dora, config.lora_bias, config.bias]
     return {
-        "base": {path: _describe(layer) for path, layer in layers.items()},
+        "base": {path: describe_layer(_unfolded(layer)) for path, layer in layers.items()},
         "settings": _hash([json.dumps(settings).encode()]),
     }
 
@@ -55,18 +57,18 @@ def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
     return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
 
 
-def _describe(layer: nn.Module) -> str:
-    layer = _unfolded(layer)
-    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer))
+def describe_layer(layer: nn.Module) -> str:
+    """"float32 384x384 1f0c6a52e4b8d937": what the layer's weight is, in one line: format, shape and hash."""
+    base = base_of(layer)
+    return _line(base.format_of(layer), base.shape_of(layer.weight), base.parts(layer))
 
 
 def describe_dense(weight: Tensor) -> str:
-    """"float32 384x384 1f0c6a52e4b8d937": what a dense weight is, in one line."""
-    return describe_packed(str(weight.dtype).removeprefix("torch."), weight.shape, [weight])
+    """The same of a dense weight."""
+    return _line(DenseFormat(weight.dtype), weight.shape, [weight])
 
 
-def describe_packed(form: str, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
-    """The same of a weight that is stored in `parts`; `shape` is that of the dense one."""
+def _line(form: Format, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
     return f"{form} {'x'.join(map(str, shape))} {_hash(_sample(part) for part in parts)}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..bases.forwards import refuse_offloaded, stored_entry, stored_weight
 from ..errors import MergeError, TargetError
 from ..maths.lora import dora_factor, fold_
-from ..maths.loss import Cost, cost
+from ..maths.loss import Cost, cast, cost, is_finite
 from .holder import AdapterHolder
 from .rows import RowAdapters, check_rows
 
@@ -178,7 +178,7 @@ class LoraLayer(AdapterHolder):
                 V = base.clone()
                 fold_(self.as_matrix(V), *update, self.lora_magnitude[name].detach())
                 W += V.sub_(base)
-        if not torch.stack(W.aminmax()).isfinite().all():  # one pass, and NaN comes through
+        if not is_finite(W):
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
@@ -213,11 +213,9 @@ class LoraLayer(AdapterHolder):
         refuse_offloaded(self.lora_base_class.__name__, self, "a merged weight")
         names = self.present(names)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
-        weight = exact.to(dtype or self.dense_dtype())
+        weight = cast(exact, dtype or self.dense_dtype(), "the merged weight")
         spent = Cost()
         if weight.dtype != exact.dtype:
-            if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
-                raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
             base = stored_weight(self).detach() if self.weight.is_floating_point() else self.dense_weight()
             spent = cost(exact, base, weight, None if base.dtype == weight.dtype else base.to(weight.dtype))
         self.lora_unfolded = (self.weight, self._parameters.get("bias"), weight.dtype)

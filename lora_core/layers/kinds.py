@@ -7,12 +7,12 @@ import importlib
 
 from torch import nn
 
-from ..bases.nf4 import is_quantized
+from ..bases import is_packed
 from ..cpu.products import FastLinear
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
-from .linear import Lora4bit, LoraConv1D, LoraFastLinear, LoraLinear
+from .linear import LoraConv1D, LoraFastLinear, LoraLinear, LoraPacked
 
 
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
@@ -27,8 +27,8 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         return LoraLinear
     if base is FastLinear:
         return LoraFastLinear
-    if is_quantized(module) and isinstance(module, nn.Linear):
-        return _subclass(Lora4bit, base)
+    if is_packed(module) and isinstance(module, nn.Linear):
+        return _subclass(LoraPacked, base)
     if base.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' class, which is not imported here
         return _subclass(LoraConv1D, base)
     if base in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.nf4 import parameter_bytes
+from ..bases import base_of_weight, weight_bytes
 from ..cpu.masks import MaskGroup
 from ..errors import MergeError
 from ..layers import LoraLayer
@@ -209,8 +209,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts the parameters of any model, with or without adapters."""
     trainable = total = adapter = 0
     for p in unwrap(model).parameters():
-        total += _size(p)
-        trainable += _size(p) if p.requires_grad else 0
+        size = base_of_weight(p).shape_of(p).numel()
+        total += size
+        trainable += size if p.requires_grad else 0
     if has_adapters(model):
         adapter = sum(p.numel() for name in registry_of(model).active for p in lora_parameters(model, name))
     return ParameterCount(trainable, adapter, total)
@@ -253,9 +254,4 @@ def base_weight_bytes(model: nn.Module) -> int:
     added: set[int] = set()
     if has_adapters(model):
         added = {id(p) for name in registry_of(model).adapters for p in adapter_parameters(model, name)}
-    return sum(parameter_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)
-
-
-def _size(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    return sum(weight_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import dequantize, is_quantized, packed_form
+from ..bases import base_of, dense_weight, is_packed
 from ..errors import ConfigError, MergeError, OffloadedError
 from ..layers import LoraLayer, lora_class
 from ..layers.holder import TABLES
@@ -133,10 +133,10 @@ def _tensors(source: Tuned) -> dict[str, bool]:
 
 
 def _packed(source: Tuned, name: str) -> nn.Module | None:
-    """The 4-bit layer whose weight has this name, if that is one."""
+    """The quantised layer whose weight has this name, if that is one."""
     path, _, leaf = name.rpartition(".")
     layer = source.get_submodule(path) if leaf == "weight" and isinstance(source, nn.Module) else None
-    return layer if is_quantized(layer) else None
+    return layer if is_packed(layer) else None
 
 
 def _read(source: Tuned, name: str) -> Tensor:
@@ -144,7 +144,7 @@ def _read(source: Tuned, name: str) -> Tensor:
     if isinstance(source, Mapping):
         return source[name]
     layer = _packed(source, name)
-    return _own(source, name) if layer is None else dequantize(layer)
+    return _own(source, name) if layer is None else dense_weight(layer)
 
 
 def _own(model: nn.Module, name: str) -> Tensor:
@@ -153,7 +153,7 @@ def _own(model: nn.Module, name: str) -> Tensor:
 
 def _shape(source: Tuned, name: str) -> torch.Size:
     layer = _packed(source, name)
-    return _read(source, name).shape if layer is None else packed_form(layer)[1]
+    return _read(source, name).shape if layer is None else base_of(layer).shape_of(layer.weight)
 
 
 def _match_names(base: nn.Module, tuned: Tuned) -> dict[str, str]:

@@ -61,7 +61,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """Adds an adapter to `model`, in place.
 
     The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
-    wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers'), GPT-2's `Conv1D`,
+    wait for `set_adapter`. Layers may be `nn.Linear`, quantised ones (made here or by transformers), GPT-2's `Conv1D`,
     convolutions without groups, and `nn.Embedding`.
 
     Args:

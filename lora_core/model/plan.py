@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..bases import is_packed
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
-from ..bases.nf4 import is_quantized
 from ..errors import TargetError
 from ..layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
 from ..layers.holder import TABLES
@@ -219,8 +219,8 @@ def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: 
 
 
 def _check_saved(path: str, module: nn.Module) -> None:
-    if any(is_quantized(m) for m in module.modules()):
-        raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
+    if any(is_packed(m) for m in module.modules()):
+        raise TargetError(f"modules_to_save: {path!r} is packed and can't be trained; name it in skip when you quantise")
     if any(isinstance(m, LoraLayer) for m in module.modules()):
         raise TargetError(f"modules_to_save: {path!r} carries an adapter and can't be trained whole as well")
     refuse_offloaded(f"modules_to_save: {path}", module, "a trained copy")

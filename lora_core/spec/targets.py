@@ -150,6 +150,11 @@ def is_head(path: str) -> bool:
     return not set(path.split(".")).isdisjoint(HEAD_NAMES)
 
 
+def is_embedding(path: str) -> bool:
+    """Whether a module of this path is an embedding, by the names that transformers gives them."""
+    return any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in path.split("."))
+
+
 def _closest(pattern: str, paths: Sequence[str]) -> str:
     """"; closest: 'q_lin' (6 modules)": the names, as deep as the pattern, that look most like it."""
     depth = pattern.count(".") + 1
