@@ -1,4 +1,4 @@
-"""How a frozen weight is held: dense or packed (NF4), and where accelerate keeps it. `base.py` has the contract.
+"""How a frozen weight is held: dense or packed (NF4, int8), and where accelerate keeps it. `base.py` has the contract.
 
 Nothing outside of this room knows one base from another; what it asks is here.
 """
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .base import Base, Format
 from .dense import Dense
+from .int8 import Int8
 from .nf4 import NF4
 
 DENSE = Dense()
 
 #: Those that pack weights, by their names.
-PACKED: dict[str, Base] = {base.name: base for base in (NF4(),)}
+PACKED: dict[str, Base] = {base.name: base for base in (NF4(), Int8())}
 
 
 #: How weights are packed where nobody says how.

@@ -94,8 +94,8 @@ class Base(ABC):
         """The dtype that the weight had before it was packed, or that the model around it was cast to since."""
 
     @abstractmethod
-    def set_dense_dtype(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Makes a weight one that becomes `dtype` when it is dense."""
+    def set_dense_dtype(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Makes the layer's weight one that becomes `dtype` when it is dense."""
 
     @abstractmethod
     def pack(self, linear: nn.Linear, form: Format, compute_dtype: torch.dtype | None = None) -> nn.Module:
@@ -127,6 +127,10 @@ class Base(ABC):
         """Gives a layer that was adopted the class that it had."""
         raise NotImplementedError
 
+    def revive(self, weight: nn.Parameter) -> None:
+        """Gives a weight that comes out of a pickle, which knows plain parameters alone, the class that it had."""
+        return None
+
     # --- what follows from that ---------------------------------------------------------------------------------------
 
     def dense(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,7 +149,7 @@ class Base(ABC):
     def follow_cast(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         """Notes on a layer that the model around it was cast by `fn`, as `nn.Module.half` does."""
         now = fn(torch.empty(0, dtype=self.dense_dtype(layer), device=layer.weight.device)).dtype
-        self.set_dense_dtype(layer.weight, now)
+        self.set_dense_dtype(layer, now)
 
 
 def compute_dtypes(layer: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -66,8 +66,8 @@ class Dense(Base):
     def dense_dtype(self, layer: nn.Module) -> torch.dtype:
         return layer.weight.dtype
 
-    def set_dense_dtype(self, weight: Tensor, dtype: torch.dtype) -> None:
-        weight.data = weight.data.to(dtype)
+    def set_dense_dtype(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        layer.weight.data = layer.weight.data.to(dtype)
 
     def pack(self, linear: nn.Linear, form: Format, compute_dtype: torch.dtype | None = None) -> nn.Module:
         raise NotImplementedError("a dense weight is not packed")

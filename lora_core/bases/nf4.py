@@ -93,11 +93,11 @@ class NF4(Base):
 
     def dense_dtype(self, layer: nn.Module) -> torch.dtype:
         state = layer.weight.quant_state
-        # Repacking for a CPU says bfloat16 and keeps the true one here; so does `set_dense_dtype`, where the two differ.
+        # Repacking for a CPU says bfloat16 and keeps the true one here; so does `_note_dtype`, where the two differ.
         return getattr(state, "original_dtype", state.dtype)
 
-    def set_dense_dtype(self, weight: Tensor, dtype: torch.dtype) -> None:
-        weight.quant_state.dtype, weight.quant_state.original_dtype = _known_dtype(dtype), dtype
+    def set_dense_dtype(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        _note_dtype(layer.weight, dtype)
 
     def follow_cast(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         _undo_repacking(layer)  # else the dtype that it notes would be taken for the one from before
@@ -120,7 +120,7 @@ class NF4(Base):
     def repack(self, layer: nn.Module, W: Tensor) -> nn.Parameter:
         dtype = self.dense_dtype(layer)
         packed = _pack(W.to(_known_dtype(dtype)), self.format_of(layer))
-        self.set_dense_dtype(packed, dtype)
+        _note_dtype(packed, dtype)
         return packed
 
     def quantization_config(self, form: NF4Format, skipped: Sequence[str], compute_dtype: str) -> dict[str, Any]:
@@ -135,6 +135,10 @@ class NF4(Base):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(skipped),
         }
+
+    def revive(self, weight: nn.Parameter) -> None:
+        if self.holds(weight):
+            weight.__class__ = bitsandbytes().nn.Params4bit
 
     def adopt(self, layer: nn.Module) -> bool:
         """Besides changing the weight bitsandbytes' forward stops passing gradients on, once it has repacked it."""
@@ -166,6 +170,10 @@ def linear_4bit_class() -> type[nn.Linear]:
                 base.follow_cast(self, fn)
             return self
 
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            base.revive(self.weight)
+
     Linear4bit.__qualname__ = "Linear4bit"  # pickle finds it by this name, below
     return Linear4bit
 
@@ -187,6 +195,10 @@ def _pack(W: Tensor, form: NF4Format, module: nn.Module | None = None) -> nn.Par
         module=module,
     )
     return packed.to(W.device)  # bitsandbytes quantises when the parameter is moved
+
+
+def _note_dtype(weight: nn.Parameter, dtype: torch.dtype) -> None:
+    weight.quant_state.dtype, weight.quant_state.original_dtype = _known_dtype(dtype), dtype
 
 
 def _known_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +107,15 @@ class LoraPacked(LoraLinear):
             base.follow_cast(self, fn)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        base_of(self).revive(self.weight)
+
     def unfold(self) -> None:
         was, now = (self.lora_unfolded[2], self.weight.dtype) if self.lora_folded else (None, None)
         super().unfold()
         if was != now and (base := base_of(self)).packed and now.is_floating_point:  # the model was cast meanwhile
-            base.set_dense_dtype(self.weight, now)
+            base.set_dense_dtype(self, now)
 
     def dense_weight(self) -> Tensor:
         return base_of(self).dense(self)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..bases import base_for, is_packed, weight_bytes
 from ..bases.base import COMPUTE_DTYPES, Format
+from ..bases.int8 import Int8Format
 from ..bases.nf4 import NF4Format
 from ..cpu.products import FastLinear
 from ..errors import QuantizationError
@@ -71,6 +72,19 @@ def quantize_nf4(
         block_size: values that share a scale: 64, 128, 256, ..., 4096.
     """
     return quantize(model, NF4Format(block_size, double_quant), skip, compute_dtype=compute_dtype)
+
+
+def quantize_int8(
+    model: nn.Module, skip: Sequence[str] = (), *, compute_dtype: torch.dtype | None = None
+) -> QuantizationReport:
+    """Replaces the linear layers of `model` by 8-bit ones (LLM.int8), in place: see `quantize`.
+
+    Args:
+        model: any module.
+        skip: names to leave dense.
+        compute_dtype: dtype that the products are computed in; None: that of the weight before.
+    """
+    return quantize(model, Int8Format(), skip, compute_dtype=compute_dtype)
 
 
 @all_or_nothing
