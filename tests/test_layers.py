@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
 from lora_core.errors import MergeError
-from lora_core.layers import LoraConv1D, LoraLayer, LoraLinear, lora_class
+from lora_core.layers import LoraConv1D, LoraLayer, LoraLinear, lora_class, why_not
 
 D_IN, D_OUT, R = 64, 48, 4
 
@@ -227,9 +227,14 @@ def test_other_modules_have_no_class(module):
     assert lora_class(module) is None
 
 
-@pytest.mark.parametrize("base", [nn.Conv2d, nn.Embedding])
-def test_a_subclass_that_is_not_known_has_no_class(base):
-    assert lora_class(type("Own", (base,), {})(2, 3, *((1,) if base is nn.Conv2d else ()))) is None
+@pytest.mark.parametrize("base", [nn.Linear, nn.Conv2d, nn.Embedding])
+def test_a_subclass_has_a_class_if_it_keeps_the_forward(base):
+    sizes = (2, 3, *((1,) if base is nn.Conv2d else ()))
+    same, own = type("Same", (base,), {}), type("Own", (base,), {"forward": lambda self, x: x})
+    assert issubclass(lora_class(same(*sizes)), (LoraLayer, same)) and lora_class(own(*sizes)) is None
+    assert why_not(own(*sizes)) == f"its forward may compute something else than that of nn.{base.__name__}"
+    called = type("Called", (base,), {"__call__": lambda self, x: x})
+    assert lora_class(called(*sizes)) is None
 
 
 def test_each_kind_of_layer_has_one_class_that_is_a_subclass_of_its_own():

@@ -23,11 +23,12 @@ from ..maths.lora import dora_factor, fold_
 from ..maths.loss import Cost, cost
 from .holder import AdapterHolder
 from .rows import RowAdapters, check_rows
+from .traits import Traits
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
 
 
-class LoraLayer(AdapterHolder):
+class LoraLayer(Traits, AdapterHolder):
     """What every kind of adapted layer shares. A subclass says how to multiply, and how its weight is a matrix."""
 
     bias: Tensor | None

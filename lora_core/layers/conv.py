@@ -19,6 +19,10 @@ class LoraConv(LoraLayer):
     """A convolution with adapters. Grouped ones can't carry any: their kernel is not one matrix."""
 
     @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return None if layer.groups == 1 else "its kernel, of several groups, is no matrix"
+
+    @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
         return layer.in_channels * prod(layer.kernel_size), layer.out_channels
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from ..layers import lora_class
+from ..layers import lora_class, why_not
 from ..spec.targets import is_head
 
 HEAD = "the head"
@@ -36,7 +36,7 @@ def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None, named: Co
             elif isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
                 found[path] = "attention reads its weight without calling it"
             elif lora_class(module) is None:
-                found[path] = f"a {kind.__name__}, which may compute something else than nn.Linear"
+                found[path] = f"a {kind.__name__}: {why_not(module)}"
         elif re.search("linear", kind.__name__, re.IGNORECASE) and not module._modules and lora_class(module) is None:
             found[path] = f"a {kind.__name__}, which is not known here"
         elif not isinstance(module, _CONVOLUTIONS):

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
 from ..bases.nf4 import is_quantized
 from ..errors import TargetError
-from ..layers import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear, lora_class
+from ..layers import LoraLayer, lora_class, why_not
 from ..layers.holder import TABLES
 from ..methods.start import check_rank_fits
 from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
@@ -33,8 +33,6 @@ from .conventions import output_layer
 from .copies import CHILD, base_tensors, original_of, own_keys
 from .left_out import left_out
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
-
-LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     if config.ensure_weight_tying:
         saved = _with_tied_modules(model, saved, ties)
     head = output_layer(model)
-    linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
+    linear = {p for p, m in modules.items() if m is not head and getattr(lora_class(m), "is_linear", False)}
     with limited():
         targets = select_targets(config, paths, linear, saved, strict)
         named = {*saved, *excluded_paths(config, paths, strict)}
@@ -185,15 +183,16 @@ def _check_targets(
         kind = lora_class(modules[path])
         if kind is None:
             raise TargetError(
-                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
-                "target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or nn.Embedding layers"
+                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter: "
+                f"{why_not(modules[path])}; target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or "
+                "nn.Embedding layers, or tell register_kind what it computes"
             )
         refuse_hidden_forward(path, modules[path])
         check_rank_fits(config.init_lora_weights, path, kind.matrix_shape(modules[path]), config.rank_for(path))
         if not 0 < config.scaling_for(path) < math.inf:
             raise TargetError(f"target_modules: {path!r} would have a scaling of {config.scaling_for(path)}; check lora_alpha")
-        if config.lora_bias and issubclass(kind, LoraEmbedding):
-            raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
+        if reason := kind.unsupported(modules[path], config, config.rank_for(path)):
+            raise TargetError(f"target_modules: {path!r} {reason}")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
             raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
         parent = modules.get(path.rpartition(".")[0], model)
