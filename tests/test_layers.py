@@ -217,7 +217,6 @@ def test_a_deep_copy_is_independent():
         nn.Identity(),
         nn.Embedding(3, 4, max_norm=1.0),  # rescales the weight as it reads it
         nn.EmbeddingBag(3, 4),
-        nn.Conv2d(2, 2, 1, groups=2),  # its kernel is no matrix
         nn.ConvTranspose2d(1, 1, 1),
         nn.LazyConv2d(1, 1),
     ],

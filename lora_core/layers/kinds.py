@@ -18,7 +18,7 @@ from ..bases.nf4 import is_quantized
 from ..cpu.products import FastLinear
 from ..errors import ConfigError
 from .base import LoraLayer
-from .conv import LoraConv
+from .conv import LoraConv, LoraGroupedConv
 from .embedding import LoraEmbedding, LoraScaledEmbedding
 from .linear import Lora4bit, LoraConv1D, LoraFalconLinear, LoraFastLinear, LoraLinear
 
@@ -102,7 +102,8 @@ def _kind(module: nn.Module) -> type[LoraLayer] | None:
     if known is None or hasattr(base, "weight") or is_lazy(module._parameters.get("weight")):
         return None
     kept = all(getattr(base, name) is getattr(known, name) for name in _COMPUTING if hasattr(known, name))
-    return _KINDS[known] if kept else None
+    kind = _KINDS[known] if kept else None
+    return LoraGroupedConv if kind is LoraConv and module.groups > 1 else kind
 
 
 def _known(base: type[nn.Module]) -> type[nn.Module] | None:

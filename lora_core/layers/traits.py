@@ -14,6 +14,8 @@ class Traits:
     is_linear = False
     #: Whether an adapter may have a bias of B there.
     takes_bias = True
+    #: Whether it carries a product of any A and B: another rank, and factors that come from outside.
+    any_factors = True
     #: Whether PEFT's configuration says `fan_in_fan_out` for it: a linear layer whose weight is (d_in, d_out).
     fan_in_fan_out = False
     #: How PEFT calls "A" and "B" in its files, after the path.

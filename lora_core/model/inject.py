@@ -62,7 +62,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
     The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
     wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers'), GPT-2's `Conv1D`,
-    convolutions without groups, and `nn.Embedding`.
+    convolutions, and `nn.Embedding`.
 
     Args:
         model: any module. It is changed, not wrapped.

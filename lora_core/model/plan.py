@@ -184,7 +184,7 @@ def _check_targets(
         if kind is None:
             raise TargetError(
                 f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter: "
-                f"{why_not(modules[path])}; target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or "
+                f"{why_not(modules[path])}; target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d or "
                 "nn.Embedding layers, or tell register_kind what it computes"
             )
         refuse_hidden_forward(path, modules[path])
