@@ -46,6 +46,7 @@ class Case:
         targets: what `target_modules` names.
         settings: other fields of the configuration; not those whose update depends on more than A and B.
         weights: {path in the file: path of the weight}, where that is not the layer's `weight`.
+        factors: {path in the file: what its scaling is multiplied by}.
         run: what the model computes.
         tolerance: how far float32 may be from float64, relative to the largest output: 64 sums of 1.2e-7 by default.
     """
@@ -56,6 +57,7 @@ class Case:
     targets: tuple[str, ...] = ("0",)
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
     run: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
     tolerance: float = 1e-5
 
@@ -105,7 +107,7 @@ def equation(case: Case, model: nn.Module) -> Tensor:
             B = tensors[key.removesuffix(a) + b]
             weight = plain.get_parameter(case.weights.get(path, f"{path}.weight"))
             upright = case.as_matrix.get(path, lambda W: W.view(len(W), -1))
-            upright(weight).add_(scaling * B.double().flatten(1) @ A.double().flatten(1))
+            upright(weight).add_(case.factors.get(path, 1) * scaling * B.double().flatten(1) @ A.double().flatten(1))
     return case.run(plain, x.double() if x.is_floating_point() else x)
 
 

@@ -42,6 +42,19 @@ CASES = {
     "scaled embedding": case(lambda: BartScaledWordEmbedding(9, 6, None, embed_scale=2.5), as_matrix={"0": upright}),
 }
 
+#: PEFT adds the update of `out_proj` twice.
+CASES["attention"] = Case(
+    lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}),
+    lambda: torch.randn(3, 2, 8),
+    targets=("attention",),
+    weights={
+        "attention": "attention.in_proj_weight",
+        "attention.base_layer.out_proj": "attention.out_proj.weight",
+    },
+    factors={"attention.base_layer.out_proj": 2},
+    run=lambda model, x: model["attention"](x, x, x)[0],
+)
+
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", CASES)

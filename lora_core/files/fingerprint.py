@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
 from ..bases.nf4 import is_quantized, packed_form
-from ..layers import LoraLayer
+from ..layers import LoraLayer, lora_class
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
 
@@ -49,15 +49,16 @@ def same_values(weight: Tensor, tensor: Tensor) -> bool:
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 
-def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
+def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNamespace:
     """The layer, or what holds the base's own weight while adapters are folded in."""
     folded = isinstance(layer, LoraLayer) and layer.lora_folded
-    return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
+    return SimpleNamespace(**{name: layer.lora_unfolded[0]}) if folded else layer
 
 
 def _describe(layer: nn.Module) -> str:
-    layer = _unfolded(layer)
-    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer))
+    name = lora_class(layer).weight_name
+    layer = _unfolded(layer, name)
+    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer, name=name))
 
 
 def describe_dense(weight: Tensor) -> str:

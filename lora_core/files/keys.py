@@ -16,7 +16,7 @@ def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str
         keys["lora_magnitude"] = "lora_magnitude_vector"
     if config.lora_bias:
         keys["lora_bias"] = "lora_B.bias"
-    return {table: f"{PREFIX}{path}.{key}" for table, key in keys.items()}
+    return {table: f"{PREFIX}{kind.file_path(path)}.{key}" for table, key in keys.items()}
 
 
 def copy_key(path: str, layers: Collection[str]) -> str:

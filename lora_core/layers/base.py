@@ -273,7 +273,7 @@ class LoraLayer(Traits, AdapterHolder):
 
     def check_stored(self, names: Iterable[str]) -> None:
         """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""
-        for tensor in ("weight", "bias") if self.has_own_bias(names) else ("weight",):
+        for tensor in (self.weight_name, "bias") if self.has_own_bias(names) else (self.weight_name,):
             if tensor not in self._parameters:
                 raise MergeError(
                     f"its {tensor} is computed from other tensors (pruned, or weight norm); make it a plain one first, as "

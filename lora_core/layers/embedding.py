@@ -20,6 +20,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     bias = None
     zero_A = True
     takes_bias = False
+    drops = False
     file_form = "lora_embedding_{}"
 
     @classmethod

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..bases.nf4 import is_quantized
 from ..cpu.products import FastLinear
 from ..errors import ConfigError
+from .attention import LoraAttention, LoraOutProjection
 from .base import LoraLayer
 from .conv import LoraConv, LoraGroupedConv
 from .embedding import LoraEmbedding, LoraScaledEmbedding
@@ -30,6 +31,8 @@ _KINDS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Conv2d: LoraConv,
     nn.Conv3d: LoraConv,
     nn.Embedding: LoraEmbedding,
+    nn.MultiheadAttention: LoraAttention,
+    NonDynamicallyQuantizableLinear: LoraOutProjection,
 }
 #: The methods that say what a layer computes.
 _COMPUTING = ("__call__", "forward", "_conv_forward")
@@ -73,8 +76,6 @@ def why_not(module: nn.Module) -> str:
     known = _known(type(module))
     if known is None:
         return "no kind of layer is registered for it"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "attention reads its weight without calling it"
     if hasattr(type(module), "weight"):
         return "its weight is computed from other tensors (parametrised, say)"
     return f"its forward may compute something else than that of nn.{known.__name__}"
@@ -94,8 +95,6 @@ def _kind(module: nn.Module) -> type[LoraLayer] | None:
     base = type(module)
     if is_quantized(module) and isinstance(module, nn.Linear):
         return Lora4bit
-    if base is NonDynamicallyQuantizableLinear:
-        return None
     known, named = _known(base), _named(module)
     if named is not None and (known is None or known in (nn.Linear, nn.Embedding)):
         return named
