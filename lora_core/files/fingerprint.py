@@ -56,7 +56,7 @@ def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNames
 
 
 def _describe(layer: nn.Module) -> str:
-    name = lora_class(layer).weight_name
+    name = getattr(lora_class(layer), "weight_name", "weight")  # deploy asks of what holds a weight alone
     layer = _unfolded(layer, name)
     return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer, name=name))
 
