@@ -11,6 +11,7 @@ To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/
 
 from .errors import LoraError
 from .files.storage import load_adapter, save_adapter
+from .layers.kinds import register_kind
 from .model.adapters import (
     ParameterCount,
     base_weight_bytes,
@@ -66,6 +67,7 @@ __all__ = [
     "print_trainable_parameters",
     "quantize_int8",
     "quantize_nf4",
+    "register_kind",
     "rename_adapter",
     "save_adapter",
     "set_adapter",

@@ -227,6 +227,11 @@ def _checked(update: LayerUpdate, config: LoraConfig, directory: Path) -> LayerU
         raise AdapterFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
     A, B = update.tensors["lora_A"], update.tensors["lora_B"]
     r = config.rank_for(update.path)
+    if B.dim() > 2 and len(A) == r and 0 < B.shape[1] < r and not r % B.shape[1]:
+        raise AdapterFormatError(
+            f"{directory}: {update.path} is a convolution of {r // B.shape[1]} groups, whose update its kernel can't hold; "
+            "such an adapter runs on its model alone"
+        )
     if A.dim() < 2 or B.dim() < 2 or len(A) != r or B.shape[1] != r:
         raise AdapterFormatError(
             f"{directory}: {update.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, and its configuration says rank {r}"

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterFormatError, ConfigError
-from ..layers import LoraConv1D
 from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
@@ -53,7 +52,7 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     fields |= {
         "peft_type": "LORA",
         "inference_mode": True,
-        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in adapter_layers(model, adapter)),
         "modules_to_save": config.saved_module_patterns or None,
         "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
     }

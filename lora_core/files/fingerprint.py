@@ -23,7 +23,7 @@ from ..bases import base_of
 from ..bases.base import Format
 from ..bases.dense import DenseFormat
 from ..bases.forwards import stored_weight
-from ..layers import LoraLayer
+from ..layers import LoraLayer, lora_class
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
 
@@ -36,7 +36,7 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
     settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
     settings += [config.use_dora, config.lora_bias, config.bias]
     return {
-        "base": {path: describe_layer(_unfolded(layer)) for path, layer in layers.items()},
+        "base": {path: _describe(layer) for path, layer in layers.items()},
         "settings": _hash([json.dumps(settings).encode()]),
     }
 
@@ -51,15 +51,22 @@ def same_values(weight: Tensor, tensor: Tensor) -> bool:
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 
-def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
+def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNamespace:
     """The layer, or what holds the base's own weight while adapters are folded in."""
     folded = isinstance(layer, LoraLayer) and layer.lora_folded
-    return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
+    return SimpleNamespace(**{name: layer.lora_unfolded[0]}) if folded else layer
 
 
-def describe_layer(layer: nn.Module) -> str:
+def _describe(layer: nn.Module) -> str:
+    name = getattr(lora_class(layer), "weight_name", "weight")  # deploy asks of what holds a weight alone
+    return describe_layer(_unfolded(layer, name), name)
+
+
+def describe_layer(layer: nn.Module, name: str = "weight") -> str:
     """"float32 384x384 1f0c6a52e4b8d937": what the layer's weight is, in one line: format, shape and hash."""
     base = base_of(layer)
+    if not base.packed:
+        return describe_dense(stored_weight(layer, name=name))
     return _line(base.format_of(layer), base.shape_of(layer.weight), base.parts(layer))
 
 

@@ -45,7 +45,8 @@ def fitting_tensors(
         OffloadedError: the model has no weights yet.
     """
     for path in found.layers.paths:
-        stored_weight(model.get_submodule(path), path)  # or the file's values would be lost on the meta device
+        layer = model.get_submodule(path)
+        stored_weight(layer, path, lora_class(layer).weight_name)  # or the file's values would be lost on the meta device
     expected = _expected_tensors(model, config, found)
     tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
     tensors |= _tied_tensors(tensors, config, found, source)
@@ -104,7 +105,7 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
     for path in found.layers.paths:
         module = model.get_submodule(path)
         kind = lora_class(module)
-        shapes = kind.file_shapes(module, config.rank_for(path))
+        shapes = kind.file_shapes(module, config.rank_for(found.layers.owner(path)))
         for table, key in layer_keys(path, kind, config).items():
             expected[key] = torch.empty(shapes[table], device="meta")
     for path in found.copies:

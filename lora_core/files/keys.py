@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..layers import LoraEmbedding, LoraLayer
+from ..layers import LoraLayer
 from ..spec.config import LoraConfig
 from .adapter import PREFIX
 
 
 def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
     """{table of a layer: the key of an adapter's tensor there}."""
-    form = "lora_embedding_{}" if issubclass(kind, LoraEmbedding) else "lora_{}.weight"
-    keys = {"lora_A": form.format("A"), "lora_B": form.format("B")}
+    keys = {"lora_A": kind.file_form.format("A"), "lora_B": kind.file_form.format("B")}
     if config.use_dora:
         keys["lora_magnitude"] = "lora_magnitude_vector"
     if config.lora_bias:
         keys["lora_bias"] = "lora_B.bias"
-    return {table: f"{PREFIX}{path}.{key}" for table, key in keys.items()}
+    return {table: f"{PREFIX}{kind.file_path(path)}.{key}" for table, key in keys.items()}
 
 
 def copy_key(path: str, layers: Collection[str]) -> str:

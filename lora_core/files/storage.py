@@ -145,7 +145,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
         layer.check_shape(path, adapter_name)
-        factors = dict(zip(("lora_A", "lora_B"), layer.factors(adapter_name), strict=True))
+        factors = dict(zip(("lora_A", "lora_B"), layer.file_factors(adapter_name), strict=True))
         shapes = layer.file_shapes(layer, len(factors["lora_A"]))
         for table, key in layer_keys(path, type(layer), adapter.config).items():
             tensor = factors[table] if table in factors else getattr(layer, table)[adapter_name]

@@ -23,11 +23,12 @@ from ..maths.lora import dora_factor, fold_
 from ..maths.loss import Cost, cast, cost, is_finite
 from .holder import AdapterHolder
 from .rows import RowAdapters, check_rows
+from .traits import Traits
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
 
 
-class LoraLayer(AdapterHolder):
+class LoraLayer(Traits, AdapterHolder):
     """What every kind of adapted layer shares. A subclass says how to multiply, and how its weight is a matrix."""
 
     bias: Tensor | None
@@ -270,7 +271,7 @@ class LoraLayer(AdapterHolder):
 
     def check_stored(self, names: Iterable[str]) -> None:
         """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""
-        for tensor in ("weight", "bias") if self.has_own_bias(names) else ("weight",):
+        for tensor in (self.weight_name, "bias") if self.has_own_bias(names) else (self.weight_name,):
             if tensor not in self._parameters:
                 raise MergeError(
                     f"its {tensor} is computed from other tensors (pruned, or weight norm); make it a plain one first, as "

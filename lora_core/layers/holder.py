@@ -158,6 +158,10 @@ class AdapterHolder(nn.Module):
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         return A, B
 
+    def file_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B) as a file holds them."""
+        return self.factors(name)
+
     def joined_factors(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """(A, B) of the sum of the products of `names`, of summed rank, with the scalings in B."""
         pairs = [(*self.factors(name), self.lora_scaling[name]) for name in names]

@@ -1,4 +1,4 @@
-"""LoRA on linear layers: `nn.Linear`, those whose weight is packed (see `bases/`), and GPT-2's `Conv1D`.
+"""LoRA on linear layers: `nn.Linear`, Falcon's, those whose weight is packed (see `bases/`), and GPT-2's `Conv1D`.
 
     y = x W^T + b + sum over active adapters of scaling * dropout(x) A^T B^T
 """
@@ -28,6 +28,7 @@ class LinearLayer(LoraLayer):
         base_product: how the base layer multiplies in the forward, as `F.linear` is called.
     """
 
+    is_linear = True
     base_product = staticmethod(F.linear)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -77,6 +78,17 @@ class LoraFastLinear(LoraLinear, FastLinear):
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
         return fast_linear(x, self.weight, bias)
+
+
+class LoraFalconLinear(LoraLinear):
+    """Falcon's linear layer with adapters, which adds its bias in a step of its own: in 16 bits that rounds twice."""
+
+    @staticmethod
+    def base_product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # ... d_in -> ... d_out
+        return x @ W.t() if bias is None else x @ W.t() + bias
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        return self.base_product(x, self.weight, bias)
 
 
 class LoraPacked(LoraLinear):
@@ -135,6 +147,8 @@ class LoraPacked(LoraLinear):
 
 class LoraConv1D(LinearLayer):
     """GPT-2's `Conv1D` with adapters: a linear layer that stores its weight transposed, (d_in, d_out)."""
+
+    fan_in_fan_out = True
 
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from ..bases import base_of_weight, weight_bytes
 from ..cpu.masks import MaskGroup
 from ..errors import MergeError
 from ..layers import LoraLayer
-from ..layers.linear import LinearLayer
 from ..spec.config import check_alpha
 from .atomic import insist
 from .registry import (
@@ -167,7 +166,7 @@ def share_dropout_masks(model: nn.Module) -> int:
     registry_of(model)
     total = 0
     for parent in list(unwrap(model).modules()):
-        layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LinearLayer)]
+        layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LoraLayer) and m.is_linear]
         runs = type(parent).forward is not nn.Module.forward  # a ModuleList does not: no hook would tell when it is read
         if runs and len(layers) > 1:
             total += len(layers)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from ..bases import is_packed
 from ..errors import ConfigError, LoraError, MergeError, QuantizationError
 from ..layers import LoraLayer
-from ..layers.linear import LinearLayer
 from ..maths.lowrank import best_of_matrix
 from ..spec.config import check_finite
 from .registry import Adapter, adapter_layers, find_adapter
@@ -108,7 +107,7 @@ def initialize_eva(
         raise ConfigError(f"rho must be at least 1, not {rho!r}")
     adapter, layers = _changeable(model, adapter_name)
     for path, layer in layers.items():
-        if not isinstance(layer, LinearLayer):
+        if not layer.is_linear:
             raise ConfigError(f"EVA is for linear layers, and {path} is a {layer.lora_base_class.__name__}; exclude it")
     ranks = {path: len(layer.lora_A[adapter_name]) for path, layer in layers.items()}
     for path, layer in layers.items():

@@ -90,6 +90,8 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     updates, biases, energy = {}, {}, {}
     for path in found.layers.paths:
         layer, s = root.get_submodule(path), config.scaling_for(path)
+        if not lora_class(layer).any_factors:
+            raise ConfigError(f"{path} is a {type(layer).__name__} that no adapter can be extracted for; exclude it")
         D = _difference(root, source, f"{path}.weight", names[f"{path}.weight"])
         *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), config.rank_for(path), s)
         if config.lora_bias and layer.bias is not None:

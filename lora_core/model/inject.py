@@ -62,7 +62,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
     The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
     wait for `set_adapter`. Layers may be `nn.Linear`, quantised ones (made here or by transformers), GPT-2's `Conv1D`,
-    convolutions without groups, and `nn.Embedding`.
+    convolutions, `nn.Embedding`, and `nn.MultiheadAttention`, both of whose weights are then adapted.
 
     Args:
         model: any module. It is changed, not wrapped.
@@ -85,6 +85,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     found = plan(model, config)
     warn_of_untied(found)
     _warn_of_left_out(found)
+    _warn_of_dropout(model, config, found)
     if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
         warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=6)
     return attach(model, config, adapter_name, found)
@@ -102,8 +103,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
         layer = module if isinstance(module, LoraLayer) else lora_class(module).adopt(module)
         layer.add_adapter(
             name,
-            r=config.rank_for(path),
-            scaling=config.scaling_for(path),
+            r=config.rank_for(found.layers.owner(path)),
+            scaling=layer.scale * config.scaling_for(found.layers.owner(path)),
             dropout=config.lora_dropout,
             init=config.init_lora_weights,
             use_dora=config.use_dora,
@@ -139,6 +140,17 @@ def _warn_of_left_out(found: Plan) -> None:
         path, why = next(iter(reasons.items()))
         more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
         warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
+
+
+def _warn_of_dropout(model: nn.Module, config: LoraConfig, found: Plan) -> None:
+    """Says that dropout does not apply to attention, where the update is added to a weight."""
+    modules = {path: submodule(unwrap(model), path) for path in found.layers.owners.values() if config.lora_dropout}
+    if path := next(iter(modules), None):
+        kind = lora_class(modules[path]).__name__
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} does not apply to {path} ({kind}): it changes weights, as in PEFT",
+            stacklevel=7,
+        )
 
 
 def warn_of_untied(found: Plan) -> None:

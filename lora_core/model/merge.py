@@ -9,7 +9,7 @@ The sum W + scaling * B A is computed in float32 (float64 for float64 weights) a
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -101,7 +101,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
     spent = _fold_all(model, names)
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
-    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, spent))
+    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, _layers(root, names)))
 
 
 @changes_adapters
@@ -177,7 +177,7 @@ def _merge(
     spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
     for layer in _layers(model, names).values():
         layer.keep_folded()
-    changed, whole = _changed(registry, names, spent), {}
+    changed, whole = _changed(registry, names, _layers(root, names)), {}
     for name in names:  # the trained copies of heads and biases become the base's own
         whole |= copies.keep(root, name, registry.adapters[name].copied, dtype)
     kept = {path: c.kept for path, c in (spent | whole).items()}
@@ -211,10 +211,10 @@ def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
     return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
 
 
-def _changed(registry: Registry, names: Iterable[str], spent: Iterable[str]) -> set[str]:
+def _changed(registry: Registry, names: Iterable[str], layers: Mapping[str, LoraLayer]) -> set[str]:
     """The paths of the base's tensors that adapters own a copy of or add to."""
     copied = (path for name in names for path in registry.adapters[name].copied)
-    return {*copied, *(f"{path}.weight" for path in spent)}
+    return {*copied, *(f"{path}.{layer.weight_name}" for path, layer in layers.items())}
 
 
 def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from ..bases import base_for, is_packed, weight_bytes
 from ..bases.base import COMPUTE_DTYPES, Format
 from ..bases.int8 import Int8Format
 from ..bases.nf4 import NF4Format
-from ..cpu.products import FastLinear
 from ..errors import QuantizationError
+from ..layers.kinds import packs
 from ..spec.targets import is_head, match_patterns
 from .atomic import all_or_nothing
 from .conventions import kept_in_float32, output_layer
@@ -99,7 +99,7 @@ def quantize(
     everything still requires gradients, so there the flag says nothing.)
 
     Args:
-        model: any module; its layers of type `nn.Linear` are candidates.
+        model: any module; candidates are its layers of type `nn.Linear`, and of subclasses that compute the same.
         form: how to pack.
         skip: names to leave dense: a whole path or the end of one, after a dot. Name newly initialised layers here.
         compute_dtype: dtype that the products are computed in; None: that of the weight before.
@@ -128,7 +128,7 @@ def quantize(
         if not isinstance(module, nn.Linear) or is_packed(module):
             continue
         trained = freezing and module.weight.requires_grad
-        plain = type(module) in (nn.Linear, FastLinear) and "weight" in module._parameters  # else pruned, say
+        plain = packs(module)
         empty = plain and not module.weight.numel()
         apart = module is head or is_head(path) or path in wide or _named(path, named)
         if not plain or empty or apart or trained:
