@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import LoraConfig, inject, quantize_nf4
-from lora_core.bases.nf4 import bitsandbytes
+from lora_core.bases.bnb import bitsandbytes
 from lora_core.files.storage import adapter_tensors
 
 from .measure import Disagreement

@@ -11,6 +11,7 @@ To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/
 
 from .errors import LoraError
 from .files.storage import load_adapter, save_adapter
+from .layers.kinds import register_kind
 from .model.adapters import (
     ParameterCount,
     base_weight_bytes,
@@ -32,7 +33,7 @@ from .model.fast import use_fast_dropout, use_fast_linear
 from .model.inject import InjectionReport, inject
 from .model.merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .model.mixed import mixed_batch
-from .model.quantize import QuantizationReport, quantize_nf4
+from .model.quantize import QuantizationReport, quantize_int8, quantize_nf4
 from .model.sharding import packed_parameters
 from .spec.config import LoraConfig
 
@@ -64,7 +65,9 @@ __all__ = [
     "mixed_batch",
     "packed_parameters",
     "print_trainable_parameters",
+    "quantize_int8",
     "quantize_nf4",
+    "register_kind",
     "rename_adapter",
     "save_adapter",
     "set_adapter",

@@ -20,7 +20,7 @@ from pathlib import Path
 from .cli.command_line import Parser, finite, run, tolerance
 
 DTYPES = ("float32", "float16", "bfloat16")
-BASES = ("original", "nf4-dequantized", "nf4")
+BASES = ("original", "nf4-dequantized", "nf4", "int8-dequantized", "int8")
 
 
 def parser() -> Parser:

@@ -74,7 +74,7 @@ def state(model, identity=False):
     registry = vars(model).get("lora_registry")
     if registry is not None:
         fields = {f.name: getattr(registry, f.name) for f in dataclasses.fields(registry)}
-        found["registry"] = repr(fields | {"layers_4bit": len(registry.layers_4bit)})
+        found["registry"] = repr(fields | {"adopted": len(registry.adopted)})
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         found["config"] = repr(sorted(config.to_dict().items(), key=str))

@@ -107,11 +107,11 @@ def test_the_engine_stays_small_in_what_it_needs(path):
 
 def test_only_one_file_touches_bitsandbytes():
     users = {module_name(p) for p in ENGINE_FILES if any(base.split(".")[0] == "bitsandbytes" for base, _ in imports(p))}
-    assert users == {"bases.nf4"}
+    assert users == {"bases.bnb"}
 
 
 def test_bitsandbytes_is_imported_only_when_asked_for():
-    assert "bitsandbytes" not in imported_at_once("bases.nf4")
+    assert "bitsandbytes" not in imported_at_once("bases.bnb")
 
 
 def test_transformers_is_imported_only_when_a_check_asks_for_it():

@@ -216,7 +216,7 @@ def test_loftq_refusals():
     merge_adapter(model)
     with pytest.raises(MergeError, match="unmerge_adapter"):
         initialize_loftq(model, dense)
-    with pytest.raises(QuantizationError, match="on no 4-bit layer"):
+    with pytest.raises(QuantizationError, match="on no quantised layer"):
         initialize_loftq(adapted(), tiny.classifier())
     subtracting, dense = quantized(init_lora_weights="olora")
     with pytest.raises(LoraError, match="init_lora_weights=True"):

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quantize_nf4, save_adapter
 from lora_core.__main__ import main
-from lora_core.bases.nf4 import dequantize, is_quantized
+from lora_core.bases import dense_weight, is_packed
 from lora_core.deploy.inspection import inspect_adapter
 from lora_core.deploy.probe import PROBE_FILE, read_probe, save_probe
-from lora_core.deploy.recipe import BASES
+from lora_core.deploy.recipe import choices
 from lora_core.errors import ConfigError
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
 
@@ -179,7 +179,7 @@ def test_a_merge_checks_itself_on_all_three_bases(call, tmp_path, quantized):
     found = json.loads(out)
     mine, *others = found["check"]
     assert mine["base_as"] == found["base_as"] == ("nf4-dequantized" if quantized else "original")
-    assert {mine["base_as"], *(other["base_as"] for other in others)} == set(BASES)
+    assert {mine["base_as"], *(other["base_as"] for other in others)} == set(choices(["nf4"]))
     assert mine["relative"] < 1e-5 and mine["changed"] == 0 and max(mine["layers"].values()) < 1e-5
     for other in others:  # what folding into another base would have cost
         assert other["largest"] > 10 * mine["largest"] and max(other["layers"].values()) > 1e-2
@@ -401,8 +401,8 @@ def test_merge_and_unload_can_keep_four_bits(tmp_path):
     update = layer.update_norm(["default"])
     report = merge_and_unload(model, requantize=True)
     query = model.bert.encoder.layer[0].attention.self.query
-    assert is_quantized(query) and len(report.requantized) == 13 and not report.dequantized
+    assert is_packed(query) and len(report.requantized) == 13 and not report.dequantized
     path = "bert.encoder.layer.0.attention.self.query"
-    assert report.layers[path] == pytest.approx(((dequantize(query) - exact).norm() / update).item(), rel=1e-4)
+    assert report.layers[path] == pytest.approx(((dense_weight(query) - exact).norm() / update).item(), rel=1e-4)
     assert 0 < report.layers[path] < 2 and "13 layers in 4 bits" in str(report)
     assert (tiny.logits(model) - expected).abs().max() < 0.5 * expected.abs().max()

@@ -25,7 +25,7 @@ from lora_core import (
     set_adapter,
     unload,
 )
-from lora_core.bases.nf4 import dequantize
+from lora_core.bases import dense_weight
 from lora_core.errors import AdapterExistsError, ConfigError, MergeError, TargetError
 from lora_core.files.storage import adapter_tensors
 from lora_core.model.registry import find_adapter
@@ -148,7 +148,7 @@ def test_weights_of_other_dtypes(dtype):
 def test_a_4_bit_base_gives_the_difference_from_its_dequantised_weight():
     model, tuned = tiny.classifier(), tune(tiny.classifier())
     quantize_nf4(model)
-    frozen = {path: dequantize(model.get_submodule(path)).double() for path in ("layers.0.q", "layers.1.q")}
+    frozen = {path: dense_weight(model.get_submodule(path)).double() for path in ("layers.0.q", "layers.1.q")}
     report = extract_adapter(model, tuned, LoraConfig(r=6, target_modules=["q"]))
     for path, W in frozen.items():
         check(model, path, weight(tuned, path) - W, report)

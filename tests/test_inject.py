@@ -263,7 +263,7 @@ REFUSALS = {
     "misspelt exclusion": (tiny.classifier, {"exclude_modules": ["w"]}, TargetError, "exclude_modules: 'w'"),
     "misspelt rank pattern": (tiny.classifier, {"rank_pattern": {"k": 2}}, TargetError, "rank_pattern: 'k'"),
     "no head": (lambda: tiny.classifier().layers[0], {"task_type": "SEQ_CLS"}, TargetError, "no head called 'classifier'"),
-    "a grouped convolution": (grouped, {"target_modules": ["0"]}, TargetError, "'0' is a Conv2d, which can't carry.*groups"),
+    "a grouped convolution": (grouped, {"target_modules": ["0"], "r": 3}, TargetError, "2 groups, and the rank 3"),
     "a bias of an embedding": (embedded, {"target_modules": ["0"], "lora_bias": True}, TargetError, "'0' is an embedding"),
     "PiSSA of too high a rank": (
         tiny.classifier,
@@ -289,7 +289,7 @@ REFUSALS = {
         ConfigError,
         r"even rank, not 3 \(layers\.0\.v\)",
     ),
-    "4-bit module to save": (quantized, {"modules_to_save": ["layers.0.out"]}, TargetError, "4-bit and can't be trained"),
+    "4-bit module to save": (quantized, {"modules_to_save": ["layers.0.out"]}, TargetError, "quantised and can't be trained"),
 }
 
 

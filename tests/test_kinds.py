@@ -11,9 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
-from lora_core.bases.nf4 import dequantize
+from lora_core.bases import dense_weight
 from lora_core.errors import MergeError
 from lora_core.layers import lora_class
+from lora_core.methods.registry import DORA, LORA, LORA_BIAS
 
 
 class Kind(NamedTuple):
@@ -60,7 +61,7 @@ KINDS = {
     "linear without bias": Kind(lambda: nn.Linear(10, 6, bias=False), lambda: torch.randn(5, 10)),
     "many rows": Kind(lambda: nn.Linear(10, 6), lambda: torch.randn(40, 10)),  # so that W + s B A is formed
     "Conv1D": Kind(conv1d_of_gpt2, lambda: torch.randn(5, 10), lambda layer: layer.weight.detach().t()),
-    "nf4": Kind(packed, lambda: torch.randn(5, 64), dequantize),
+    "nf4": Kind(packed, lambda: torch.randn(5, 64), dense_weight),
     "conv1d": convolution(lambda: nn.Conv1d(3, 6, 3, stride=2, padding=1), 9),
     "conv2d": convolution(lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), 5, 4),
     "conv2d circular": convolution(lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular", bias=False), 4, 5),
@@ -81,11 +82,11 @@ D_OUT = 6
 VARIANTS = {
     "plain": {"r": 2, "scaling": 0.5},
     "other": {"r": 3, "scaling": 1.5},
-    "dora": {"r": 3, "scaling": 0.7, "use_dora": True},
-    "second": {"r": 1, "scaling": 2.0, "use_dora": True},
+    "dora": {"r": 3, "scaling": 0.7, "method": DORA},
+    "second": {"r": 1, "scaling": 2.0, "method": DORA},
     "start": {"r": 2, "scaling": 0.8, "init": "pissa"},
-    "dora start": {"r": 2, "scaling": 0.8, "init": "olora", "use_dora": True},
-    "biased": {"r": 2, "scaling": 0.6, "lora_bias": True},
+    "dora start": {"r": 2, "scaling": 0.8, "init": "olora", "method": DORA},
+    "biased": {"r": 2, "scaling": 0.6, "method": LORA_BIAS},
 }
 ALONE = [("plain",), ("dora",), ("start",), ("dora start",), ("biased",)]
 TOGETHER = [("plain", "other"), ("plain", "dora"), ("dora", "second"), ("dora", "other", "biased", "second", "start")]
@@ -299,14 +300,14 @@ def test_a_fresh_adapter_of_another_variant_changes_the_output_by_rounding_alone
 def test_the_magnitude_starts_as_the_norm_of_what_is_there_with_the_adapter(kind):
     """So an adapter whose B is not zero computes what it would without DoRA, until its magnitude is trained."""
     lora, x = build(kind, []), KINDS[kind].x()
-    lora.add_adapter("a", 2, 3.0, 0.0, init=False, use_dora=True)
+    lora.add_adapter("a", 2, 3.0, 0.0, init=False, method=DORA)
     _, W, _, updates, _ = oracle_of(kind, lora, ["a"])
     norm = (W + part_of(updates[0])).norm(dim=1)
     torch.testing.assert_close(lora.lora_magnitude["a"].double(), norm, rtol=1e-5, atol=0)
     assert ((norm / W.norm(dim=1) - 1).abs() > 1e-4).all()
     lora.activate(["a"])
     adapted = lora(x)
-    del lora.lora_magnitude["a"]
+    lora.lora_method["a"] = LORA
     torch.testing.assert_close(adapted, lora(x), rtol=0, atol=1e-5)
 
 
@@ -322,7 +323,7 @@ def test_rows_of_zeros_give_no_nan(kind):
         quantize_nf4(model, double_quant=False)  # else the scale of the row of zeros is rounded to another
         layer = model[0]
     lora = lora_class(layer).adopt(layer)
-    lora.add_adapter("a", 2, 0.5, 0.0, use_dora=True)
+    lora.add_adapter("a", 2, 0.5, 0.0, method=DORA)
     lora.activate(["a"])
     x = KINDS[kind].x()
     for parameter in lora.trained("a"):
@@ -428,13 +429,13 @@ def test_dropout_acts_on_the_input_of_the_adapter_alone(kind, use_dora, beside):
     if kind == "nf4":
         quantize_nf4(model)
     lora = lora_class(model[0]).adopt(model[0])
-    lora.add_adapter("a", 64, 2.0, 0.25, use_dora=use_dora)
+    lora.add_adapter("a", 64, 2.0, 0.25, method=DORA if use_dora else LORA)
     if beside:
-        lora.add_adapter("b", 2, 1.0, 0.0, use_dora=True)  # fresh: adds nothing
+        lora.add_adapter("b", 2, 1.0, 0.0, method=DORA)  # fresh: adds nothing
     lora.activate(["a", "b"])
     lora.lora_A["a"].data.copy_(torch.eye(64))
     lora.lora_B["a"].data.copy_(torch.eye(64) / 2)
-    f = lora.dora_factor("a").detach() * 2 if use_dora else torch.ones(64)
+    f = lora.row_scale("a").detach() * 2 if use_dora else torch.ones(64)
     if use_dora:
         lora.lora_magnitude["a"].data.mul_(2)
     x = torch.randn(50, 64, 3, 2) if kind == "conv2d" else torch.randn(300, 64)

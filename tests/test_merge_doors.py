@@ -26,7 +26,7 @@ from lora_core import (
 )
 from lora_core.__main__ import main
 from lora_core.deploy.inspection import inspect_adapter
-from lora_core.deploy.recipe import BASES, Recipe
+from lora_core.deploy.recipe import Recipe, choices
 from lora_core.deploy.stream import merge_checkpoint
 from lora_core.deploy.updates import read_updates
 from lora_core.errors import ConfigError, MergeError, WrongBaseError
@@ -209,14 +209,14 @@ def qlora(name, directory, scale=0.1):
     return model.eval()
 
 
-@pytest.mark.parametrize("base_as", BASES)
+@pytest.mark.parametrize("base_as", choices(["nf4"]))
 @pytest.mark.parametrize("name", ["llama, tied", "llama", "qwen2, tied"])
 def test_a_check_runs_whatever_is_merged_into(name, base_as, tmp_path, capsys):
     qlora(name, tmp_path, scale=1.0)
     arguments = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
     assert main(["merge", *map(str, arguments), "--check", "--base-as", base_as, "--tolerance", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "not measured" not in printed and all(other in printed for other in BASES)
+    assert "not measured" not in printed and all(other in printed for other in choices(["nf4"]))
     merged = reloaded(name, tmp_path / "merged")
     ids = merged.generate(tiny.TOKENS[:1], max_new_tokens=3, do_sample=False)
     assert ids.shape == (1, tiny.TOKENS.shape[1] + 3)
@@ -240,7 +240,7 @@ def test_a_side_comparison_that_fails_is_not_measured(tmp_path, capsys, monkeypa
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("base_as", BASES)
+@pytest.mark.parametrize("base_as", choices(["nf4"]))
 def test_a_check_runs_encoder_decoders(base_as, tmp_path, capsys):
     """T5 takes tokens of the decoder too."""
     model = tiny.build("t5")
@@ -252,7 +252,7 @@ def test_a_check_runs_encoder_decoders(base_as, tmp_path, capsys):
     arguments = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
     assert main(["merge", *map(str, arguments), "--check", "--base-as", base_as, "--tolerance", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "not measured" not in printed and all(other in printed for other in BASES)
+    assert "not measured" not in printed and all(other in printed for other in choices(["nf4"]))
 
 
 @pytest.mark.parametrize("which", ["adapted", "merged"])
@@ -281,7 +281,7 @@ def test_a_small_update_survives_packing_over_files_and_not_in_memory(tmp_path):
     model = qlora("llama", tmp_path, scale=0.001)
     adapted = tiny.logits(model)
     before = tiny.snapshot(model)
-    with pytest.raises(MergeError, match=r"nothing of the adapter is left in .* of 2 layers.*--base-as nf4.*allow_loss=True"):
+    with pytest.raises(MergeError, match=r"nothing of the adapter is left in .* of 2 layers.*--base-as.*allow_loss=True"):
         merge_and_unload(model, requantize=True)
     assert tiny.snapshot(model) == before and torch.equal(tiny.logits(model), adapted)
     report = merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", Recipe(base_as="nf4"))

@@ -20,7 +20,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.bases.nf4 import dequantize, is_quantized, parameter_bytes, to_dense
+from lora_core.bases import base_of, dense_weight, is_packed, weight_bytes
 from lora_core.errors import LoraError, MissingDependencyError, QuantizationError, TargetError
 from lora_core.layers import LoraLayer
 from lora_core.model.registry import adapter_parameters
@@ -134,7 +134,7 @@ def test_odd_shapes(shape):
     layer, report = packed(shape)
     x = torch.randn(2, shape[1])
     torch.testing.assert_close(layer(x), dense_twin(layer)(x), rtol=0, atol=0)
-    assert dequantize(layer).shape == shape and report.parameters == math.prod(shape)
+    assert dense_weight(layer).shape == shape and report.parameters == math.prod(shape)
 
 
 def test_an_empty_batch():
@@ -168,8 +168,8 @@ def test_a_weight_that_bitsandbytes_repacked_is_still_read(double_quant):
         layer.eval()(torch.randn(2, 64).bfloat16())
     # Repacking, where the CPU does it, rounds the scales to bfloat16 (by at most 2^-8), and double quantisation then
     # rounds their differences from the mean to 8 bits again.
-    torch.testing.assert_close(dequantize(layer), W, rtol=0.01, atol=0)
-    assert to_dense(layer).weight.dtype == torch.float32
+    torch.testing.assert_close(dense_weight(layer), W, rtol=0.01, atol=0)
+    assert base_of(layer).to_dense(layer).weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
@@ -205,7 +205,7 @@ def test_it_replaces_linear_layers_but_heads_and_names_in_skip():
     report = quantize_nf4(model, skip=["out", "layers.1.k"])
     assert report.layers == ("layers.0.q", "layers.0.k", "layers.0.v", "layers.1.q", "layers.1.v")
     assert report.skipped == ("layers.0.out", "layers.1.k", "layers.1.out", "classifier")
-    assert {path for path, m in model.named_modules() if is_quantized(m)} == set(report.layers)
+    assert {path for path, m in model.named_modules() if is_packed(m)} == set(report.layers)
     assert all(isinstance(model.get_submodule(path), bnb.nn.Linear4bit) for path in report.layers)
 
 
@@ -233,8 +233,8 @@ def test_a_packed_model_computes_what_its_unpacked_weights_do(architecture):
     quantize_nf4(model)
     packed = tiny.logits(model)
     for path, module in list(model.named_modules()):
-        if is_quantized(module):
-            model.set_submodule(path, to_dense(module))
+        if is_packed(module):
+            model.set_submodule(path, base_of(module).to_dense(module))
     dense = tiny.logits(model)
     # Both sum in float32, in some order: a few hundred roundings of a value's size at most.
     torch.testing.assert_close(packed, dense, rtol=0, atol=500 * torch.finfo(torch.float32).eps * dense.abs().max().item())
@@ -328,20 +328,20 @@ def test_a_refusal_leaves_the_model_as_it_was(case):
 def test_twice_is_an_error():
     model = tiny.classifier()
     quantize_nf4(model)
-    with pytest.raises(QuantizationError, match="4-bit already"):
+    with pytest.raises(QuantizationError, match="packed already"):
         quantize_nf4(model)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
-    from lora_core.bases import nf4
+    from lora_core.bases.bnb import bitsandbytes
 
-    nf4.bitsandbytes.cache_clear()
+    bitsandbytes.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     try:
         with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
-            nf4.bitsandbytes()
+            bitsandbytes()
     finally:
-        nf4.bitsandbytes.cache_clear()
+        bitsandbytes.cache_clear()
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_bits_a_parameter(double_quant, bits):
     # Besides the packed values and the scales one float32: the mean that double quantisation takes off the scales.
     constant = 32 / 512**2 if double_quant else 0
     assert report.bits_per_parameter == pytest.approx(bits + constant, rel=1e-12)
-    assert report.bytes_before == 512 * 512 * 4 and report.bytes_after == parameter_bytes(layer.weight)
+    assert report.bytes_before == 512 * 512 * 4 and report.bytes_after == weight_bytes(layer.weight)
     assert f"{report.bits_per_parameter:.3f}" in str(report)
     if double_quant:
         assert f"{bits:.3f}" == "4.127"
@@ -366,7 +366,7 @@ def test_block_sizes(block_size):
 
 
 def test_bytes_of_a_dense_parameter():
-    assert parameter_bytes(nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))) == 30
+    assert weight_bytes(nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))) == 30
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def projection_config(architecture, **settings):
 def test_a_model_that_transformers_loaded_in_4_bits_is_like_one_quantised_here(saved, architecture):
     # In training mode, where bitsandbytes' own forward does not repack.
     theirs, ours = load_in_4_bits(saved[architecture], architecture).train(), wide(architecture).train()
-    paths = {path for path, m in theirs.named_modules() if is_quantized(m)}
+    paths = {path for path, m in theirs.named_modules() if is_packed(m)}
     dense_here = [p for p, m in ours.named_modules() if type(m) is nn.Linear and p not in paths]
     quantize_nf4(ours, skip=dense_here)
     for model in (theirs, ours):
@@ -450,7 +450,7 @@ def test_a_model_that_transformers_loaded_trains_evaluates_and_merges(saved, dty
     assert losses[-1] < losses[0]
     adapted = tiny.logits(model.eval())
     report = merge_and_unload(model)
-    assert report.dequantized and not any(is_quantized(m) for m in model.modules())
+    assert report.dequantized and not any(is_packed(m) for m in model.modules())
     scale = 64 * eps * adapted.abs().max().item()
     torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=scale)
 
@@ -498,7 +498,7 @@ def test_a_merged_model_no_longer_says_that_it_is_4_bit(saved, tmp_path):
     merge_and_unload(model)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert not any(is_quantized(m) for m in again.modules())
+    assert not any(is_packed(m) for m in again.modules())
     assert torch.equal(tiny.logits(again), tiny.logits(model))
 
 
@@ -517,9 +517,9 @@ def test_unmerging_restores_every_packed_byte(compute_dtype):
 
 def test_to_dense_holds_the_weight_in_the_dtype_of_the_model_around_it():
     layer, _ = packed(compute_dtype=torch.bfloat16)
-    dense = to_dense(layer)
+    dense = base_of(layer).to_dense(layer)
     assert type(dense) is nn.Linear and dense.bias is layer.bias
-    assert dense.weight.dtype == torch.float32 and torch.equal(dense.weight, dequantize(layer))
+    assert dense.weight.dtype == torch.float32 and torch.equal(dense.weight, dense_weight(layer))
 
 
 def test_unloading_leaves_the_packed_model():
@@ -539,7 +539,7 @@ def test_what_transformers_keeps_in_float32_is_left_dense():
     assert {path.rpartition(".")[2] for path in report.skipped} == {"wo", "lm_head"}
     with torch.no_grad():
         for path in report.layers:
-            same.get_submodule(path).weight.copy_(dequantize(model.get_submodule(path)))
+            same.get_submodule(path).weight.copy_(dense_weight(model.get_submodule(path)))
         expected, found = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (same, model))
     # The same products, in another order of sums.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

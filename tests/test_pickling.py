@@ -23,7 +23,7 @@ from lora_core import (
     use_fast_dropout,
     use_fast_linear,
 )
-from lora_core.bases.nf4 import dense_dtype, dequantize
+from lora_core.bases import base_of, dense_weight
 from lora_core.errors import QuantizationError
 from lora_core.model.registry import registry_of
 
@@ -151,7 +151,7 @@ def test_a_cast_model_is_packed_again_and_keeps_its_dtype(dtype):
     tiny.randomize(model)
     model.to(dtype)
     merge_and_unload(model, requantize=True, allow_loss=True)
-    assert dense_dtype(model.layers[0].q) == dense_dtype(model.layers[0].k) == dtype
+    assert all(base_of(layer).dense_dtype(layer) == dtype for layer in (model.layers[0].q, model.layers[0].k))
     assert model(X.to(dtype)).dtype == dtype
 
 
@@ -165,9 +165,9 @@ def test_a_layer_that_bitsandbytes_repacked_is_cast():
     model(torch.randn(2, 64))
     inject(model, LoraConfig(r=2, target_modules=["0"]))
     tiny.randomize(model)
-    before = dequantize(model[0])
+    before = dense_weight(model[0])
     model.double()
-    assert torch.equal(dequantize(model[0]), before) and dense_dtype(model[0]) == torch.float64
+    assert torch.equal(dense_weight(model[0]), before) and base_of(model[0]).dense_dtype(model[0]) == torch.float64
     assert merge_and_unload(model).dequantized and model[0].weight.dtype == torch.float64
 
 

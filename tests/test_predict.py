@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import predict
-from lora_core.bases.nf4 import is_quantized
+from lora_core.bases import is_packed
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_it_works_as_a_process_of_its_own(runs):
 @pytest.mark.parametrize(("method", "quantized"), [("lora", False), ("qlora", True)])
 def test_the_base_is_held_as_it_was_in_training(runs, method, quantized):
     model = predict.Predictor(runs[method] / "adapter").model
-    assert any(is_quantized(module) for module in model.modules()) is quantized
-    assert not is_quantized(model.classifier)
+    assert any(is_packed(module) for module in model.modules()) is quantized
+    assert not is_packed(model.classifier)
 
 
 def test_an_adapter_without_our_files_needs_only_its_base(call, runs, tmp_path):

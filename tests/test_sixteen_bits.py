@@ -104,10 +104,10 @@ def test_4_bit_layers(dtype, use_dora, compute):
     model = nn.ModuleDict({"layer": nn.Linear(64, 64)}).to(dtype)
     quantize_nf4(model, compute_dtype=compute)
     exact = nn.ModuleDict({"layer": nn.Linear(64, 64)}).double()
-    from lora_core.bases.nf4 import dequantize
+    from lora_core.bases import dense_weight
 
     with torch.no_grad():
-        exact["layer"].weight.copy_(dequantize(model["layer"], dtype).double())
+        exact["layer"].weight.copy_(dense_weight(model["layer"], dtype).double())
         exact["layer"].bias.copy_(model["layer"].bias.double())
     for m in (model, exact):
         inject(m, LoraConfig(r=4, target_modules=["layer"], use_dora=use_dora))

@@ -75,17 +75,17 @@ def execution_device(module: nn.Module) -> torch.device:
     return module.weight.device
 
 
-def stored_weight(module: nn.Module, path: str = "") -> Tensor:
-    """The module's weight, from where accelerate keeps it between two calls if it is offloaded.
+def stored_weight(module: nn.Module, path: str = "", name: str = "weight") -> Tensor:
+    """The module's weight, its parameter `name`, from where accelerate keeps it between two calls if it is offloaded.
 
     Raises:
         OffloadedError: it is on the meta device, and nowhere else.
     """
-    weight = module.weight
+    weight = getattr(module, name)
     if not weight.is_meta:
         return weight
     for hook in _offloading(module):
-        return hook.weights_map["weight"]
+        return hook.weights_map[name]
     raise OffloadedError(f"{path or type(module).__name__}: its weight is on the meta device; load the model's weights first")
 
 

@@ -1,6 +1,6 @@
 """Products with frozen weights that cost less on CPUs for which MKL is not made, and `nn.Linear` made of them.
 
-    use_fast_linear(model)      # the model's nn.Linear layers, in place, before quantize_nf4 and inject: same meaning
+    use_fast_linear(model)      # the model's nn.Linear layers, in place, before quantising and inject: same meaning
 
 On x86 torch multiplies float32 matrices with MKL, which keeps its fastest kernels to Intel's processors. oneDNN, which is in
 torch too, writes its kernels for the processor that it finds. On an AMD EPYC (Zen 4, two cores) it needs 0.88 to 0.95 of

@@ -1,4 +1,4 @@
-"""What an adapter is folded into: a base's weights as its files hold them, or in the NF4 form that QLoRA trained against.
+"""What an adapter is folded into: a base's weights as its files hold them, or in the packed form that QLoRA trained against.
 
 Also where a base is recognised: an adapter's fingerprint says what each adapted weight was when it was trained, and a weight
 that is not that, in any dtype that the base may have been loaded in, is another base's.
@@ -14,16 +14,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import packed_form, to_4bit
+from ..bases import DEFAULT, base_for
+from ..bases.base import Format
 from ..errors import AdapterFormatError, WrongBaseError
-from ..files.fingerprint import describe_dense, describe_packed, difference, fingerprint, same_values
+from ..files.checkpoint import Checkpoint
+from ..files.fingerprint import describe_dense, describe_layer, difference, fingerprint, same_values
 from ..integrations.pretrained import load_model
-from ..model.quantize import quantize_nf4
+from ..model.quantize import quantize
 from ..spec.config import LoraConfig
-from .placement import label_rows
+from .placement import Placement, label_rows
 from .updates import AdapterUpdates
 
-DEFAULT_FORM = "nf4/64/double"
 #: What a base may have been loaded in before it was packed, besides the dtype of its file.
 LOADED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,23 +34,18 @@ class Basis:
     """The base's weights as the adapters know them.
 
     Attributes:
-        form: of 4-bit weights: "nf4/64/double" has blocks of 64, with scales in 8 bits.
-        trained_on_nf4: whether an adapter's fingerprint says that its base was in 4 bits.
+        form: of packed weights.
+        trained_on_packed: whether an adapter's fingerprint says that its base was packed so.
         loaded: the dtype that weights had before they were packed; None: that of their file.
     """
 
-    form: str = DEFAULT_FORM
-    trained_on_nf4: bool = False
+    form: Format = DEFAULT
+    trained_on_packed: bool = False
     loaded: torch.dtype | None = None
 
     def pack(self, W: Tensor) -> nn.Module:
-        """A 4-bit linear layer with the weight W, (d_out, d_in)."""
-        _, block_size, *double = self.form.split("/")
-        return to_4bit(_linear(W.to(self.loaded or W.dtype)), None, bool(double), int(block_size))
-
-    def repack(self, W: Tensor) -> nn.Module:
-        """The same of a merged weight, in its own dtype."""
-        return Basis(self.form).pack(W)
+        """A linear layer with the weight W, (d_out, d_in), packed."""
+        return base_for(self.form).pack(_linear(W.to(self.loaded or W.dtype)), self.form)
 
 
 def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basis:
@@ -58,7 +54,7 @@ def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basi
     Raises:
         WrongBaseError: it is of another base; AdapterFormatError: a fingerprint is not as written here.
     """
-    form = next((a.trained_on for a in adapters if (a.trained_on or "").startswith("nf4/")), None)
+    form = next((a.packed_form for a in adapters if a.packed_form), None)
     if form is None:
         basis = Basis()
         check_base(basis, adapters, path, W)
@@ -80,10 +76,9 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
         mark = adapter.fingerprint
         if mark is None or path not in adapter.layers:
             continue
-        form = adapter.trained_on
         try:
-            if (form or "").startswith("nf4/"):
-                line = describe_packed(*packed_form(basis.pack(W)))
+            if adapter.packed_form:
+                line = describe_layer(basis.pack(W))
             else:
                 line = describe_dense(W.to(adapter.dense_dtype or W.dtype))
             differs = difference(mark, {"base": {path: line}, "settings": settings(adapter.layers, adapter.config)})
@@ -93,14 +88,17 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
             raise WrongBaseError(f"{adapter.directory} was saved on another base: {differs}; merge it into its own")
 
 
-def check_stored(adapters: Sequence[AdapterUpdates], path: str, tensor: Tensor) -> None:
-    """Raises a WrongBaseError if an adapter has stored, as the base's, another tensor at `path`."""
-    owner, _, name = path.rpartition(".")
+def check_stored(adapters: Sequence[AdapterUpdates], placement: Placement, base: Checkpoint) -> None:
+    """Raises a WrongBaseError if an adapter has stored, as the base's, what this base does not have, or has otherwise."""
+    known = placement.aliases | placement.names
     for adapter in adapters:
-        own = adapter.base_tensors.get(path)
-        if own is not None and not same_values(tensor, own):
-            what = f"the {name} of {owner} that it was trained on"
-            raise WrongBaseError(f"{adapter.directory} holds {what}; the base has another; merge it into its own")
+        for path, own in adapter.base_tensors.items():
+            if path not in known:
+                raise WrongBaseError(f"the base has no {path!r}, which an adapter has stored of the one that it was trained on")
+            if not same_values(base.tensors[known[path]].read(), own):
+                owner, _, name = path.rpartition(".")
+                what = f"the {name} of {owner} that it was trained on"
+                raise WrongBaseError(f"{adapter.directory} holds {what}; the base has another; merge it into its own")
 
 
 def settings(paths: Iterable[str], config: LoraConfig) -> str:
@@ -123,8 +121,8 @@ def load_base(
     Args:
         base: its directory.
         adapters: their task and head say which class it is of.
-        basis: the form of 4-bit weights.
-        quantized: paths of the 4-bit layers; none: the base stays dense.
+        basis: the form of packed weights.
+        quantized: paths of the packed layers; none: the base stays dense.
         dtype: of its weights.
     """
     task, rows = adapters[0].config.task_type, label_rows(adapters)
@@ -132,7 +130,5 @@ def load_base(
     model = load_model(base, task, dtype, strict=False, ignore_mismatched_sizes=True, **settings)
     if quantized:
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        _, block_size, *double = basis.form.split("/")
-        skip = [path for path in linear if path not in set(quantized)]
-        quantize_nf4(model, skip=skip, double_quant=bool(double), block_size=int(block_size))
+        quantize(model, basis.form, skip=[path for path in linear if path not in set(quantized)])
     return model

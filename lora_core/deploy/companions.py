@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from ..bases import base_for
+from ..bases.base import Format
 from ..files.checkpoint import CONFIG_FILE, TOKENIZER_CONFIG, TOKENIZER_FILES, Checkpoint
 from ..integrations.tied_names import OUTPUT_LAYERS
 from ..methods.registry import method_of
 from ..model.merge import MergeReport
+from .recipe import packing_of
 from .updates import AdapterUpdates
 
 CARD = "README.md"
@@ -29,15 +32,15 @@ class Result:
         config: the model's configuration.
         dtype: of the floating-point weights.
         base_as: what the adapters were folded into.
-        form: of 4-bit weights ("nf4/64/double"); None if there are none.
-        dense: paths of the layers that are not in 4 bits.
+        form: of packed weights; None if there are none.
+        dense: paths of the layers that are not packed.
         report: what it cost.
     """
 
     config: dict[str, Any]
     dtype: torch.dtype
     base_as: str
-    form: str | None
+    form: Format | None
     dense: tuple[str, ...]
     report: MergeReport
 
@@ -60,31 +63,21 @@ def _config(result: Result) -> dict[str, Any]:
     config = {key: value for key, value in result.config.items() if key != "torch_dtype"} | {"dtype": dtype}
     if result.form is None:
         return config
-    kind, block_size, *double = result.form.split("/")
-    return config | {
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": bool(double),
-            "bnb_4bit_blocksize": int(block_size),
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            # Output layers too that the file does not hold, since they are tied: transformers would pack them.
-            "llm_int8_skip_modules": list(dict.fromkeys((*result.dense, *OUTPUT_LAYERS))),
-        }
-    }
+    # Output layers too that the file does not hold, since they are tied: transformers would pack them.
+    skipped = tuple(dict.fromkeys((*result.dense, *OUTPUT_LAYERS)))
+    return config | {"quantization_config": base_for(result.form).quantization_config(result.form, skipped, dtype)}
 
 
 def _card(base: Checkpoint, adapters: Sequence[AdapterUpdates], result: Result) -> str:
     name = next((a.config.base_model_name_or_path for a in adapters if a.config.base_model_name_or_path), None)
     name = Path(name).name if name and Path(name).is_absolute() else name or base.directory.name
-    into = {
-        "original": "the base's weights as they were",
-        "nf4-dequantized": "the base's weights packed in 4-bit NF4 and unpacked again, as QLoRA trained against them",
-        "nf4": "what the adapters were trained against; the result is packed in 4-bit NF4",
-    }[result.base_as]
+    packing, repacks = packing_of(result.base_as)
+    if packing is None:
+        into = "the base's weights as they were"
+    elif repacks:
+        into = f"what the adapters were trained against; the result is packed in {packing.label}"
+    else:
+        into = f"the base's weights packed in {packing.label} and unpacked again, as QLoRA trained against them"
     listed = "\n".join(
         f"- `{a.directory.name}`: rank {a.config.r}, alpha {a.config.lora_alpha:g}"
         f"{label and ', '}{label}, {len(a.layers)} layers"

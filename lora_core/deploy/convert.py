@@ -27,6 +27,7 @@ from ..files.config import HARMLESS_INITIALISERS
 from ..files.disk import read_safetensors, to_safetensors, write_whole
 from ..files.keys import copy_key, layer_keys_of, parse_key
 from ..files.shards import new_directory
+from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
 from ..methods.registry import all_tables, method_of
 from ..spec.config import ALL_LINEAR, LoraConfig, check_rank
@@ -117,13 +118,14 @@ def convert_adapter(
         made = read_updates(new)
         if dtype is not None:
             stored = {copy_key(path, made.layers) for path in made.base_tensors}  # cast, they would be another base's
-            tensors = {key: t if key in stored else _cast(key, t, dtype) for key, t in tensors.items()}
+            cast_too = {key for key, t in tensors.items() if t.is_floating_point() and key not in stored}
+            tensors = {key: cast(t, dtype, key) if key in cast_too else t for key, t in tensors.items()}
         if mark := json.loads(metadata.get(FINGERPRINT, "null")):
             mark["settings"] = settings(made.layers, made.config)
             metadata[FINGERPRINT] = json.dumps(mark)
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
-    cast = str(dtype).removeprefix("torch.") if dtype else None
-    return ConversionReport(str(output), len(made.layers), cast, energy)
+    in_dtype = str(dtype).removeprefix("torch.") if dtype else None
+    return ConversionReport(str(output), len(made.layers), in_dtype, energy)
 
 
 def _fields(directory: Path) -> dict[str, Any]:
@@ -193,10 +195,3 @@ def _without_start(
         "r": 2 * fields["r"],
         "lora_alpha": 2 * fields["lora_alpha"],
     }
-
-
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    result = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if tensor.isfinite().all() and not result.isfinite().all():
-        raise ConfigError(f"{key} overflows {str(dtype).removeprefix('torch.')}; use --dtype bfloat16; nothing was written")
-    return result

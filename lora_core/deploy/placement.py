@@ -73,6 +73,11 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
         MergeError: two adapters have a tensor of their own for the same path, or tied weights can't be told apart.
     """
     layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
+    if inside := next((path for path in layers if ".base_layer." in path), None):
+        raise MergeError(
+            f"{inside.partition('.base_layer.')[0]} is an nn.MultiheadAttention, whose adapter is merged in memory: "
+            "load_adapter, then merge_and_unload"
+        )
     copies = _copies(adapters)
     touched = {f"{path}.weight" for path in layers} | copies.keys()
     config = _config(base, adapters)

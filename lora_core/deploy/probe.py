@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import is_quantized
+from ..bases import is_packed, libraries
 from ..errors import AdapterFileMissingError, AdapterFormatError, ConfigError
 from ..files.disk import read_safetensors, to_safetensors, write_whole
 from ..files.storage import WEIGHTS_FILE
@@ -28,7 +28,7 @@ from ..model.registry import unwrap
 
 PROBE_FILE = "probe.safetensors"
 ABOUT = "lora_core.probe"  # in the file's metadata
-LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "tokenizers", *libraries())
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def save_probe(
     modules = unwrap(model).named_modules()
     about = {
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "quantized": [path for path, module in modules if is_quantized(module)],
+        "quantized": [path for path, module in modules if is_packed(module)],
         "texts": None if texts is None else list(texts),
         "versions": versions(),
         "weights": weights_hash(directory),

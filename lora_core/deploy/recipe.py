@@ -7,11 +7,26 @@ from dataclasses import dataclass
 
 import torch
 
+from ..bases import PACKED
+from ..bases.base import Base
 from ..errors import ConfigError
 from ..spec.config import check_finite
 
-ORIGINAL, DEQUANTIZED, NF4 = BASES = ("original", "nf4-dequantized", "nf4")
+ORIGINAL = "original"
+DEQUANTIZED = "-dequantized"  # after the name of a base that packs weights
 REMEDY = "merge in float32 (--dtype float32), not into 4 bits (--base-as), or allow it (--allow-loss; allow_loss=True)"
+
+
+def choices(packings: Iterable[str] = PACKED) -> tuple[str, ...]:
+    """What a merge can be folded into, with these ways to pack a weight."""
+    return (ORIGINAL, *(choice for name in packings for choice in (f"{name}{DEQUANTIZED}", name)))
+
+
+def packing_of(base_as: str) -> tuple[Base | None, bool]:
+    """What the base's weights are packed by first, and whether the result stays packed."""
+    if base_as == ORIGINAL:
+        return None, False
+    return PACKED[base_as.removesuffix(DEQUANTIZED)], not base_as.endswith(DEQUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,12 @@ class Recipe:
 
     Attributes:
         dtype: what floating-point tensors are cast to; None: each keeps the base's.
-        base_as: one of BASES; None: "nf4-dequantized" if an adapter's fingerprint says that it was trained on an NF4 base,
-            else "original".
+        base_as: "original", or the name of a base that packs weights ("nf4"), to pack the result so, or the same with
+            "-dequantized" after it; None: the latter if an adapter's fingerprint says that it was trained on such a base, else
+            "original".
         weights: a factor for the update of each adapter; None: 1 each.
-        quantized: paths of the layers that are 4-bit in NF4; None: what the adapter's probe says of its model, or else every
-            matrix but embeddings and heads, which is what `quantize_nf4` takes in the models of transformers.
+        quantized: paths of the layers that are packed then; None: what the adapter's probe says of its model, or else every
+            matrix but embeddings and heads, which is what quantising takes in the models of transformers.
         allow_loss: merge although the cast, or packing, loses more than half of the update in some layer.
 
     Raises:
@@ -44,8 +60,8 @@ class Recipe:
             object.__setattr__(self, "weights", tuple(self.weights))
             for weight in self.weights:
                 check_finite("weights", weight)
-        if self.base_as not in (None, *BASES):
-            raise ConfigError(f"base_as must be one of {', '.join(map(repr, BASES))}, not {self.base_as!r}")
+        if self.base_as not in (None, *choices()):
+            raise ConfigError(f"base_as must be one of {', '.join(map(repr, choices()))}, not {self.base_as!r}")
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ConfigError(f"dtype must be float32, float16, bfloat16 or float64, not {self.dtype}")
 

@@ -4,40 +4,42 @@
 
 Each adapted weight is read, folded in float32 by the same code that folds a layer of a model, cast once and written; every
 other tensor is copied, or cast. So the memory that it takes is that of the largest layer, whatever the model's size (with
-"nf4" that of the largest shard in 4 bits besides), and the time about that of copying the files.
+a packed result that of the largest shard in packed form besides), and the time about that of copying the files.
 
 What the adapter is folded into, `base_as`:
 
-    "original"         the base's weights as they are in the files
-    "nf4-dequantized"  those weights packed in NF4 and unpacked again: exactly what QLoRA trained against
-    "nf4"              what the adapter was trained against; the result is packed in NF4, which loses a part of the update
+    "original"           the base's weights as they are in the files
+    "NAME-dequantized"   those weights packed as the base NAME does and unpacked again: exactly what QLoRA trained against
+    "NAME"               what the adapter was trained against; the result is packed, which loses a part of the update
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import dequantize, packed_tensors
-from ..errors import AdapterFormatError, CheckpointError, ConfigError, MergeError, WrongBaseError
+from ..bases import base_for, base_of, dense_weight
+from ..bases.base import Format
+from ..errors import AdapterFormatError, CheckpointError, ConfigError, MergeError
 from ..files.adapter import FLOAT_DTYPES
 from ..files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ..files.shards import Entry, new_directory, write_index, write_shard
 from ..integrations.model_class import ModelClass, known_class
 from ..layers import LoraLayer
-from ..maths.loss import Cost, cost, cost_of_cast, refuse_loss
+from ..maths.loss import Cost, cast, cost, cost_of_cast, refuse_loss
 from ..methods.registry import method_of
 from ..model.merge import MergeReport
-from ..spec.targets import is_head
+from ..spec.targets import is_embedding, is_head
 from .basis import Basis, check_base, check_stored, find_basis
 from .companions import Result, write_companions
 from .placement import place
 from .probe import quantized_layers
-from .recipe import AS_IT_IS, DEQUANTIZED, NF4, ORIGINAL, REMEDY, Recipe
+from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
 from .updates import AdapterUpdates, LayerUpdate, carrier, read_updates
 
 
@@ -73,10 +75,12 @@ class StreamMerge:
     """One merge; when it is made, all has been checked that can be without reading every weight.
 
     Attributes:
-        base_as: one of BASES, as given or as chosen.
-        quantized: paths of the layers that go through NF4.
+        base_as: as the recipe has it, given or chosen.
+        form: what the base's weights are packed in first; None: they are not.
+        repacks: whether the result is packed.
+        quantized: paths of the layers that are packed.
         file_dtype, result_dtype: of the adapted weights, in the base's files and in the result.
-        nbytes: bytes of the tensors to be written, for a progress bar: about, with NF4.
+        nbytes: bytes of the tensors to be written, for a progress bar: about, if they are packed.
     """
 
     def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
@@ -87,7 +91,7 @@ class StreamMerge:
             raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
         for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
             if weight != 1 and not method.is_product:
-                raise ConfigError(f"a {method.label} adapter can't be weighted: its update is not a product; leave its weight at 1")
+                raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
         self.base, self.adapters, self.recipe = base, adapters, recipe
         self.placement = place(base, adapters)
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
@@ -99,9 +103,13 @@ class StreamMerge:
         self.spent: dict[str, Cost] = {}
         first = next(iter(self.updates))
         self.basis = find_basis(adapters, first, self._read(first))
-        self._check_stored()
-        self.base_as = recipe.base_as or (DEQUANTIZED if self.basis.trained_on_nf4 else ORIGINAL)
-        self.quantized = frozenset(() if self.base_as == ORIGINAL else self.nf4_layers())
+        check_stored(adapters, self.placement, base)
+        trained = f"{base_for(self.basis.form).name}{DEQUANTIZED}" if self.basis.trained_on_packed else ORIGINAL
+        self.base_as = recipe.base_as or trained
+        packing, self.repacks = packing_of(self.base_as)
+        own = self.basis.form
+        self.form: Format | None = packing and (own if isinstance(own, packing.Format) else packing.Format())
+        self.quantized = frozenset(self.packed_layers() if packing else ())
         self.file_dtype = base.tensors[self._source(first)].dtype
         self.result_dtype = recipe.dtype or self.file_dtype
         self.nbytes = sum(base.tensors[source].nbytes for source in self.placement.names.values())
@@ -121,7 +129,7 @@ class StreamMerge:
                 size += sum(entry.nbytes for entry in entries.values())
         if len(self.base.shards) > 1:
             write_index(directory, places, size)
-        packed = tuple(sorted(self.quantized)) if self.base_as == NF4 else ()
+        packed = tuple(sorted(self.quantized)) if self.repacks else ()
         kept = {path: c.kept for path, c in self.spent.items()}
         if not self.recipe.allow_loss:
             refuse_loss(kept, REMEDY)
@@ -136,7 +144,7 @@ class StreamMerge:
         # Also what the file does not hold, since it is tied: transformers would make a 4-bit layer of it.
         tied = {name.removesuffix(".weight") for group in (self.known.tied if packed and self.known else ()) for name in group}
         dense = tuple(sorted((self._matrices() | own | tied) - self.quantized))
-        form = self.basis.form if packed else None
+        form = self.form if packed else None
         result = Result(self.placement.config, self.result_dtype, self.base_as, form, dense, report)
         write_companions(directory, self.base, self.adapters, result)
         return report
@@ -158,13 +166,14 @@ class StreamMerge:
         if name == path:  # a bias, a buffer
             if self._added_biases(path):
                 return {name: Entry(dtype, source.shape, lambda: self._with_biases(path, source, dtype))}
-        elif path in self.quantized and self.base_as == NF4:
-            parts = packed_tensors(self._packed(path, source))
+        elif path in self.quantized and self.repacks:
+            layer = self._packed(path, source)
+            parts = base_of(layer).state(layer)
             return {f"{path}.{part}": Entry(t.dtype, tuple(t.shape), partial(Tensor.cpu, t)) for part, t in parts.items()}
         elif path in self.updates:
             return {name: Entry(dtype, source.shape, lambda: self._folded(path, source, dtype))}
         elif path in self.quantized:
-            return {name: Entry(dtype, source.shape, lambda: cast(dequantize(self.basis.pack(source.read())), dtype, name))}
+            return {name: Entry(dtype, source.shape, lambda: cast(dense_weight(self._pack(source.read())), dtype, name))}
         if dtype != source.dtype:
             return {name: Entry(dtype, source.shape, lambda: cast(source.read(), dtype, name))}
         return {name: Entry(dtype, source.shape, source)}
@@ -182,7 +191,7 @@ class StreamMerge:
 
     def _folded(self, path: str, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         """The merged weight, laid out as in the file."""
-        layer, names = self._adapted(path, source, unpack=path in self.quantized)
+        layer, names = self._adapted(path, source, self.form if path in self.quantized else None)
         try:
             self.spent[path] = layer.fold(names, dtype)
         except MergeError as error:
@@ -190,31 +199,39 @@ class StreamMerge:
         return layer.weight.data.t() if self._is_transposed(path, source) else layer.weight.data
 
     def _packed(self, path: str, source: StoredTensor) -> nn.Module:
-        """A 4-bit layer with the weight, merged if it is adapted.
+        """A layer with the packed weight, merged if it is adapted.
 
-        The update is added to the weight of the file, and not to what that becomes in 4 bits, which would snap back.
+        The update is added to the weight of the file, and not to what that becomes when it is packed, which would snap back.
         """
         W = source.read()
         if path not in self.updates:
-            return self.basis.pack(W)
-        layer, names = self._adapted(path, source, unpack=self.basis.trained_on_nf4)
+            return self._pack(W)
+        layer, names = self._adapted(path, source, self.basis.form if self.basis.trained_on_packed else None)
         try:
             exact, trained_on = layer.folded_weight(names), layer.dense_weight()
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
         dtype = self._result_dtype(source.dtype)
-        packed = self.basis.repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
-        before = dequantize(self.basis.repack(W.to(dtype)))
-        self.spent[path] = cost(exact, trained_on, dequantize(packed), before)
+        packed = self._repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
+        before = dense_weight(self._repack(W.to(dtype)))
+        self.spent[path] = cost(exact, trained_on, dense_weight(packed), before)
         return packed
 
-    def _adapted(self, path: str, source: StoredTensor, unpack: bool) -> tuple[LoraLayer, list[str]]:
-        """The layer with its adapters on it, in 4 bits if `unpack`, and their names."""
+    def _pack(self, W: Tensor) -> nn.Module:
+        """A layer with a weight of the base, packed."""
+        return replace(self.basis, form=self.form).pack(W)
+
+    def _repack(self, W: Tensor) -> nn.Module:
+        """The same of a merged weight, in its own dtype."""
+        return Basis(self.form).pack(W)
+
+    def _adapted(self, path: str, source: StoredTensor, form: Format | None) -> tuple[LoraLayer, list[str]]:
+        """The layer with its adapters on it, packed in `form` if there is one, and their names."""
         W = self._read(path)
         check_base(self.basis, self.adapters, path, W)
         updates = self.updates[path]
-        if unpack:
-            base = self.basis.pack(W)
+        if form:
+            base = replace(self.basis, form=form).pack(W)
         else:
             base = next(iter(updates.values()))[0].plain_layer(W, self.transposed)
         layer = carrier(base)
@@ -232,14 +249,6 @@ class StreamMerge:
         return [bias * w for u, w in updates.values() if (bias := u.bias()) is not None]
 
     # --- the base's weights -------------------------------------------------------------------------------------------
-
-    def _check_stored(self) -> None:
-        """Raises a WrongBaseError if an adapter has stored, as the base's, what this base does not have."""
-        known = self.placement.aliases | self.placement.names
-        for path in {name for adapter in self.adapters for name in adapter.base_tensors}:
-            if path not in known:
-                raise WrongBaseError(f"the base has no {path!r}, which an adapter has stored of the one that it was trained on")
-            check_stored(self.adapters, path, self.base.tensors[known[path]].read())
 
     def _source(self, path: str) -> str:
         return self.placement.names[f"{path}.weight"]
@@ -266,7 +275,7 @@ class StreamMerge:
     def trained_form(self) -> tuple[Basis, tuple[str, ...], torch.dtype]:
         """What the adapters were trained on, as far as they say: the form of 4-bit weights, which layers had them, and the
         dtype of the others."""
-        layers = tuple(sorted(self.nf4_layers())) if self.basis.trained_on_nf4 else ()
+        layers = tuple(sorted(self.packed_layers())) if self.basis.trained_on_packed else ()
         return self.basis, layers, self.basis.loaded or self.adapters[0].dense_dtype or self.file_dtype
 
     @cached_property
@@ -274,34 +283,17 @@ class StreamMerge:
         """What transformers knows of the class of the result."""
         return known_class(self.base.directory, self.placement.architecture)
 
-    def nf4_layers(self) -> set[str]:
-        """Paths of the layers that are 4-bit in NF4."""
+    def packed_layers(self) -> set[str]:
+        """Paths of the layers that are packed."""
         if self.transposed:
-            raise MergeError("layers that store their weight transposed (GPT-2's) have no NF4 form; use --base-as original")
+            raise MergeError("layers that store their weight transposed (GPT-2's) have no packed form; use --base-as original")
         matrices = self._matrices()
         named = self.recipe.quantized
         if named is None:
             named = next((names for adapter in self.adapters if (names := quantized_layers(adapter.directory))), None)
         if named is not None:
             if absent := sorted(set(named) - matrices):
-                raise ConfigError(f"{absent[0]!r} is to be 4-bit, and is no matrix of this base")
+                raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
             return set(named)
         linear = matrices & self.known.linear if self.known else {path for path in matrices if not is_embedding(path)}
         return {path for path in linear if not is_head(path)}
-
-
-def is_embedding(path: str) -> bool:
-    """Whether a module of this path is an embedding, by the names that transformers gives them."""
-    return any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in path.split("."))
-
-
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`tensor` in another dtype.
-
-    Raises:
-        MergeError: it is finite, and would not be in `dtype`.
-    """
-    result = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.isfinite().all() and not result.isfinite().all():
-        raise MergeError(f"{name} overflows float16; use --dtype bfloat16; nothing was merged")
-    return result

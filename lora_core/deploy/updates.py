@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import base_for, parse_format
+from ..bases.base import Format
+from ..bases.dense import DenseFormat
 from ..errors import AdapterFormatError, ConfigError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
 from ..files.keys import PREFIX, parse_key
@@ -138,17 +141,23 @@ class AdapterUpdates:
 
     @property
     def trained_on(self) -> str | None:
-        """The format of the base's adapted weights when the adapter was saved, by its fingerprint: "float32" or the like,
-        or "nf4/64/double" (block size, scales quantised too); None if it has none."""
+        """The format of the base's adapted weights when the adapter was saved, by its fingerprint; None if it has none."""
         base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None
         if not isinstance(base, dict) or not all(isinstance(line, str) for line in base.values()):
             return None
         return next((line.split(" ")[0] for line in base.values()), None)
 
     @property
+    def packed_form(self) -> Format | None:
+        """The same, if they were packed."""
+        form = parse_format(self.trained_on or "")
+        return form if form is not None and base_for(form).packed else None
+
+    @property
     def dense_dtype(self) -> torch.dtype | None:
-        """That of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
-        return next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{self.trained_on}"), None)
+        """The dtype of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
+        form = parse_format(self.trained_on or "")
+        return form.dtype if isinstance(form, DenseFormat) and form.dtype in FLOAT_DTYPES else None
 
 
 def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
@@ -228,6 +237,12 @@ def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
     if wanted.keys() != update.tensors.keys():
         listed = ", ".join(sorted(update.tensors.keys() ^ wanted.keys()))
         raise AdapterFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
+    B, r = update.tensors.get("lora_B"), update.rank
+    if B is not None and B.dim() > 2 and 0 < B.shape[1] < r and not r % B.shape[1]:
+        raise AdapterFormatError(
+            f"{directory}: {update.path} is a convolution of {r // B.shape[1]} groups, whose update its kernel can't hold; "
+            "such an adapter runs on its model alone"
+        )
     along = {"A": 0, "B": 1, "rank": 0}  # which dimension is the rank
     ranked = {name: update.tensors[name] for name, table in wanted.items() if table.form in along}
     for name, tensor in ranked.items():

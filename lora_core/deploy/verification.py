@@ -86,8 +86,8 @@ def verify(
     drifted = {}
     if weights_hash(directory) != probe.weights:
         drifted["adapter"] = "its weights are not those that the probe was saved with"
-    form = updates.trained_on if (updates.trained_on or "").startswith("nf4/") else Basis().form
-    model = load_base(base, [updates], Basis(form), probe.quantized, dtype)
+    basis = Basis(updates.packed_form) if updates.packed_form else Basis()
+    model = load_base(base, [updates], basis, probe.quantized, dtype)
     try:
         load_adapter(model, directory)
     except WrongBaseError as error:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterFormatError, ConfigError
-from ..layers import LoraConv1D
 from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
@@ -54,7 +53,7 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     fields |= {
         "peft_type": method_of(config).peft_type,
         "inference_mode": True,
-        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for _, layer in adapter_layers(model, adapter)),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in adapter_layers(model, adapter)),
         "modules_to_save": config.saved_module_patterns or None,
         "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
     }

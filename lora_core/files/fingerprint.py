@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import base_of
+from ..bases.base import Format
+from ..bases.dense import DenseFormat
 from ..bases.forwards import stored_weight
-from ..bases.nf4 import is_quantized, packed_form
-from ..layers import LoraLayer
+from ..layers import LoraLayer, lora_class
 from ..methods.registry import method_of
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
@@ -50,24 +52,31 @@ def same_values(weight: Tensor, tensor: Tensor) -> bool:
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 
-def _unfolded(layer: nn.Module) -> nn.Module | SimpleNamespace:
+def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNamespace:
     """The layer, or what holds the base's own weight while adapters are folded in."""
     folded = isinstance(layer, LoraLayer) and layer.lora_folded
-    return SimpleNamespace(weight=layer.lora_unfolded[0]) if folded else layer
+    return SimpleNamespace(**{name: layer.lora_unfolded[0]}) if folded else layer
 
 
 def _describe(layer: nn.Module) -> str:
-    layer = _unfolded(layer)
-    return describe_packed(*packed_form(layer)) if is_quantized(layer) else describe_dense(stored_weight(layer))
+    name = getattr(lora_class(layer), "weight_name", "weight")  # deploy asks of what holds a weight alone
+    return describe_layer(_unfolded(layer, name), name)
+
+
+def describe_layer(layer: nn.Module, name: str = "weight") -> str:
+    """"float32 384x384 1f0c6a52e4b8d937": what the layer's weight is, in one line: format, shape and hash."""
+    base = base_of(layer)
+    if not base.packed:
+        return describe_dense(stored_weight(layer, name=name))
+    return _line(base.format_of(layer), base.shape_of(layer.weight), base.parts(layer))
 
 
 def describe_dense(weight: Tensor) -> str:
-    """"float32 384x384 1f0c6a52e4b8d937": what a dense weight is, in one line."""
-    return describe_packed(str(weight.dtype).removeprefix("torch."), weight.shape, [weight])
+    """The same of a dense weight."""
+    return _line(DenseFormat(weight.dtype), weight.shape, [weight])
 
 
-def describe_packed(form: str, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
-    """The same of a weight that is stored in `parts`; `shape` is that of the dense one."""
+def _line(form: Format, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
     return f"{form} {'x'.join(map(str, shape))} {_hash(_sample(part) for part in parts)}"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
-from ..errors import AdapterFormatError, OffloadedError, WrongBaseError
+from ..errors import AdapterFormatError, OffloadedError, TargetError, WrongBaseError
 from ..layers import lora_class
 from ..methods.registry import all_tables, method_of
 from ..model.copies import original_of
@@ -46,7 +46,8 @@ def fitting_tensors(
         OffloadedError: the model has no weights yet.
     """
     for path in found.layers.paths:
-        stored_weight(model.get_submodule(path), path)  # or the file's values would be lost on the meta device
+        layer = model.get_submodule(path)
+        stored_weight(layer, path, lora_class(layer).weight_name)  # or the file's values would be lost on the meta device
     expected = _expected_tensors(model, config, found)
     tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
     tensors |= _tied_tensors(tensors, config, found, source)
@@ -94,7 +95,7 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     for path in (owner, owner.removesuffix(".base_layer")):
         try:
             module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
-        except (AttributeError, LookupError):  # no such module or tensor
+        except (AttributeError, LookupError, TargetError):  # no such module or tensor
             continue
         if name == "weight" and original is module.weight:
             return is_weight_of(module, tensor)
@@ -108,7 +109,7 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
     for path in found.layers.paths:
         module = model.get_submodule(path)
         kind = lora_class(module)
-        shapes = kind.file_shapes(module, config.rank_for(path))
+        shapes = kind.file_shapes(module, config.rank_for(found.layers.owner(path)))
         for table, key in layer_keys(path, kind, config).items():
             expected[key] = torch.empty(shapes[tables[table].form], device="meta")
         sizes.append(kind.matrix_shape(module))

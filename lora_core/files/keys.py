@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from ..layers import LoraEmbedding, LoraLayer
+from ..layers import LoraLayer
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
 
@@ -35,7 +35,7 @@ class Parsed(NamedTuple):
 
 def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
     """{table of a layer: the key of an adapter's tensor there}."""
-    return layer_keys_of(path, issubclass(kind, LoraEmbedding), config)
+    return layer_keys_of(kind.file_path(path), kind.embedding_keys, config)
 
 
 def layer_keys_of(path: str, embedding: bool, config: LoraConfig) -> dict[str, str]:

@@ -147,8 +147,9 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     tensors = {}
     for path, layer in adapter_layers(model, adapter):
         layer.check_shape(path, adapter_name)
-        stored = layer.lora_method[adapter_name].stored(layer, adapter_name)
-        shapes = layer.file_shapes(layer, adapter.config.as_stored().rank_for(path))
+        method = layer.lora_method[adapter_name]
+        stored = method.stored(layer, adapter_name)
+        shapes = layer.file_shapes(layer, method.rank(stored))
         for table, key in layer_keys(path, type(layer), adapter.config).items():
             tensors[key] = whole(stored[table].detach()).view(shapes[all_tables()[table].form])
         for table, key in shared_keys(adapter.config).items():

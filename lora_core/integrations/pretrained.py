@@ -1,5 +1,5 @@
-"""Models and tokenizers of transformers, for the checks that have to run one. Like `nf4.py` with bitsandbytes it imports
-transformers, and the Hub's client, when they are first asked for: merging needs neither.
+"""Models and tokenizers of transformers, for the checks that have to run one. It imports transformers, and
+the Hub's client, when they are first asked for: merging needs neither.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import replace_forward
+from ..bases import adopt_layers
 from ..errors import CheckpointError, MissingDependencyError
 from ..files.checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, read_object
 from ..files.disk import expanded, is_directory
@@ -102,7 +102,7 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
     if strict and problems:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in problems.items())
         raise CheckpointError(f"{directory} does not load exactly as {name}: {listed}")
-    replace_forward(model)
+    adopt_layers(model)
     return model.eval()
 
 

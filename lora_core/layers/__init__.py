@@ -3,8 +3,8 @@
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
-from .kinds import lora_class
+from .kinds import lora_class, why_not
 from .linear import LoraConv1D, LoraLinear
 from .rows import RowAdapters
 
-__all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "RowAdapters", "lora_class"]
+__all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "RowAdapters", "lora_class", "why_not"]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..bases.forwards import stored_weight
 from .folding import FoldedLayer
 from .rows import RowAdapters, check_rows
+from .traits import Traits
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
 
 
-class LoraLayer(FoldedLayer):
+class LoraLayer(Traits, FoldedLayer):
     """What every kind of adapted layer shares. A subclass says how to multiply, and how its weight is a matrix."""
 
     bias: Tensor | None

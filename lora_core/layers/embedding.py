@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..spec.config import LoraConfig
 from .base import LoraLayer
 
 
@@ -18,6 +19,17 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     bias = None
     zero_A = True
+    takes_bias = False
+    drops = False
+    embedding_keys = True
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        return None if layer.max_norm is None else "its max_norm rescales rows of the weight as they are read"
+
+    @classmethod
+    def unsupported(cls, layer: nn.Module, config: LoraConfig, r: int) -> str | None:
+        return "is an embedding, which has no bias; leave lora_bias out" if config.lora_bias else None
 
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
@@ -33,3 +45,15 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         rows = F.embedding(x, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # ... r
         dtype = torch.promote_types(rows.dtype, self.weight.dtype)  # there is no input whose dtype would decide
         return scaling * (rows.to(dtype) @ B.to(dtype).t())
+
+
+class LoraScaledEmbedding(LoraEmbedding):
+    """transformers' scaled word embeddings with adapters: `embed_scale` multiplies what the update adds too, as in PEFT."""
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... -> ... d_out
+        return self.lora_base_class.forward(self, x)
+
+    def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+        y = super().product(x, A, B, scaling, dropout)
+        scale = self.embed_scale
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)

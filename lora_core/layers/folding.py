@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded, stored_weight
 from ..errors import MergeError, TargetError
-from ..maths.loss import Cost, cost
+from ..maths.loss import Cost, cast, cost, is_finite
 from .holder import AdapterHolder
 
 
@@ -40,7 +40,7 @@ class FoldedLayer(AdapterHolder):
                 V = base.clone()
                 method.fold_(self, name, self.as_matrix(V))
                 W += V.sub_(base)
-        if not torch.stack(W.aminmax()).isfinite().all():  # one pass, and NaN comes through
+        if not is_finite(W):
             raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
@@ -75,11 +75,9 @@ class FoldedLayer(AdapterHolder):
         refuse_offloaded(self.lora_base_class.__name__, self, "a merged weight")
         names = self.present(names)
         exact, bias = self.folded_weight(names), self.folded_bias(names)
-        weight = exact.to(dtype or self.dense_dtype())
+        weight = cast(exact, dtype or self.dense_dtype(), "the merged weight")
         spent = Cost()
         if weight.dtype != exact.dtype:
-            if weight.dtype == torch.float16 and not torch.stack(weight.aminmax()).isfinite().all():
-                raise MergeError("the merged weight overflows float16; use dtype=torch.bfloat16")
             base = stored_weight(self).detach() if self.weight.is_floating_point() else self.dense_weight()
             spent = cost(exact, base, weight, None if base.dtype == weight.dtype else base.to(weight.dtype))
         self.lora_unfolded = (self.weight, self._parameters.get("bias"), weight.dtype)
@@ -139,7 +137,7 @@ class FoldedLayer(AdapterHolder):
 
     def check_stored(self, names: Iterable[str]) -> None:
         """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""
-        for tensor in ("weight", "bias") if self.has_own_bias(names) else ("weight",):
+        for tensor in (self.weight_name, "bias") if self.has_own_bias(names) else (self.weight_name,):
             if tensor not in self._parameters:
                 raise MergeError(
                     f"its {tensor} is computed from other tensors (pruned, or weight norm); make it a plain one first, as "

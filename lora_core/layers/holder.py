@@ -32,9 +32,9 @@ def share(tensors: Mapping[str, Tensor], layers: Iterable[AdapterHolder]) -> dic
 class AdapterHolder(nn.Module):
     """A layer that holds adapters. What they do to it, its subclass `LoraLayer` says.
 
-    An adapter's tensors stand in the tables of its method, which are `nn.ParameterDict`s by adapter: `lora_A`, `lora_B` and what
-    else `methods/` says. (`lora_A0` and `lora_B0` are what A and B started from, for a start from the weight: such an adapter
-    adds s (B A - B0 A0), so the base is left alone and the start changes nothing.)
+    An adapter's tensors stand in the tables of its method, which are `nn.ParameterDict`s by adapter: `lora_A`, `lora_B` and
+    what else `methods/` says. (`lora_A0` and `lora_B0` are what A and B started from, for a start from the weight: such an
+    adapter adds s (B A - B0 A0), so the base is left alone and the start changes nothing.)
 
     Attributes:
         lora_tables: names of the tables that it has.

@@ -1,4 +1,4 @@
-"""LoRA on linear layers: `nn.Linear`, the 4-bit linear of bitsandbytes, and GPT-2's `Conv1D`.
+"""LoRA on linear layers: `nn.Linear`, Falcon's, those whose weight is packed (see `bases/`), and GPT-2's `Conv1D`.
 
     y = x W^T + b + sum over active adapters of scaling * dropout(x) A^T B^T
 """
@@ -6,22 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases.nf4 import (
-    compute_dtypes,
-    dense_dtype,
-    dequantize,
-    dequantizer,
-    follow_cast,
-    frozen_forward,
-    is_quantized,
-    repack,
-    set_dense_dtype,
-)
+from ..bases import base_of
+from ..bases.base import compute_dtypes
 from ..cpu.products import FastLinear, fast_linear, product
 from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
 from ..maths.loss import Cost, cost
@@ -36,6 +28,7 @@ class LinearLayer(LoraLayer):
         base_product: how the base layer multiplies in the forward, as `F.linear` is called.
     """
 
+    is_linear = True
     base_product = staticmethod(F.linear)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -87,50 +80,75 @@ class LoraFastLinear(LoraLinear, FastLinear):
         return fast_linear(x, self.weight, bias)
 
 
-class Lora4bit(LoraLinear):
-    """A 4-bit linear layer that carries adapters: it computes with the dequantised weight, made anew each time."""
+class LoraFalconLinear(LoraLinear):
+    """Falcon's linear layer with adapters, which adds its bias in a step of its own: in 16 bits that rounds twice."""
+
+    @staticmethod
+    def base_product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:  # ... d_in -> ... d_out
+        return x @ W.t() if bias is None else x @ W.t() + bias
+
+    def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
+        return self.base_product(x, self.weight, bias)
+
+
+class LoraPacked(LoraLinear):
+    """A linear layer with a packed weight that carries adapters: it computes with the dense one, made anew each time.
+
+    While adapters are folded in, the weight is dense.
+    """
 
     base_product = staticmethod(product)
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
-        if not self.lora_folded:
-            return frozen_forward(self, x, bias)
+        base = base_of(self)
+        if base.packed:
+            return base.multiply(self, x, bias)
         dtype = self.weight.dtype
         return F.linear(x.to(dtype), self.weight, None if bias is None else bias.to(dtype)).to(compute_dtypes(self, x)[1])
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
         dtype, _ = compute_dtypes(self, x)
-        y = lora_linear(x, self.weight, bias, *first, dequantizer(self, dtype), dtype, self.base_product, self.draw())
+        dense = base_of(self).dequantizer(self, dtype)
+        y = lora_linear(x, self.weight, bias, *first, dense, dtype, self.base_product, self.draw())
         return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        return follow_cast(super()._apply(fn, recurse), fn)
+        super()._apply(fn, recurse)
+        if (base := base_of(self)).packed:
+            base.follow_cast(self, fn)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        base_of(self).revive(self.weight)
 
     def unfold(self) -> None:
         was, now = (self.lora_unfolded[2], self.weight.dtype) if self.lora_folded else (None, None)
         super().unfold()
-        if was != now and is_quantized(self) and now.is_floating_point:  # the model was cast meanwhile
-            set_dense_dtype(self.weight, now)
+        if was != now and (base := base_of(self)).packed and now.is_floating_point:  # the model was cast meanwhile
+            base.set_dense_dtype(self, now)
 
     def dense_weight(self) -> Tensor:
-        return dequantize(self)
+        return base_of(self).dense(self)
 
     def dense_dtype(self) -> torch.dtype:
-        return dense_dtype(self)
+        return base_of(self).dense_dtype(self)
 
     def fold_packed(self, names: Iterable[str]) -> Cost:
-        """`fold` into a 4-bit weight of the same format; returns what packing lost of the update."""
+        """`fold` into a packed weight of the same format; returns what packing lost of the update."""
         names = self.present(names)
         exact, bias, base = self.folded_weight(names), self.folded_bias(names), self.dense_weight()
-        before = self.weight, self._parameters.get("bias"), torch.uint8
-        self.weight = repack(self, exact)
+        before = self.weight, self._parameters.get("bias"), self.weight.dtype
+        self.weight = base_of(self).repack(self, exact)
         self.bias, self.lora_unfolded, self.lora_folded = bias, before, names
-        return cost(exact, base, dequantize(self))
+        return cost(exact, base, self.dense_weight())
 
 
 class LoraConv1D(LinearLayer):
     """GPT-2's `Conv1D` with adapters: a linear layer that stores its weight transposed, (d_in, d_out)."""
+
+    fan_in_fan_out = True
 
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:

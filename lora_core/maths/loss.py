@@ -56,6 +56,37 @@ def cost_of_cast(trained: Tensor, base: Tensor, stored: Tensor) -> Cost:
     return cost(exact, base, stored, base.to(stored.dtype))
 
 
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in another dtype.
+
+    Raises:
+        MergeError: it is finite, and would not be in `dtype`.
+    """
+    result = tensor.to(dtype)
+    refuse_overflow(tensor, result, name)
+    return result
+
+
+def refuse_overflow(tensor: Tensor, result: Tensor, name: str) -> None:
+    """Raises a MergeError if `tensor`, called `name`, is finite, and `result`, the same in another dtype, is not."""
+    narrower = result.is_floating_point() and result.dtype.itemsize < tensor.dtype.itemsize
+    if narrower and not is_finite(result) and is_finite(tensor):
+        raise overflow(name, result.dtype)
+
+
+def overflow(name: str, dtype: torch.dtype) -> MergeError:
+    """What is raised for a tensor that does not fit a dtype."""
+    return MergeError(
+        f"{name} overflows {str(dtype).removeprefix('torch.')}; use bfloat16 (dtype=torch.bfloat16, --dtype bfloat16); nothing "
+        "was changed or written"
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, and NaN comes through
+
+
 def describe_loss(kept: Mapping[str, float]) -> str | None:
     """In words, in how many layers less than `ENOUGH` of the update is left; None if in none."""
     nothing = sum(share < NOTHING for share in kept.values())

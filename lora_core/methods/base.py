@@ -94,8 +94,8 @@ class Method:
         """Whether `config` asks for this method. Of several that say so, the one registered last is meant."""
         return isinstance(config, self.config)
 
-    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        """Raises a TargetError or ConfigError if no such adapter goes on `module`, at `path`, of shape (d_in, d_out)."""
+    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int], r: int) -> None:
+        """Raises a TargetError or ConfigError if no such adapter of rank r goes on `module`, of shape (d_in, d_out)."""
 
     def start_of(self, config: LoraConfig) -> Any:
         """The `init` that `start` is given for this configuration."""
@@ -157,6 +157,10 @@ class Method:
     def stored(self, layer: Any, name: str) -> dict[str, Tensor]:
         """{name of a table that is in the files: what stands there}, as in memory."""
         return {table.name: getattr(layer, table.name)[name] for table in self.tables if table.key}
+
+    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+        """r of the adapter on a layer that these are of, {name of a table: tensor}."""
+        return next(len(tensors[table.name]) for table in self.tables if table.form in ("A", "rank"))
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int]:
         """(d_in, d_out) of the layer that these are of, {name of a table: tensor}; None where they don't say."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import TargetError
 from ..spec.config import LoraConfig
 from .base import Table
 from .lora import Lora
@@ -26,11 +25,6 @@ class LoraWithBias(Lora):
 
     def asked_by(self, config: LoraConfig) -> bool:
         return config.lora_bias
-
-    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        super().check(config, path, module, shape)
-        if isinstance(module, nn.Embedding):
-            raise TargetError(f"target_modules: {path!r} is an embedding, which has no bias; leave lora_bias out")
 
     def start(self, layer: Any, like: Tensor, r: int, scaling: float, init: bool | str) -> dict[str, Tensor]:
         d_out = layer.matrix_shape(layer)[1]

@@ -33,8 +33,8 @@ class Lora(Method):
         Table("lora_B0", "B", trained=False),
     )
 
-    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        check_rank_fits(config.init_lora_weights, path, shape, config.rank_for(path))
+    def check(self, config: LoraConfig, path: str, module: nn.Module, shape: tuple[int, int], r: int) -> None:
+        check_rank_fits(config.init_lora_weights, path, shape, r)
 
     def start(self, layer: Any, like: Tensor, r: int, scaling: float, init: bool | str) -> dict[str, Tensor]:
         shape = layer.matrix_shape(layer)

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.nf4 import parameter_bytes
+from ..bases import base_of_weight, weight_bytes
 from ..cpu.masks import MaskGroup
 from ..errors import MergeError
 from ..layers import LoraLayer
-from ..layers.linear import LinearLayer
 from ..spec.config import check_alpha
 from .atomic import insist
 from .registry import (
@@ -167,7 +166,7 @@ def share_dropout_masks(model: nn.Module) -> int:
     registry_of(model)
     total = 0
     for parent in list(unwrap(model).modules()):
-        layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LinearLayer)]
+        layers = [m for m in dict.fromkeys(parent._modules.values()) if isinstance(m, LoraLayer) and m.is_linear]
         runs = type(parent).forward is not nn.Module.forward  # a ModuleList does not: no hook would tell when it is read
         if runs and len(layers) > 1:
             total += len(layers)
@@ -209,8 +208,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts the parameters of any model, with or without adapters."""
     trainable = total = adapter = 0
     for p in unwrap(model).parameters():
-        total += _size(p)
-        trainable += _size(p) if p.requires_grad else 0
+        size = base_of_weight(p).shape_of(p).numel()
+        total += size
+        trainable += size if p.requires_grad else 0
     if has_adapters(model):
         adapter = sum(p.numel() for name in registry_of(model).active for p in lora_parameters(model, name))
     return ParameterCount(trainable, adapter, total)
@@ -253,9 +253,4 @@ def base_weight_bytes(model: nn.Module) -> int:
     added: set[int] = set()
     if has_adapters(model):
         added = {id(p) for name in registry_of(model).adapters for p in adapter_parameters(model, name)}
-    return sum(parameter_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)
-
-
-def _size(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    return sum(weight_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)

@@ -2,7 +2,7 @@
 
     inject(model, LoraConfig(r=16, target_modules=["query", "value"]))
     initialize_eva(model, batches)                    # or
-    initialize_loftq(model, dense_model)              # after quantize_nf4(model)
+    initialize_loftq(model, dense_model)              # after quantising the model
 
 EVA (Paischl et al., arXiv 2410.07170): the rows of A are the r directions in which a layer's inputs vary most, the first
 eigenvectors of their second moment x^T x; B is zero, so the model does not change. With `rho` above 1 ranks move from layers
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import is_packed
 from ..errors import ConfigError, LoraError, MergeError, QuantizationError
 from ..layers import LoraLayer
-from ..layers.linear import LinearLayer, Lora4bit
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
@@ -109,7 +109,7 @@ def initialize_eva(
         raise ConfigError(f"rho must be at least 1, not {rho!r}")
     adapter, layers = _changeable(model, adapter_name)
     for path, layer in layers.items():
-        if not isinstance(layer, LinearLayer):
+        if not layer.is_linear:
             raise ConfigError(f"EVA is for linear layers, and {path} is a {layer.lora_base_class.__name__}; exclude it")
     ranks = {path: len(layer.lora_A[adapter_name]) for path, layer in layers.items()}
     for path, layer in layers.items():
@@ -223,9 +223,9 @@ def initialize_loftq(
         LoraError: the adapter subtracts its start from the weight (PiSSA, OLoRA), so it can't start anew.
         MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
-    layers = {path: layer for path, layer in _changeable(model, adapter_name)[1].items() if isinstance(layer, Lora4bit)}
+    layers = {path: layer for path, layer in _changeable(model, adapter_name)[1].items() if is_packed(layer)}
     if not layers:
-        raise QuantizationError(f"adapter {adapter_name!r} is on no 4-bit layer; call quantize_nf4(model) before inject")
+        raise QuantizationError(f"adapter {adapter_name!r} is on no quantised layer; quantise the model before inject")
     tensors = dense.state_dict(keep_vars=True) if isinstance(dense, nn.Module) else dense
     for path, layer in layers.items():
         _dense_weight(tensors, path, layer)
@@ -258,7 +258,7 @@ def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLay
 def _dense_weight(tensors: Mapping[str, Tensor], path: str, layer: LoraLayer) -> Tensor:
     name = f"{path}.weight"
     if name not in tensors:
-        raise QuantizationError(f"the dense model has no {name!r}; pass the model from before quantize_nf4, or its tensors")
+        raise QuantizationError(f"the dense model has no {name!r}; pass the model from before it was quantised, or its tensors")
     W, (d_in, d_out) = tensors[name], layer.matrix_shape(layer)
     if W.shape != (d_out, d_in):
         raise QuantizationError(f"the dense {name!r} is {tuple(W.shape)}, not {(d_out, d_in)}")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError
-from ..layers import LoraEmbedding, LoraLayer
+from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix, best_of_product
 from ..maths.pruning import MAJORITIES, PRUNING, Rule
 from ..methods.base import refuse_foreign_factors, refuse_no_product
@@ -286,9 +286,15 @@ def _check_records(model: nn.Module, records: Mapping[str, Adapter]) -> None:
                 f"adapter {name!r} trains the base's biases (bias={record.config.bias!r}), which only one adapter of a model "
                 "can; combine adapters of bias='none' or lora_bias=True"
             )
+        for path, layer in adapter_layers(model, record):
+            if not layer.any_factors:
+                raise ConfigError(
+                    f"adapter {name!r} is on {path}, a {layer.lora_base_class.__name__} whose A and B have a form that their "
+                    "sums have not; combine adapters that leave it out"
+                )
     biased = next((name for name, record in records.items() if record.config.lora_bias), None)
     for name, record in records.items() if biased else ():
-        embedding = next((path for path, layer in adapter_layers(model, record) if isinstance(layer, LoraEmbedding)), None)
+        embedding = next((path for path, layer in adapter_layers(model, record) if not layer.takes_bias), None)
         if embedding:
             raise ConfigError(
                 f"adapter {biased!r} has biases (lora_bias) and {name!r} is on the embedding {embedding!r}, which can't have "

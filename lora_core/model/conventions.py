@@ -36,9 +36,9 @@ def configs(root: nn.Module) -> list[Any]:
 
 
 def forget_quantization(root: nn.Module) -> None:
-    """Takes off a transformers model what says that its weights are 4-bit: it would save, move and load as such."""
+    """Takes off a transformers model what says that its weights are quantised: it would save, move and load as such."""
     root.__dict__.pop("hf_quantizer", None)
-    for flag in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
-        root.__dict__.pop(flag, None)
+    for flag in [name for name in vars(root) if name.startswith(("is_quantized", "is_loaded_in_", "quantization_method"))]:
+        del vars(root)[flag]
     if hasattr(getattr(root, "config", None), "quantization_config"):
         del root.config.quantization_config

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded
 from ..errors import MergeError, TargetError
-from ..maths.loss import Cost, cost_of_cast
+from ..maths.loss import Cost, cost_of_cast, refuse_overflow
 from .wide import BASE, CHILD, restore_class, round_, widen
 
 
@@ -212,22 +212,20 @@ def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtyp
     Raises:
         MergeError: one is finite, and would not be in that dtype.
     """
-    cast: dict[tuple[int, torch.dtype], Tensor] = {}
+    kept: dict[tuple[int, torch.dtype], Tensor] = {}
     spent = {}
     for path in paths:
         module, name = _split(model, path)
         copies = _copies(module, path)
         tensor, own = copies.tensor(module, name, adapter), copies.tensor(module, name, BASE)
         key = id(tensor), dtype if dtype and own.is_floating_point() else own.dtype
-        if key not in cast:
-            cast[key] = copy_tensor(tensor, key[1])
-            if tensor.isfinite().all() and not cast[key].isfinite().all():
-                name_of = str(key[1]).removeprefix("torch.")
-                raise MergeError(f"{path} overflows {name_of}; use dtype=torch.bfloat16; nothing was merged")
-        if cast[key].dtype != tensor.dtype:
-            spent[path] = cost_of_cast(tensor, own, cast[key])
+        if key not in kept:
+            kept[key] = copy_tensor(tensor, key[1])
+            refuse_overflow(tensor.detach(), kept[key].detach(), path)
+        if kept[key].dtype != tensor.dtype:
+            spent[path] = cost_of_cast(tensor, own, kept[key])
         copies.put_in_place(module, name, adapter)
-        _table(copies[BASE], name)[name] = cast[key]
+        _table(copies[BASE], name)[name] = kept[key]
     return spent
 
 

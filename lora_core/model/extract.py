@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases.nf4 import dequantize, is_quantized, packed_form
+from ..bases import base_of, dense_weight, is_packed
 from ..errors import ConfigError, MergeError, OffloadedError
 from ..layers import LoraLayer, lora_class
 from ..maths.lowrank import best_of_matrix
@@ -91,6 +91,8 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     updates, biases, energy = {}, {}, {}
     for path in found.layers.paths:
         layer, s = root.get_submodule(path), config.scaling_for(path)
+        if not lora_class(layer).any_factors:
+            raise ConfigError(f"{path} is a {type(layer).__name__} that no adapter can be extracted for; exclude it")
         D = _difference(root, source, f"{path}.weight", names[f"{path}.weight"])
         *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), config.rank_for(path), s)
         if method_of(config).bias_table and layer.bias is not None:
@@ -134,10 +136,10 @@ def _tensors(source: Tuned) -> dict[str, bool]:
 
 
 def _packed(source: Tuned, name: str) -> nn.Module | None:
-    """The 4-bit layer whose weight has this name, if that is one."""
+    """The quantised layer whose weight has this name, if that is one."""
     path, _, leaf = name.rpartition(".")
     layer = source.get_submodule(path) if leaf == "weight" and isinstance(source, nn.Module) else None
-    return layer if is_quantized(layer) else None
+    return layer if is_packed(layer) else None
 
 
 def _read(source: Tuned, name: str) -> Tensor:
@@ -145,7 +147,7 @@ def _read(source: Tuned, name: str) -> Tensor:
     if isinstance(source, Mapping):
         return source[name]
     layer = _packed(source, name)
-    return _own(source, name) if layer is None else dequantize(layer)
+    return _own(source, name) if layer is None else dense_weight(layer)
 
 
 def _own(model: nn.Module, name: str) -> Tensor:
@@ -154,7 +156,7 @@ def _own(model: nn.Module, name: str) -> Tensor:
 
 def _shape(source: Tuned, name: str) -> torch.Size:
     layer = _packed(source, name)
-    return _read(source, name).shape if layer is None else packed_form(layer)[1]
+    return _read(source, name).shape if layer is None else base_of(layer).shape_of(layer.weight)
 
 
 def _match_names(base: nn.Module, tuned: Tuned) -> dict[str, str]:

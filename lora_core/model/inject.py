@@ -63,8 +63,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """Adds an adapter to `model`, in place.
 
     The first adapter freezes the base and becomes active; the model's outputs do not change, since B is zero. Later ones
-    wait for `set_adapter`. Layers may be `nn.Linear`, 4-bit layers (`quantize_nf4`'s or transformers'), GPT-2's `Conv1D`,
-    convolutions without groups, and `nn.Embedding`.
+    wait for `set_adapter`. Layers may be `nn.Linear`, quantised ones (made here or by transformers), GPT-2's `Conv1D`,
+    convolutions, `nn.Embedding`, and `nn.MultiheadAttention`, both of whose weights are then adapted.
 
     Args:
         model: any module. It is changed, not wrapped.
@@ -87,6 +87,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     found = plan(model, config)
     warn_of_untied(found)
     _warn_of_left_out(found)
+    _warn_of_dropout(model, config, found)
     if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
         warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=6)
     return attach(model, config, adapter_name, found)
@@ -105,8 +106,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     for path, layer in layers.items():
         layer.add_adapter(
             name,
-            r=config.rank_for(path),
-            scaling=config.scaling_for(path),
+            r=config.rank_for(found.layers.owner(path)),
+            scaling=layer.scale * config.scaling_for(found.layers.owner(path)),
             dropout=config.lora_dropout,
             init=method.start_of(config),
             method=method,
@@ -142,6 +143,17 @@ def _warn_of_left_out(found: Plan) -> None:
         path, why = next(iter(reasons.items()))
         more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
         warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
+
+
+def _warn_of_dropout(model: nn.Module, config: LoraConfig, found: Plan) -> None:
+    """Says that dropout does not apply to attention, where the update is added to a weight."""
+    modules = {path: submodule(unwrap(model), path) for path in found.layers.owners.values() if config.lora_dropout}
+    if path := next(iter(modules), None):
+        kind = lora_class(modules[path]).__name__
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} does not apply to {path} ({kind}): it changes weights, as in PEFT",
+            stacklevel=7,
+        )
 
 
 def warn_of_untied(found: Plan) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from ..layers import lora_class
+from ..layers import lora_class, why_not
 from ..spec.targets import is_head
 
 HEAD = "the head"
@@ -28,15 +28,20 @@ def left_out(modules: Mapping[str, nn.Module], head: nn.Module | None, named: Co
     for path, module in modules.items():
         if any(path == outer or path.startswith(f"{outer}.") for outer in named):
             continue
+        if path and isinstance(module, nn.MultiheadAttention) and lora_class(module) is not None:
+            found[path] = "attention, which is adapted where it is named itself"
+            continue
         kind, parent = type(module), modules.get(path.rpartition(".")[0])
         prefix = f"{path}." if path else ""
         if isinstance(module, nn.Linear):
             if module is head or is_head(path):
                 found[path] = HEAD
             elif isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
+                if parent is not modules[""] and lora_class(parent) is not None:
+                    continue  # said of the attention
                 found[path] = "attention reads its weight without calling it"
             elif lora_class(module) is None:
-                found[path] = f"a {kind.__name__}, which may compute something else than nn.Linear"
+                found[path] = f"a {kind.__name__}: {why_not(module)}"
         elif re.search("linear", kind.__name__, re.IGNORECASE) and not module._modules and lora_class(module) is None:
             found[path] = f"a {kind.__name__}, which is not known here"
         elif not isinstance(module, _CONVOLUTIONS):

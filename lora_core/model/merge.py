@@ -9,16 +9,16 @@ The sum W + scaling * B A is computed in float32 (float64 for float64 weights) a
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ..bases.nf4 import is_quantized, to_dense
+from ..bases import base_of, is_packed
 from ..errors import MergeError
 from ..layers import LoraLayer
-from ..maths.loss import Cost, describe_loss, refuse_loss
+from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from . import copies
 from .adapters import remove_all
 from .atomic import LastSteps
@@ -32,8 +32,8 @@ from .verbs import change_adapters, changes_adapters
 #: What helps where the weights' own precision is too coarse for an update.
 _REMEDY = "merge with dtype=torch.float32"
 _REMEDY_NF4 = (
-    "merge over the base's files, where the original weights are at hand (python -m lora_core merge --base-as nf4), or without "
-    "requantize"
+    "merge over the base's files, where the original weights are at hand (python -m lora_core merge, with --base-as), or "
+    "without requantize"
 )
 
 
@@ -101,7 +101,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
     spent = _fold_all(model, names)
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
-    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, spent))
+    _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, _layers(root, names)))
 
 
 @changes_adapters
@@ -171,13 +171,13 @@ def _merge(
     root, registry = unwrap(model), registry_of(model)
     names = _chosen(model, names)
     unfold_all(model)
-    quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_quantized(m)]
+    quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_packed(m)]
     _check_cast(root, dtype)
     tied = ties(root)
     spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
     for layer in _layers(model, names).values():
         layer.keep_folded()
-    changed, whole = _changed(registry, names, spent), {}
+    changed, whole = _changed(registry, names, _layers(root, names)), {}
     for name in names:  # the trained copies of heads and biases become the base's own
         whole |= copies.keep(root, name, registry.adapters[name].copied, dtype)
     kept = {path: c.kept for path, c in (spent | whole).items()}
@@ -188,7 +188,7 @@ def _merge(
     for path in () if requantize else quantized:
         layer = submodule(root, path)
         if layer not in dense:
-            dense[layer] = to_dense(layer)
+            dense[layer] = base_of(layer).to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(submodule(root, parent), name, dense[layer])
     untied, _ = untie(root, tied.values(), changed)
@@ -211,10 +211,10 @@ def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
     return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
 
 
-def _changed(registry: Registry, names: Iterable[str], spent: Iterable[str]) -> set[str]:
+def _changed(registry: Registry, names: Iterable[str], layers: Mapping[str, LoraLayer]) -> set[str]:
     """The paths of the base's tensors that adapters own a copy of or add to."""
     copied = (path for name in names for path in registry.adapters[name].copied)
-    return {*copied, *(f"{path}.weight" for path in spent)}
+    return {*copied, *(f"{path}.{layer.weight_name}" for path, layer in layers.items())}
 
 
 def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -252,7 +252,7 @@ def _fold_all(
                     last.add(layer.weight, step)
                 spent[path] = Cost()
             else:
-                spent[path] = layer.fold_packed(names) if packed and is_quantized(layer) else layer.fold(names, dtype)
+                spent[path] = layer.fold_packed(names) if packed and is_packed(layer) else layer.fold(names, dtype)
         except MergeError as error:
             raise MergeError(f"{path}: {error}; nothing was merged") from None
     return spent
@@ -265,6 +265,4 @@ def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:
     largest = torch.finfo(dtype).max
     for path, parameter in root.named_parameters():
         if parameter.is_floating_point() and largest < parameter.detach().abs().amax() < torch.inf:
-            raise MergeError(
-                f"{path} overflows {str(dtype).removeprefix('torch.')}; use dtype=torch.bfloat16; nothing was merged"
-            )
+            raise overflow(path, dtype)

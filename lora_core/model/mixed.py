@@ -54,6 +54,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
     for name in dict.fromkeys((*chosen, *registry.active)):
         _refuse_biases(name, find_adapter(root, name))
     layers = {layer: None for adapter in registry.adapters.values() for _, layer in adapter_layers(root, adapter)}
+    for name in chosen:
+        for path, layer in adapter_layers(root, find_adapter(root, name)):
+            if not layer.mixes:
+                kind = layer.lora_base_class.__name__
+                raise MixedBatchError(f"adapter {name!r} is on {path}, a {kind}, whose rows share a weight; run each by itself")
     if root.training:
         raise MixedBatchError("mixed batches are for inference; call model.eval() first")
     if any(layer.lora_folded for layer in layers):

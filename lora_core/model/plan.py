@@ -13,17 +13,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..bases import is_packed
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
-from ..bases.nf4 import is_quantized
 from ..errors import TargetError
-from ..layers import LoraConv1D, LoraLayer, LoraLinear, lora_class
+from ..layers import LoraLayer, lora_class, why_not
 from ..methods.registry import method_of
 from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from ..spec.patterns import limited
@@ -32,8 +32,6 @@ from .conventions import output_layer
 from .copies import CHILD, base_tensors, original_of, own_keys
 from .left_out import left_out
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
-
-LINEAR_LAYERS = (LoraLinear, LoraConv1D)  # what target_modules="all-linear" takes
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,15 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     if config.ensure_weight_tying:
         saved = _with_tied_modules(model, saved, ties)
     head = output_layer(model)
-    linear = {p for p, m in modules.items() if m is not head and issubclass(lora_class(m) or object, LINEAR_LAYERS)}
+    linear = {p for p, m in modules.items() if m is not head and getattr(lora_class(m), "is_linear", False)}
     with limited():
         targets = select_targets(config, paths, linear, saved, strict)
         named = {*saved, *excluded_paths(config, paths, strict)}
-        _check_targets(model, modules, config, targets.paths)
+        targets = _with_parts(modules, targets, named)
+        _check_targets(model, modules, config, targets)
     _check_used_once(model, modules, (*targets.paths, *saved))
     for path in targets.paths if config.ensure_weight_tying else ():
-        if tied := ties.get(id(modules[path].weight)):
+        if tied := ties.get(id(getattr(modules[path], lora_class(modules[path]).weight_name))):
             raise TargetError(
                 f"ensure_weight_tying: {' and '.join(map(repr, tied))} are tied, and an adapter goes on one of them; two "
                 "layers can't share A and B here: leave it out, or train them whole, in modules_to_save"
@@ -174,23 +173,55 @@ def _refuse_foreign_adapters(model: nn.Module) -> None:
             )
 
 
+def _with_parts(modules: Mapping[str, nn.Module], targets: Targets, excluded: Collection[str]) -> Targets:
+    """The targets with the layers that carry an adapter whenever one of them does, each after the one that it goes with.
+
+    Raises:
+        TargetError: such a layer is a target without the other, or is excluded.
+    """
+    owners = {}
+    for path in targets.paths:
+        for part in getattr(lora_class(modules[path]), "parts", ()):
+            owners[f"{path}.{part}"] = path
+    for path, owner in owners.items():
+        if path in excluded:
+            raise TargetError(f"{path!r} is excluded or trained whole, and carries an adapter if {owner!r} does; leave both")
+    for path in targets.paths:
+        parent, _, name = path.rpartition(".")
+        if isinstance(modules.get(parent), nn.MultiheadAttention) and name == "out_proj" and path not in owners:
+            raise TargetError(
+                f"target_modules: attention reads the weight of {path!r} without calling it; name the attention itself, "
+                f"{parent!r}, which adapts both of its weights"
+            )
+    paths: list[str] = []
+    for path in targets.paths:
+        if path not in owners:
+            paths += [path, *(part for part, owner in owners.items() if owner == path)]
+    return Targets(tuple(paths), targets.hits, owners)
+
+
 def _check_targets(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Sequence[str]
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Targets
 ) -> None:
     """Raises a TargetError for a module on which an adapter could not take effect."""
     adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
     whole = {path for adapter in adapters for path in adapter.saved_modules}
-    for path in targets:
+    for path in targets.paths:
         kind = lora_class(modules[path])
         if kind is None:
             raise TargetError(
-                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter; "
-                "target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d (without groups) or nn.Embedding layers"
+                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter: "
+                f"{why_not(modules[path])}; target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d, "
+                "nn.Embedding or nn.MultiheadAttention layers, or tell register_kind what it computes"
             )
         refuse_hidden_forward(path, modules[path])
-        method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]))
-        if not 0 < config.scaling_for(path) < math.inf:
-            raise TargetError(f"target_modules: {path!r} would have a scaling of {config.scaling_for(path)}; check lora_alpha")
+        owner = targets.owner(path)
+        r, scaling = config.rank_for(owner), config.scaling_for(owner)
+        method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]), r)
+        if not 0 < scaling < math.inf:
+            raise TargetError(f"target_modules: {path!r} would have a scaling of {scaling}; check lora_alpha")
+        if reason := kind.unsupported(modules[path], config, r):
+            raise TargetError(f"target_modules: {path!r} {reason}")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
             raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
         parent = modules.get(path.rpartition(".")[0], model)
@@ -216,8 +247,8 @@ def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: 
 
 
 def _check_saved(path: str, module: nn.Module) -> None:
-    if any(is_quantized(m) for m in module.modules()):
-        raise TargetError(f"modules_to_save: {path!r} is 4-bit and can't be trained; name it in quantize_nf4's skip")
+    if any(is_packed(m) for m in module.modules()):
+        raise TargetError(f"modules_to_save: {path!r} is quantised and can't be trained; name it in skip then")
     if any(isinstance(m, LoraLayer) for m in module.modules()):
         raise TargetError(f"modules_to_save: {path!r} carries an adapter and can't be trained whole as well")
     refuse_offloaded(f"modules_to_save: {path}", module, "a trained copy")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases.nf4 import replace_forward, restore_forward
+from ..bases import Base, adopt_layers, release_layers
 from ..errors import AdapterExistsError, ConfigError, MergeError, ShardedError, UnknownAdapterError
 from ..layers.base import LoraLayer
 from ..spec.config import LoraConfig
@@ -58,7 +58,7 @@ class Registry(Record):
         disabled: {of each `disable_adapters` that is open: the thread that it is in}.
         suspended: names of the adapters that are active again when the last of these is closed.
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
-        layers_4bit: the 4-bit layers whose forward is ours while there are adapters.
+        adopted: other libraries' layers whose forward is ours while there are adapters, and what holds their weights.
         mixing: threads that are in a mixed batch.
         folded_ties: what ties the base's weights again, once adapters that are folded in are unfolded.
         ties: what says that they are tied, again, once no adapter is left that trains some of them apart.
@@ -69,7 +69,7 @@ class Registry(Record):
     disabled: dict[object, int] = field(default_factory=dict)
     suspended: tuple[str, ...] = ()
     trainable_before: frozenset[str] = frozenset()
-    layers_4bit: list[nn.Module] = field(default_factory=list)
+    adopted: list[tuple[Base, nn.Module]] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
     folded_ties: Broken | None = None
     ties: Broken | None = None
@@ -162,7 +162,7 @@ def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str
     model = unwrap(model)
     if not has_adapters(model):
         trainable = frozenset(path for path, p in model.named_parameters() if p.requires_grad)
-        setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, layers_4bit=replace_forward(model)))
+        setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, adopted=adopt_layers(model)))
         model.requires_grad_(False)
     registry = registry_of(model)
     copies.add(model, name, tensors, adapter.saved_modules)
@@ -194,7 +194,7 @@ def remove(model: nn.Module, name: str) -> None:
         registry.ties = None
     if not registry.adapters:
         delattr(model, _ATTRIBUTE)
-        restore_forward(registry.layers_4bit)
+        release_layers(registry.adopted)
         for path, p in model.named_parameters():
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
 

@@ -8,7 +8,7 @@
     save_adapter(model, "out/")       # in every process; process 0 writes
 
 First inject or load, then shard: FSDP2 puts other parameter objects in the place of the model's. 4-bit weights can't be
-cut, since bitsandbytes keeps their scales beside the parameter; every process holds them whole. Of the frozen base nothing
+cut, since their scales stand beside the parameter; every process holds them whole. Of the frozen base nothing
 is gathered to save, but for the few values that its fingerprint samples.
 """
 
@@ -19,12 +19,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..bases import base_of_weight
 from ..errors import ShardedError
 
 
 def packed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The 4-bit weights of `model`: what `fully_shard` must be given as `ignored_params`. Empty where there are none."""
-    return {parameter for parameter in model.parameters() if getattr(parameter, "quant_state", None) is not None}
+    """The packed weights of `model`: what `fully_shard` must be given as `ignored_params`. Empty where there are none."""
+    return {parameter for parameter in model.parameters() if base_of_weight(parameter).packed}
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ a misspelt target must not pass because another one matched.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections import Counter
@@ -28,10 +29,16 @@ class Targets:
     Attributes:
         paths: module paths, in model order.
         hits: {pattern: number of paths it matched, before exclusions}.
+        owners: {path of a layer that goes with another one: that one, whose settings it has}.
     """
 
     paths: tuple[str, ...]
     hits: Mapping[str, int]
+    owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def owner(self, path: str) -> str:
+        """The path whose rank and scaling the layer at `path` has."""
+        return self.owners.get(path, path)
 
 
 def select_targets(
@@ -148,6 +155,11 @@ def in_selected_layer(config: LoraConfig, path: str) -> bool:
 def is_head(path: str) -> bool:
     """Whether `path` is a module that HEAD_NAMES names, or inside one (RoBERTa's `classifier.dense`)."""
     return not set(path.split(".")).isdisjoint(HEAD_NAMES)
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module of this path is an embedding, by the names that transformers gives them."""
+    return any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in path.split("."))
 
 
 def _closest(pattern: str, paths: Sequence[str]) -> str:

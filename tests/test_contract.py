@@ -1,0 +1,123 @@
+"""Every kind of layer passes the contract's checks, and so does one from outside, as docs/extend.md shows it."""
+
+import io
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from lora_core import LoraConfig, inject, register_kind
+from lora_core.errors import ConfigError
+from lora_core.layers import LoraLayer, LoraLinear, lora_class
+from tests import tiny
+from tests.contract import CHECKS, Case
+
+IDS = torch.tensor([[0, 3, 3, 8], [2, 1, 0, 5]])
+
+
+def upright(W):
+    return W.t()
+
+
+def case(layer, *shape, **settings):
+    return Case(lambda: nn.Sequential(layer()), lambda: torch.randn(shape) if shape else IDS, **settings)
+
+
+CASES = {
+    "linear": case(lambda: nn.Linear(10, 6), 5, 10),
+    "rslora": case(lambda: nn.Linear(10, 6, bias=False), 2, 3, 10, settings={"use_rslora": True}),
+    "falcon": case(lambda: FalconLinear(10, 6), 5, 10),
+    "Conv1D": case(lambda: Conv1D(6, 10), 5, 10, as_matrix={"0": upright}),
+    "conv1d": case(lambda: nn.Conv1d(3, 6, 3, stride=2), 2, 3, 9),
+    "conv2d": case(lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular"), 2, 3, 4, 5),
+    "conv3d": case(lambda: nn.Conv3d(3, 6, 2), 2, 3, 3, 4, 5),
+    "embedding": case(lambda: nn.Embedding(9, 6), as_matrix={"0": upright}),
+    "scaled embedding": case(lambda: BartScaledWordEmbedding(9, 6, None, embed_scale=2.5), as_matrix={"0": upright}),
+}
+
+#: PEFT adds the update of `out_proj` twice.
+CASES["attention"] = Case(
+    lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}),
+    lambda: torch.randn(3, 2, 8),
+    targets=("attention",),
+    weights={
+        "attention": "attention.in_proj_weight",
+        "attention.base_layer.out_proj": "attention.out_proj.weight",
+    },
+    factors={"attention.base_layer.out_proj": 2},
+    run=lambda model, x: model["attention"](x, x, x)[0],
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_contract(name, check):
+    CHECKS[check](CASES[name])
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
+SNIPPET, CHECKED = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def extension():
+    """What the page shows, run as a module of its own outside of the package."""
+    module = types.ModuleType("an_extension")
+    sys.modules["an_extension"] = module
+    exec(compile(SNIPPET, "extend.md", "exec"), vars(module))
+    yield module
+    del sys.modules["an_extension"]
+
+
+def test_a_kind_from_outside_passes_the_contract(extension, capsys):
+    exec(compile(CHECKED, "extend.md", "exec"), vars(extension))
+    assert extension.case.targets == ("0",) and CHECKS
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_it_has_the_other_methods_too(extension, settings):
+    model, x = nn.Sequential(extension.Doubled(8, 4)), torch.randn(3, 8)
+    inject(model, LoraConfig(r=2, target_modules=["0"], **settings))
+    tiny.randomize(model)
+    expected = model(x)
+    model[0].fold(["default"])
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+def test_it_can_be_pickled(extension):
+    model, x = nn.Sequential(extension.Doubled(8, 4)), torch.randn(3, 8)
+    inject(model, LoraConfig(r=2, target_modules=["0"]))
+    tiny.randomize(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, weights_only=False)
+    assert torch.equal(other(x), model(x)) and type(other[0]) is type(model[0])
+
+
+def test_a_subclass_that_keeps_the_forward_is_of_the_kind(extension):
+    same = type("Same", (extension.Doubled,), {})
+    own = type("Own", (extension.Doubled,), {"forward": lambda self, x: x})
+    assert issubclass(lora_class(same(2, 2)), (extension.LoraDoubled, same)) and lora_class(own(2, 2)) is None
+    register_kind(extension.Doubled, extension.LoraDoubled)  # again, which says nothing new
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "message"),
+    [
+        (nn.Linear(2, 2), LoraLinear, "base_class must be the class of a layer"),
+        (LoraLinear, LoraLinear, "base_class must be the class of a layer"),
+        (nn.Bilinear, nn.Linear, "kind must be a subclass of lora_core.layers.LoraLayer"),
+        (nn.Linear, LoraLayer, "Linear has the kind LoraLinear already"),
+    ],
+)
+def test_what_is_no_kind_is_refused(base, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        register_kind(base, kind)
