@@ -34,7 +34,7 @@ from lora_core import (
 from lora_core.errors import AdapterExistsError, ConfigError, MergeError, UnknownAdapterError
 from lora_core.files.storage import adapter_tensors
 from lora_core.maths.pruning import PRUNING
-from lora_core.model.combine import METHODS
+from lora_core.model.combinable import METHODS
 from lora_core.model.registry import copies_of, find_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

@@ -2,7 +2,7 @@
 
 Each row of a weight is divided by its largest value and rounded to one of 255 steps:
 
-    W[o, :] = C[o, :] S[o] / 127        C: int8, (d_out, d_in);  S: float32, (d_out,), the largest magnitude of each row
+    W[o, :] = C[o, :] S[o] / 127        C: int8, (d_out, d_in);  S: float32, (d_out,), the largest |w| of each row
 
 The paper multiplies in 8 bits too, but for the columns of outliers among the inputs. Here the product is one with exactly W, in
 the layer's compute dtype, as with 4-bit weights: what is trained, evaluated and merged is then one model.

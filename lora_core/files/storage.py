@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterExistsError, AdapterFormatError, ConfigError, MergeError
 from ..methods.registry import all_tables, method_of
-from ..model.inject import InjectionReport, attach, describe, warn_of_untied
+from ..model.inject import InjectionReport, attach, describe
+from ..model.notices import warn_of_untied
 from ..model.plan import Plan
 from ..model.registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, registry_of, unwrap
 from ..model.sharding import refuse_sharded, whole, writes_files

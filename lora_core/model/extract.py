@@ -24,7 +24,8 @@ from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
 from .copies import CHILD, original_of
-from .inject import attach, warn_of_untied
+from .inject import attach
+from .notices import warn_of_untied
 from .plan import plan
 from .registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, unwrap
 from .verbs import changes_adapters

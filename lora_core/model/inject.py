@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from ..layers.holder import share
 from ..methods.registry import method_of
 from ..spec.config import LoraConfig
 from .copies import copy_tensor, original_of, submodule
-from .left_out import HEAD
+from .notices import warn_of_dropout, warn_of_left_out, warn_of_no_tie, warn_of_untied
 from .plan import Plan, plan
 from .registry import Adapter, adapter_parameters, check_new_name, has_adapters, register, registry_of, unwrap
 from .sharding import refuse_sharded
@@ -86,10 +85,9 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     check_new_name(model, adapter_name)
     found = plan(model, config)
     warn_of_untied(found)
-    _warn_of_left_out(found)
-    _warn_of_dropout(model, config, found)
-    if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
-        warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=6)
+    warn_of_left_out(found)
+    warn_of_dropout(model, config, found)
+    warn_of_no_tie(config, found)
     return attach(model, config, adapter_name, found)
 
 
@@ -134,35 +132,3 @@ def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:
             wide = isinstance(own, nn.Parameter) and own.dtype in SIXTEEN_BITS
             copies[group] = copy_tensor(own, torch.float32 if wide else None)
     return {path: copies[group] for path, group in found.copies.items()}
-
-
-def _warn_of_left_out(found: Plan) -> None:
-    """Says once what "all-linear" does not adapt, but for the head, which it never means."""
-    reasons = {path: why for path, why in found.left_out.items() if why != HEAD}
-    if reasons:
-        path, why = next(iter(reasons.items()))
-        more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
-        warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
-
-
-def _warn_of_dropout(model: nn.Module, config: LoraConfig, found: Plan) -> None:
-    """Says that dropout does not apply to attention, where the update is added to a weight."""
-    modules = {path: submodule(unwrap(model), path) for path in found.layers.owners.values() if config.lora_dropout}
-    if path := next(iter(modules), None):
-        kind = lora_class(modules[path]).__name__
-        warnings.warn(
-            f"lora_dropout={config.lora_dropout} does not apply to {path} ({kind}): it changes weights, as in PEFT",
-            stacklevel=7,
-        )
-
-
-def warn_of_untied(found: Plan) -> None:
-    """Says that tied tensors are trained apart."""
-    if found.untied:
-        path, others = next(iter(found.untied.items()))
-        more = f" (and {len(found.untied) - 1} more)" if len(found.untied) > 1 else ""
-        warnings.warn(
-            f"the base ties {path} to {', '.join(others)}, and this adapter trains it apart{more}: the tie is gone while the "
-            "adapter is active, and after merging it; ensure_weight_tying=True trains one tensor for both",
-            stacklevel=4,
-        )
