@@ -151,7 +151,7 @@ def test_few_know_a_base_or_a_method_by_its_name():
 )
 def test_a_fact_has_one_owner(pattern, owners):
     """Tensor keys, formats of packed weights, headers of safetensors files, what a cast lost."""
-    found = files_with(pattern, outside="methods/" if "lora_" in pattern else "bases/")
+    found = files_with(pattern, outside="bases/" if "nf4" in pattern else "methods/")
     assert found <= owners, found - owners
 
 
