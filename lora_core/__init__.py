@@ -12,6 +12,8 @@ To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/
 from .errors import LoraError
 from .files.storage import load_adapter, save_adapter
 from .layers.kinds import register_kind
+from .methods.base import Method
+from .methods.registry import register_method
 from .model.adapters import (
     ParameterCount,
     base_weight_bytes,
@@ -46,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "MergeReport",
+    "Method",
     "ParameterCount",
     "QuantizationReport",
     "base_weight_bytes",
@@ -68,6 +71,7 @@ __all__ = [
     "quantize_int8",
     "quantize_nf4",
     "register_kind",
+    "register_method",
     "rename_adapter",
     "save_adapter",
     "set_adapter",

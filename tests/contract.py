@@ -47,6 +47,9 @@ class Case:
         settings: other fields of the configuration; not those whose update depends on more than A and B.
         weights: {path in the file: path of the weight}, where that is not the layer's `weight`.
         factors: {path in the file: what its scaling is multiplied by}.
+        kind: the class of the configuration.
+        update: for a method with other tensors than A and B, what it adds to W but for the scaling, (d_out, d_in), by the
+            file's tensors and the path of the layer.
         run: what the model computes.
         tolerance: how far float32 may be from float64, relative to the largest output: 64 sums of 1.2e-7 by default.
     """
@@ -58,6 +61,8 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    kind: type[LoraConfig] = LoraConfig
+    update: Callable[[Mapping[str, Tensor], str], Tensor] | None = None
     run: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
     tolerance: float = 1e-5
 
@@ -70,7 +75,7 @@ class Case:
         return self.x()
 
     def config(self) -> LoraConfig:
-        return LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": list(self.targets), **self.settings})
+        return self.kind(**{"r": 2, "lora_alpha": 3, "target_modules": list(self.targets), **self.settings})
 
     def adapted(self) -> nn.Module:
         model = self.base()
@@ -99,6 +104,9 @@ def equation(case: Case, model: nn.Module) -> Tensor:
     config, tensors = files_of(model)
     plain, x = case.base().double(), case.read()
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    for path in case.targets if case.update else ():
+        upright = case.as_matrix.get(path, lambda W: W.view(len(W), -1))
+        upright(plain.get_parameter(f"{path}.weight")).add_(scaling * case.update(tensors, path))
     for key, A in tensors.items():
         for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if not key.endswith(a):

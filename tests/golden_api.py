@@ -33,7 +33,9 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _member(member: Any) -> str:
-    return "property" if isinstance(member, property) else str(inspect.signature(member))
+    if isinstance(member, property) or not callable(member):
+        return "property" if isinstance(member, property) else repr(member)
+    return str(inspect.signature(member))
 
 
 def _errors(error: type) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -63,17 +64,42 @@ def test_the_contract(name, check):
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
-SNIPPET, CHECKED = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+KIND, CHECKED, METHOD, BASE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def run(snippet, name):
+    """What the page shows, run as a module of its own outside of the package."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # pickle looks there
+    exec(compile(snippet, "extend.md", "exec"), vars(module))
+    return module
 
 
 @pytest.fixture(scope="module")
 def extension():
-    """What the page shows, run as a module of its own outside of the package."""
-    module = types.ModuleType("an_extension")
-    sys.modules["an_extension"] = module
-    exec(compile(SNIPPET, "extend.md", "exec"), vars(module))
-    yield module
-    del sys.modules["an_extension"]
+    return run(KIND, "a_kind")
+
+
+@pytest.fixture(scope="module")
+def method(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("method"))  # it saves an adapter
+        return run(METHOD, "a_method")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("layer", ["linear", "Conv1D", "convolution"])
+def test_a_method_from_outside_passes_the_contract(method, layer, check):
+    def update(tensors, path):
+        A, B, m = (tensors[f"base_model.model.{path}.middle_{key}"].double() for key in ("A.weight", "B.weight", "m"))
+        return B.flatten(1) @ torch.diag(m) @ A.flatten(1)
+
+    build, x, as_matrix = {
+        "linear": (lambda: nn.Linear(8, 4), lambda: torch.randn(3, 8), {}),
+        "Conv1D": (lambda: transformers.pytorch_utils.Conv1D(4, 8), lambda: torch.randn(3, 8), {"0": lambda W: W.t()}),
+        "convolution": (lambda: nn.Conv2d(2, 4, 3), lambda: torch.randn(2, 2, 5, 5), {}),
+    }[layer]
+    CHECKS[check](Case(lambda: nn.Sequential(build()), x, as_matrix, kind=method.MiddleConfig, update=update))
 
 
 def test_a_kind_from_outside_passes_the_contract(extension, capsys):

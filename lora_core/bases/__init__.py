@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .base import Base, Format
@@ -63,9 +64,9 @@ def parse_format(text: str) -> Format | None:
     return next(filter(None, found), None)
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight that a module computes with, (d_out, d_in), in float32: a new tensor."""
-    return base_of(module).dense(module)
+def dense_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that a module computes with, (d_out, d_in), in `dtype`: a new tensor."""
+    return base_of(module).dense(module, dtype)
 
 
 def weight_bytes(weight: Tensor) -> int:

@@ -176,3 +176,31 @@ def plain_linear(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:
     if linear.bias is not None:
         linear.bias.data = linear.bias.data.to(weight.dtype)  # bitsandbytes' forward casts it to the compute dtype
     return linear.train(layer.training)
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear layer that multiplies by exactly the weight that its base holds.
+
+    Args:
+        base: what holds the weight.
+        linear: the layer in whose place it is; the bias is shared.
+        weight: the weight, held so.
+    """
+
+    def __init__(self, base: Base, linear: nn.Linear, weight: nn.Parameter) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.base, self.weight, self.bias = base, weight, linear.bias
+        self.train(linear.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base.revive(self.weight)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if self.base.holds(self.weight):  # adapters that are folded in have made it dense
+            self.base.follow_cast(self, fn)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
+        return self.base.multiply(self, x, self.bias)

@@ -26,6 +26,7 @@ NEUTRAL_FIELDS = frozenset(
         "eva_config",
         "fan_in_fan_out",
         "inference_mode",
+        "init_weights",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -47,7 +48,7 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The fields of the file for an adapter of `model`."""
     adapter = find_adapter(model, adapter_name)
     config = adapter.config.as_stored()
-    fields = dataclasses.asdict(config)
+    fields = method_of(config).fields(config)
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         fields["target_modules"] = adapter.layers
     fields |= {
@@ -83,8 +84,10 @@ def config_from_json(path: Path) -> LoraConfig:
         raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
     form = classes[kind]
     known = {f.name for f in dataclasses.fields(form)}
-    # An empty value, of a field known or not, means that the field is not used.
-    fields = {key: v for key, v in fields.items() if not (v is None or v is False or v in ("", [], {}))}
+    on = {f.name for f in dataclasses.fields(form) if f.default is True and f.name != "init_lora_weights"}
+    # An empty value, of a field known or not, means that the field is not used; but for what is on if nothing is said.
+    empty = {key for key, v in fields.items() if v is None or v in ("", [], {}) or (v is False and key not in on)}
+    fields = {key: v for key, v in fields.items() if key not in empty}
     unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
     if unsupported:
         listed = ", ".join(f"{key}={fields[key]!r}" for key in unsupported)
@@ -95,9 +98,8 @@ def config_from_json(path: Path) -> LoraConfig:
             f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
             "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
         )
-    needed = [name for name in ("r", "lora_alpha", "target_modules") if name in known]
-    if not fields.keys() >= set(needed):
-        raise AdapterFormatError(f"{path}: {', '.join(needed[:-1])} and {needed[-1]} must be set")
+    if not fields.keys() >= set(form.needed):
+        raise AdapterFormatError(f"{path}: {', '.join(form.needed[:-1])} and {form.needed[-1]} must be set")
     _check_patterns(path, fields)
     try:
         # What A and B started from does not matter any more.

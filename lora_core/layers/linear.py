@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bases import base_of
-from ..bases.base import compute_dtypes
+from ..bases.base import Base, compute_dtypes
 from ..cpu.products import FastLinear, fast_linear, product
+from ..errors import QuantizationError
 from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
 from ..maths.loss import Cost, cost
 from .base import LoraLayer, Product
@@ -97,19 +98,32 @@ class LoraPacked(LoraLinear):
     While adapters are folded in, the weight is dense.
     """
 
+    @property
+    def packing(self) -> Base:
+        """What holds the weight.
+
+        Raises:
+            QuantizationError: it is packed, and without what it takes to make it dense.
+        """
+        base = base_of(self)
+        if not base.packed:
+            raise QuantizationError(
+                "a packed weight has lost its scales; shard with fully_shard(..., ignored_params=packed_parameters(model))"
+            )
+        return base
+
     base_product = staticmethod(product)
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
-        base = base_of(self)
-        if base.packed:
-            return base.multiply(self, x, bias)
+        if not self.lora_folded:
+            return self.packing.multiply(self, x, bias)
         dtype = self.weight.dtype
         return F.linear(x.to(dtype), self.weight, None if bias is None else bias.to(dtype)).to(compute_dtypes(self, x)[1])
 
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
         dtype, _ = compute_dtypes(self, x)
-        dense = base_of(self).dequantizer(self, dtype)
+        dense = self.packing.dequantizer(self, dtype)
         y = lora_linear(x, self.weight, bias, *first, dense, dtype, self.base_product, self.draw())
         return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
 

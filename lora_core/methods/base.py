@@ -20,6 +20,7 @@ A method of one's own: derive from `Method` (or from `Lora`), derive a configura
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +146,10 @@ class Method:
         return self.product(layer, name) if self.is_product else None
 
     # --- its files --------------------------------------------------------------------------------------------------
+
+    def fields(self, config: LoraConfig) -> dict[str, Any]:
+        """{field: value}: what a configuration file says of it, as PEFT's has it."""
+        return dataclasses.asdict(config)
 
     def settings(self, config: LoraConfig) -> tuple[Any, ...]:
         """What a fingerprint says of the method, for JSON: two adapters that compute otherwise have another."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded
 from ..errors import MergeError, TargetError
+from ..layers.base import LoraLayer
 from ..maths.loss import Cost, cost_of_cast, refuse_overflow
 from .wide import BASE, CHILD, restore_class, round_, widen
 
@@ -268,7 +269,14 @@ def copy_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def base_tensors(model: nn.Module) -> list[str]:
     """The paths of all parameters of the base, under each of their names: without what adapters added."""
-    return [path for path, _ in model.named_parameters(remove_duplicate=False) if CHILD not in path.split(".")]
+    tables, names = added_tables(model), (path for path, _ in model.named_parameters(remove_duplicate=False))
+    return [path for path in names if CHILD not in path.split(".") and path.rpartition(".")[0] not in tables]
+
+
+def added_tables(model: nn.Module) -> set[str]:
+    """The paths of the tables that adapted layers hold adapters in."""
+    layers = ((path, module) for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, LoraLayer))
+    return {f"{path}.{table}" for path, layer in layers for table in layer.lora_tables}
 
 
 def own_keys(module: nn.Module) -> list[str]:

@@ -29,7 +29,7 @@ from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from ..spec.patterns import limited
 from ..spec.targets import Targets, excluded_paths, match_saved_modules, select_targets
 from .conventions import output_layer
-from .copies import CHILD, base_tensors, original_of, own_keys
+from .copies import CHILD, added_tables, base_tensors, original_of, own_keys
 from .left_out import left_out
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
 
@@ -137,7 +137,7 @@ def plan_copies(
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the model's own modules: without the root and without what adapters added."""
-    tables = {f"{path}.{child}" for path, m in model.named_modules() if isinstance(m, LoraLayer) for child in m.lora_tables}
+    tables = added_tables(model)
     return {p: m for p, m in model.named_modules() if p and p not in tables and CHILD not in p.split(".")}
 
 

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
@@ -96,6 +96,9 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
 
+    #: What a file must say.
+    needed: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
+
     def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
         # A dataclass answers an unknown field with a bare TypeError; a misspelt setting deserves a hint.
         known = [f.name for f in dataclasses.fields(cls)]
@@ -103,7 +106,7 @@ class LoraConfig:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
-                raise ConfigError(f"LoraConfig has no field {name!r} (given {value!r}); {hint}")
+                raise ConfigError(f"{cls.__name__} has no field {name!r} (given {value!r}); {hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
