@@ -14,6 +14,7 @@ from .files.storage import load_adapter, save_adapter
 from .layers.kinds import register_kind
 from .methods.base import Method
 from .methods.registry import register_method
+from .methods.vera import VeraConfig
 from .model.adapters import (
     ParameterCount,
     base_weight_bytes,
@@ -51,6 +52,7 @@ __all__ = [
     "Method",
     "ParameterCount",
     "QuantizationReport",
+    "VeraConfig",
     "base_weight_bytes",
     "combine_adapters",
     "count_parameters",

@@ -10,10 +10,11 @@ from .base import FORMS, METHODS, Method, Table
 from .bias import LoraWithBias
 from .dora import Dora
 from .lora import Lora
+from .vera import Vera
 
-LORA, DORA, LORA_BIAS = Lora(), Dora(), LoraWithBias()
+LORA, DORA, LORA_BIAS, VERA = Lora(), Dora(), LoraWithBias(), Vera()
 
-METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS)})
+METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS, VERA)})
 
 
 def register_method(method: Method) -> None:
