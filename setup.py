@@ -1,14 +1,16 @@
 """Packaging. `make sst2` and `make test` install this with the exact versions of constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-readme = Path(__file__).with_name("README.md")
+root = Path(__file__).parent
+readme, package = root / "README.md", root / "lora_core" / "__init__.py"
 
 setup(
     name="lora-core",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', package.read_text(encoding="utf-8"))[1],
     description="LoRA and QLoRA, written from scratch in PyTorch",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",

@@ -68,10 +68,15 @@ class Architecture:
         """What those weigh in NF4 with double quantisation."""
         return sum(n * _nf4_bytes(d_in * d_out) for n, d_in, d_out in self.linear)
 
-    def base_bytes(self, quantize: bool) -> int:
-        """What the base with its head weighs: float32, but for what is quantised."""
-        dense = 4 * (self.body + self.head)
-        return dense - 4 * self.quantized + self.quantized_bytes if quantize else dense
+    @property
+    def int8_bytes(self) -> int:
+        """What they weigh in 8 bits, with a float32 for each row."""
+        return sum(n * (d_in * d_out + 4 * d_out) for n, d_in, d_out in self.linear)
+
+    def base_bytes(self, quantize: bool | str) -> int:
+        """What the base with its head weighs: float32, but for what is quantised, as `Method.quantize` has it."""
+        dense, packed = 4 * (self.body + self.head), {True: self.quantized_bytes, "int8": self.int8_bytes}
+        return dense - 4 * self.quantized + packed[quantize] if quantize else dense
 
 
 def _nf4_bytes(weights: int) -> int:

@@ -154,8 +154,9 @@ def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:
             expectation = (where, "parameters in the adapter, trained, held", "closed form", tuple(vars(counts).values()))
             values = tuple(run[f"{name}_parameters"] for name in ("adapter", "trainable", "total"))
             found.setdefault(expectation, []).append(values)
-        quantize = bool(settings.get("quantize"))
-        source = f"{8 * architecture.quantized_bytes / architecture.quantized:.3f} bits a parameter in NF4, 32 in the rest"
+        quantize = settings.get("quantize", False)
+        held, size = ("int8", architecture.int8_bytes) if quantize == "int8" else ("NF4", architecture.quantized_bytes)
+        source = f"{8 * size / architecture.quantized:.3f} bits a parameter in {held}, 32 in the rest"
         weight = (where, "bytes of the base", source if quantize else "32 bits a parameter")
         found.setdefault((*weight, (architecture.base_bytes(quantize),)), []).append((run["base_weight_bytes"],))
     for (where, text, source, numbers), values in found.items():

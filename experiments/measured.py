@@ -15,7 +15,7 @@ from typing import Any
 
 from . import record
 from .errors import ExperimentError
-from .methods import METHODS, Method
+from .methods import METHODS, QUANTIZE, Method
 from .models import PROJECTIONS, layer_names
 
 #: Directories of a sweep's trials: judged on other sentences, so no results of the study.
@@ -85,6 +85,9 @@ class Run:
         found = {name: self.settings.get(name, PLAIN[name]) for name in RECIPE}
         other = [f"{RECIPE[name]} {value:g}" if isinstance(value, (int, float)) else f"{RECIPE[name]} {value}"
                  for name, value in found.items() if value != getattr(recipe, name)]  # fmt: skip
+        held = self.settings.get("quantize", False)
+        if recipe.adapts and held != recipe.quantize:
+            other.append(f"base {next((name for name, value in QUANTIZE.items() if value == held), held)}")
         targets = self.settings.get("target_modules")
         if recipe.adapts and targets and tuple(targets) != self._targets(recipe):
             other.append(f"on {' '.join(targets)}")

@@ -15,6 +15,10 @@ ATTENTION = ("query", "key", "value", "output")
 NOTHING, HEAD, ADAPTER, EVERYTHING = "nothing", "head", "adapter", "everything"
 
 
+#: {what the command line calls it: what `Method.quantize` and the records of runs have}.
+QUANTIZE = {"none": False, "nf4": True, "int8": "int8"}
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to adapt a base model.
@@ -24,7 +28,8 @@ class Method:
         trains: NOTHING, the HEAD alone, an ADAPTER and the head, or EVERYTHING.
         learning_rate: the peak of the schedule, unless another is asked for. What starts from pretrained weights takes
             smaller steps than what starts from zero.
-        quantize: whether the base's linear layers are held in NF4 (Dettmers et al., "QLoRA", arXiv 2305.14314).
+        quantize: how the base's linear layers are held: False: as they are; True: in NF4 (Dettmers et al., "QLoRA", arXiv
+            2305.14314); "int8": in 8 bits (Dettmers et al., "LLM.int8()", arXiv 2208.07339).
         r, lora_alpha, lora_dropout: of the adapters (Hu et al., "LoRA", arXiv 2106.09685).
         bias: which of the base's biases are trained too: "none", "lora_only" (those of adapted layers) or "all".
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
@@ -38,7 +43,7 @@ class Method:
     summary: str
     trains: str = ADAPTER
     learning_rate: float = 5e-4
-    quantize: bool = False
+    quantize: bool | str = False
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.1
@@ -50,6 +55,8 @@ class Method:
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.quantize not in QUANTIZE.values():
+            raise ExperimentError(f"quantize must be one of {', '.join(map(repr, QUANTIZE.values()))}, not {self.quantize!r}")
         if not 0 < self.lora_plus_ratio < math.inf:
             raise ExperimentError(f"lora_plus_ratio must be a number above 0, not {self.lora_plus_ratio}")
 

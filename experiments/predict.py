@@ -99,7 +99,7 @@ class Predictor:
     def _load(self, adapter: Path, model: str | None) -> None:
         from transformers import AutoTokenizer
 
-        from lora_core import load_adapter, quantize_nf4
+        from lora_core import load_adapter, quantize_int8, quantize_nf4
 
         from . import models, record
 
@@ -114,7 +114,8 @@ class Predictor:
         classifier = models.load_classifier(models.resolve(reference))
         self.model, self.tokenizer, self.max_length = classifier.model, classifier.tokenizer, note.max_length
         if note.quantize:
-            quantize_nf4(self.model, skip=classifier.keep)
+            pack = quantize_int8 if note.quantize == "int8" else quantize_nf4
+            pack(self.model, skip=classifier.keep)
         load_adapter(self.model, adapter)
         if (adapter / "tokenizer_config.json").is_file():
             self.tokenizer = AutoTokenizer.from_pretrained(adapter, **models.LOCAL)

@@ -22,6 +22,7 @@ from typing import Any
 from lora_core.files.disk import write_whole
 
 from .errors import ExperimentError
+from .methods import QUANTIZE
 
 METRICS = "metrics.json"
 ADAPTER = "adapter"
@@ -37,9 +38,10 @@ HASHED = ("base_model", "data")
 
 @dataclass(frozen=True)
 class AdapterNote:
-    """How the adapter's base, or the model, was used in training: in NF4 or not, and how many tokens of a sentence it read."""
+    """How the adapter's base, or the model, was used in training: how it was held, as `Method.quantize` has it, and how many
+    tokens of a sentence it read."""
 
-    quantize: bool = False
+    quantize: bool | str = False
     max_length: int = 128
 
     def write(self, directory: Path) -> None:
@@ -53,7 +55,10 @@ class AdapterNote:
             return cls()
         fields = read_json(path)
         try:
-            return cls(quantize=bool(fields["quantize"]), max_length=int(fields["max_length"]))
+            quantize = fields["quantize"]
+            if quantize not in QUANTIZE.values():
+                raise ValueError(f"quantize is {quantize!r}")
+            return cls(quantize=quantize, max_length=int(fields["max_length"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ExperimentError(f"{path} is not as written here ({error!r}); remove it to use the defaults") from None
 

@@ -26,11 +26,11 @@ from typing import Any
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import AUTO, checkpoint_flags, names, schedule_flags, schedule_of, source_flags
-from .methods import METHODS, NOTHING, Method
+from .methods import METHODS, NOTHING, QUANTIZE, Method
 from .parallel import Processes, first_prints
 from .stopping import Stopped
 
-ADAPTER_FLAGS = ("--rank", "--alpha", "--dropout", "--target-modules", "--bias", "--lora-plus")
+ADAPTER_FLAGS = ("--quantize", "--rank", "--alpha", "--dropout", "--target-modules", "--bias", "--lora-plus")
 
 
 def parser() -> Parser:
@@ -50,6 +50,7 @@ def parser() -> Parser:
     )
 
     adapter = p.add_argument_group("the adapter; what is not given, the method decides")
+    adapter.add_argument("--quantize", choices=QUANTIZE, help="how the base's linear layers are held in training")
     adapter.add_argument("--rank", type=int, metavar="R", help="rank of each update")
     adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank")
     adapter.add_argument("--dropout", type=float, metavar="P", help="chance that an adapter's input is zeroed in training")
@@ -73,6 +74,7 @@ def chosen_method(args: argparse.Namespace) -> Method:
         "target_modules": args.target_modules,
         "bias": args.bias,
         "lora_plus_ratio": args.lora_plus,
+        "quantize": None if args.quantize is None else QUANTIZE[args.quantize],
     }
     changes = {name: value for name, value in given.items() if value is not None}
     method = METHODS[args.method]

@@ -20,18 +20,19 @@ from transformers import set_seed
 
 from lora_core import (
     LoraConfig,
+    ParameterCount,
     base_weight_bytes,
     count_parameters,
     inject,
+    quantize_int8,
     quantize_nf4,
     save_adapter,
+    save_probe,
     share_dropout_masks,
     use_fast_dropout,
     use_fast_linear,
 )
 from lora_core.cpu.heap import keep_few_shapes
-from lora_core.deploy.probe import save_probe
-from lora_core.model.adapters import ParameterCount
 from lora_core.spec.config import ALL_LINEAR
 from lora_core.spec.targets import is_head
 
@@ -219,7 +220,8 @@ def prepare(classifier: Classifier, job: Job) -> None:
     """Quantise the base, put the adapters on it and freeze the rest, as the method says; prints what was done."""
     method, model = job.method, classifier.model
     if method.quantize:
-        report = quantize_nf4(model, skip=classifier.keep, compute_dtype=torch.bfloat16 if job.bf16 else None)
+        pack = quantize_int8 if method.quantize == "int8" else quantize_nf4
+        report = pack(model, skip=classifier.keep, compute_dtype=torch.bfloat16 if job.bf16 else None)
         print(f"quantised: {report}")
         # The weights' file stays mapped, and what was read of it in memory, while one tensor of it is in use.
         for parameter in (p for p in model.parameters() if p.is_floating_point()):

@@ -9,6 +9,13 @@
 To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/linear.py`, then `model/inject.py`.
 """
 
+from .bases import register_base
+from .deploy.convert import convert_adapter
+from .deploy.inspection import inspect_adapter
+from .deploy.probe import save_probe
+from .deploy.recipe import Recipe
+from .deploy.stream import merge_checkpoint
+from .deploy.verification import verify
 from .errors import LoraError
 from .files.storage import load_adapter, save_adapter
 from .layers.kinds import register_kind
@@ -36,9 +43,11 @@ from .model.fast import use_fast_dropout, use_fast_linear
 from .model.inject import InjectionReport, inject
 from .model.merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .model.mixed import mixed_batch
-from .model.quantize import QuantizationReport, quantize_int8, quantize_nf4
+from .model.quantize import QuantizationReport, quantize, quantize_int8, quantize_nf4
 from .model.sharding import packed_parameters
 from .spec.config import LoraConfig
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CombineReport",
@@ -52,9 +61,11 @@ __all__ = [
     "Method",
     "ParameterCount",
     "QuantizationReport",
+    "Recipe",
     "VeraConfig",
     "base_weight_bytes",
     "combine_adapters",
+    "convert_adapter",
     "count_parameters",
     "delete_adapter",
     "disable_adapters",
@@ -62,20 +73,25 @@ __all__ = [
     "initialize_eva",
     "initialize_loftq",
     "inject",
+    "inspect_adapter",
     "is_merged",
     "load_adapter",
     "lora_plus_groups",
     "merge_adapter",
     "merge_and_unload",
+    "merge_checkpoint",
     "mixed_batch",
     "packed_parameters",
     "print_trainable_parameters",
+    "quantize",
     "quantize_int8",
     "quantize_nf4",
+    "register_base",
     "register_kind",
     "register_method",
     "rename_adapter",
     "save_adapter",
+    "save_probe",
     "set_adapter",
     "share_dropout_masks",
     "trainable_parameters",
@@ -83,4 +99,5 @@ __all__ = [
     "unmerge_adapter",
     "use_fast_dropout",
     "use_fast_linear",
+    "verify",
 ]

@@ -404,5 +404,5 @@ def test_merge_and_unload_can_keep_four_bits(tmp_path):
     assert is_packed(query) and len(report.requantized) == 13 and not report.dequantized
     path = "bert.encoder.layer.0.attention.self.query"
     assert report.layers[path] == pytest.approx(((dense_weight(query) - exact).norm() / update).item(), rel=1e-4)
-    assert 0 < report.layers[path] < 2 and "13 layers in 4 bits" in str(report)
+    assert 0 < report.layers[path] < 2 and "13 layers packed" in str(report)
     assert (tiny.logits(model) - expected).abs().max() < 0.5 * expected.abs().max()

@@ -5,7 +5,7 @@ import pytest
 from experiments.counts import Architecture, Counts, counted
 from experiments.expected import architectures
 from experiments.models import resolve
-from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_nf4
+from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_int8, quantize_nf4
 from tests import tiny
 
 SMALL = {
@@ -54,6 +54,9 @@ def test_bytes_of_the_base(name):
     assert SMALL[name].quantized == report.parameters
     assert SMALL[name].quantized_bytes == report.bytes_after
     assert SMALL[name].base_bytes(quantize=True) == base_weight_bytes(model)
+    model = tiny.build(name)
+    assert quantize_int8(model).bytes_after == SMALL[name].int8_bytes
+    assert SMALL[name].base_bytes(quantize="int8") == base_weight_bytes(model)
 
 
 @BY_ARCHITECTURE

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from experiments import heap
-from lora_core.cpu import products
 from lora_core.cpu.heap import SHAPES, keep_few_shapes
 
 CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -96,9 +95,25 @@ def test_a_capacity_that_is_set_stays(unset, monkeypatch):
     assert [os.environ[name] for name in CAPACITIES] == ["7", str(SHAPES)]
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
-def test_it_is_done_before_the_engine_first_multiplies_by_onednn(unset, monkeypatch):
-    monkeypatch.setattr(products, "faster_by_onednn", lambda x, W: True)
-    products._onednn.cache_clear()
-    products.product(torch.ones(2, 3), torch.ones(4, 3))
-    assert [os.environ[name] for name in CAPACITIES] == [str(SHAPES)] * 2
+#: Prints what of the environment is not as it was, after the engine was used.
+USED = """
+import os
+before = dict(os.environ)
+import torch
+from torch import nn
+from lora_core import LoraConfig, inject, merge_and_unload, quantize_nf4, use_fast_dropout, use_fast_linear
+
+model = nn.Sequential(nn.Linear(512, 512), nn.Dropout(0.1), nn.Linear(512, 512), nn.Linear(512, 512))
+use_fast_linear(model)
+use_fast_dropout(model)
+quantize_nf4(model, skip=["0"])
+inject(model, LoraConfig(target_modules="all-linear", lora_dropout=0.1))
+model(torch.randn(64, 512)).sum().backward()
+merge_and_unload(model)
+print({name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)} or "as it was")
+"""
+
+
+def test_the_engine_leaves_the_environment_alone():
+    run = subprocess.run([sys.executable, "-c", USED], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "as it was"

@@ -70,8 +70,10 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
     wide["hyperparameters"] |= {"target_modules": ["all-linear"], "lora_plus_ratio": 4}
     less = fabricated.metrics("bias")
     del less["hyperparameters"]["bias"]  # as a run with --bias none records it
-    (found,) = rows(tmp_path, fabricated.metrics("lora"), other, wide, less).values()
-    labels = ["lora", "lora (LoRA+ ratio 4, on all-linear)", "lora (rank 4, bias all)", "bias (bias none)"]
+    held = fabricated.metrics("lora")
+    held["hyperparameters"]["quantize"] = "int8"
+    (found,) = rows(tmp_path, fabricated.metrics("lora"), other, wide, less, held).values()
+    labels = ["lora", "lora (LoRA+ ratio 4, on all-linear)", "lora (base int8)", "lora (rank 4, bias all)", "bias (bias none)"]
     assert found == [(label, 1) for label in labels]
 
 

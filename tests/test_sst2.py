@@ -75,6 +75,9 @@ def test_flags_change_the_method():
                                      "--lora-plus", "8"])  # fmt: skip
     method = command.chosen_method(args)
     assert (method.r, method.lora_alpha, method.lora_dropout) == (4, 8, 0)
+    for name, quantize in (("none", False), ("nf4", True), ("int8", "int8")):
+        args = command.parser().parse_args(["--method", "lora", "--quantize", name])
+        assert command.chosen_method(args).quantize == quantize
     assert method.target_modules == ("query", "value") and (method.bias, method.lora_plus_ratio) == ("all", 8)
 
 

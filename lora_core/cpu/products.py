@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import first_derivative_only
-from .heap import keep_few_shapes
 
 #: Multiplications from which oneDNN makes up for its dearer call: level at 1 to 6 million, ahead from there on.
 WORTH = 2**22
@@ -36,7 +35,6 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _onednn() -> Callable:
-    keep_few_shapes()
     return torch.ops.mkldnn._linear_pointwise
 
 

@@ -69,8 +69,8 @@ class MergeReport:
         return min(self.kept.values(), default=1.0)
 
     def __str__(self) -> str:
-        kinds = f"; {len(self.dequantized)} 4-bit layers made dense" if self.dequantized else ""
-        kinds += f"; {len(self.requantized)} layers in 4 bits" if self.requantized else ""
+        kinds = f"; {len(self.dequantized)} packed layers made dense" if self.dequantized else ""
+        kinds += f"; {len(self.requantized)} layers packed" if self.requantized else ""
         kinds += f"; no longer tied to others: {', '.join(self.untied)}" if self.untied else ""
         left = describe_loss(self.kept) or f"at least {min(self.least_kept, 1):.1%} of each update is there"
         error = f"; rounding moved a weight by up to {self.largest_error:.2g} times its update" if self.largest_error else ""
