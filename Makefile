@@ -1,6 +1,7 @@
 # make sst2    install what it takes and train: a pretrained model learns sentiment with LoRA in 4 bits
 # make compare train with every method of the study, then draw tables and figures
 # make test    install the test tools too and run every test
+# make test-quick the core: the maths, the layers, the verbs and the files, in less than a minute
 # make test-slow the tests that take minutes or gigabytes
 # make coverage  which lines and branches of the engine its tests run; fails below 95 %
 # make bench   the same, and measure speed and memory against other libraries
@@ -12,9 +13,10 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+CORE := architecture config targets functional layers kinds bases contract vera inject adapters storage merge fingerprint
 PINS := constraints.txt setup.py pyproject.toml
 
-.PHONY: sst2 compare test test-slow coverage bench clean
+.PHONY: sst2 compare test test-quick test-slow coverage bench clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
@@ -25,6 +27,9 @@ compare: .venv/.installed-all
 
 test: .venv/.installed-all
 	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: .venv/.installed-all
+	$(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(CORE))) $(ARGS)
 
 test-slow: .venv/.installed-all
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -37,6 +37,8 @@ SAMPLES = 60  # of the lines of each case: with these cases more than 1,500 in a
 ERRORS = (KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError)
 HEAD = {"r": 2, "target_modules": ["q", "v"], "modules_to_save": ["classifier"]}
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning")
+
 
 def plain(dtype=torch.float32):
     torch.manual_seed(0)
