@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from lora_core import (
     LoraConfig,
@@ -208,6 +209,15 @@ def test_training_moves_the_vectors_alone():
     optimizer.step()
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert moved == {name for name in before if "vera_lambda" in name}
+
+
+def test_transformers_saves_the_adapted_model_as_a_checkpoint(tmp_path):
+    """As its Trainer does, which reads it again with `strict=False`: what layers share is in the file once."""
+    model, other = adapted(), tiny.build("llama").eval()
+    model.save_pretrained(tmp_path)
+    inject(other, VeraConfig(target_modules=TARGETS["llama"], **SETTINGS | {"projection_prng_key": 9}))
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(tiny.logits(other), tiny.logits(model))
 
 
 @pytest.mark.parametrize(

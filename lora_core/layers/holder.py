@@ -29,6 +29,15 @@ def share(tensors: Mapping[str, Tensor], layers: Iterable[AdapterHolder]) -> dic
     return {layer: made[execution_device(layer)] for layer in layers}
 
 
+class SharedTable(nn.ParameterDict):
+    """A table whose entries other layers hold too."""
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """transformers asks modules for this as it saves: what may be tied, and then goes into a file once."""
+        return {name: name for name in self}
+
+
 class AdapterHolder(nn.Module):
     """A layer that holds adapters. What they do to it, its subclass `LoraLayer` says.
 
@@ -86,9 +95,9 @@ class AdapterHolder(nn.Module):
 
     def add_tables(self, names: Iterable[str]) -> None:
         """Makes the tables of these names that it has not."""
-        new = tuple(name for name in names if name not in self.lora_tables)
+        new, known = tuple(name for name in names if name not in self.lora_tables), all_tables()
         for name in new:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, SharedTable() if known[name].shared else nn.ParameterDict())
         self.lora_tables += new
 
     def leave_mask_group(self) -> None:
