@@ -14,12 +14,14 @@ from lora_core import (
     LoraConfig,
     VeraConfig,
     combine_adapters,
+    convert_adapter,
     count_parameters,
     disable_adapters,
     inject,
     load_adapter,
     merge_adapter,
     merge_and_unload,
+    merge_checkpoint,
     mixed_batch,
     quantize_int8,
     quantize_nf4,
@@ -29,8 +31,8 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.deploy.stream import merge_checkpoint
-from lora_core.errors import ConfigError, TargetError, WrongBaseError
+from lora_core.errors import AdapterFormatError, ConfigError, TargetError, WrongBaseError
+from lora_core.model.registry import find_adapter
 
 TARGETS = {"llama": ["q_proj", "gate_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query", "dense"]}
 SETTINGS = {"r": 6, "d_initial": 0.3, "projection_prng_key": 5}
@@ -183,14 +185,32 @@ def test_beside_lora_and_another_of_its_kind():
         combine_adapters(model, ["a", "b"], [1, 1], "d")
 
 
-def test_over_files_it_merges_to_the_adapted_model(tmp_path):
-    tiny.build("llama").save_pretrained(tmp_path / "base")
-    model = adapted()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_over_files_it_merges_to_the_adapted_model_and_becomes_plain_lora(architecture, tmp_path):
+    tiny.build(architecture).save_pretrained(tmp_path / "base")
+    model = adapted(architecture)
     save_adapter(model, tmp_path / "adapter")
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = tiny.logits(model)
-    torch.testing.assert_close(tiny.logits(found), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    bound = {"rtol": 0, "atol": 1e-5 * expected.abs().max().item()}
+    torch.testing.assert_close(tiny.logits(found), expected, **bound)
+    with pytest.raises(ConfigError, match="only the base says how wide each is; name it with --base"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "plain", plain=True)
+    report = convert_adapter(tmp_path / "adapter", tmp_path / "plain", plain=True, base=tmp_path / "base")
+    assert min(report.energy.values()) == pytest.approx(1, abs=1e-5)
+    plain = tiny.build(architecture).eval()
+    load_adapter(plain, tmp_path / "plain")
+    torch.testing.assert_close(tiny.logits(plain), expected, **bound)
+    assert type(find_adapter(plain, "default").config) is LoraConfig
+
+
+def test_a_file_without_projections_is_not_merged_over_files(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path / "base")
+    save_adapter(adapted(save_projection=False), tmp_path / "adapter")
+    with pytest.raises(AdapterFormatError, match="no vera_A and vera_B, which the layers share; load it onto its model"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_for_another_base_or_seed_is_refused(tmp_path):

@@ -69,6 +69,12 @@ class LayerUpdate:
             AdapterFormatError: it is of other shapes.
             ConfigError: `weight` makes the factor before B A larger than float32 holds.
         """
+        shared = [table.name for table in self.method.tables if table.shared and table.name not in self.tensors]
+        if shared:
+            raise AdapterFormatError(
+                f"{self.path}: the file has no {' and '.join(shared)}, which the layers share; load it onto its model, and "
+                "save it with them (save_projection=True)"
+            )
         if abs(weight * self.scaling) > MAX_FACTOR:
             factor = f"{weight:g} times the scaling {self.scaling:g}"
             raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")

@@ -8,9 +8,10 @@ starts at zero, d at `d_initial`. A and B are Kaiming-uniform, from the seed `pr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +73,7 @@ class Vera(Method):
     """VeRA, on linear layers."""
 
     name, label, asked = "vera", "VeRA", "VeraConfig(...)"
+    needs_base = "whose layers share A and B, so that only the base says how wide each is"
     peft_type = "VERA"
     config = VeraConfig
     mark = ("vera",)
@@ -115,7 +117,12 @@ class Vera(Method):
         return (*self.mark, config.projection_prng_key)
 
     def fields(self, config: VeraConfig) -> dict[str, Any]:
-        return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_HERE}
+        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_HERE}
+
+    def as_plain(self, fields: dict[str, Any]) -> dict[str, Any]:
+        own = {f.name for f in dataclasses.fields(VeraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+        plain = {name: value for name, value in fields.items() if name not in own and name != "init_weights"}
+        return plain | {"peft_type": "LORA", "lora_dropout": fields.get("vera_dropout", 0.0)}
 
     def files(self, config: VeraConfig) -> tuple[Table, ...]:
         return tuple(table for table in self.tables if config.save_projection or not table.shared)
