@@ -1,13 +1,12 @@
 """What keeps a process's memory small, or saves the time to get it from the system: settings for the whole process.
 
 Large tensors one after another: glibc gets blocks of more than 32 MB straight from the system and gives them straight back, and
-the first touch of each of their pages costs more than a pass of arithmetic over it: casting a 5632 x 2048 weight to float32
-takes 29 ms, and 3 ms into memory that was used before. Kept in the heap, freed blocks are used again.
+the first touch of each of their pages costs more than a pass of arithmetic over it. Kept in the heap, freed blocks are used
+again.
 
 Products of many shapes one after another: oneDNN, and torch's layer above it, each keep what they prepared for the last 1,024
-shapes. These are small things, but made while large tensors come and go, they stay in between and keep the holes apart: 120
-products of 256 to 4,096 rows with a 384 x 1536 weight left 1.4 GB of holes, and 80 MB with room for four shapes. torch's own
-GELU is of oneDNN too. In 60 training steps of MiniLM on sentences QLoRA peaks at 1,164 MB, and at 955 MB with room for 16.
+shapes. These are small things, but made while large tensors come and go, they stay in between and keep the holes apart. torch's
+own GELU is of oneDNN too. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
     use_fast_linear(model)      # the model's nn.Linear layers, in place, before quantising and inject: same meaning
 
 On x86 torch multiplies float32 matrices with MKL, which keeps its fastest kernels to Intel's processors. oneDNN, which is in
-torch too, writes its kernels for the processor that it finds. On an AMD EPYC (Zen 4, two cores) it needs 0.88 to 0.95 of
-MKL's time for 900 and more rows of widths 384 to 3072, and 0.65 to 0.9 for fewer; but a call costs 10 to 15 us more, so small
-products stay where they are, and so do those with A and B, for which it is slower up to widths of 768, but for some of many
-rows. Elsewhere everything here is torch's own.
+torch too, writes its kernels for the processor that it finds, and is faster on AMD's (docs/performance.md). But its call is
+dearer, so small products stay where they are, and so do those with A and B. Elsewhere everything here is torch's own.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from .dropout import first_derivative_only
 
-#: Multiplications from which oneDNN makes up for its dearer call: level at 1 to 6 million, ahead from there on.
+#: Multiplications from which oneDNN makes up for its dearer call.
 WORTH = 2**22
 
 
@@ -41,8 +39,7 @@ def _onednn() -> Callable:
 def tall_product(x: Tensor, y: Tensor) -> Tensor:
     """x^T y, (d, r), for tall x, (T, d), and y, (T, r), of which r is small: the way round that MKL is faster with.
 
-    On an AMD CPU y as it stands takes 0.65 to 0.9 of the time (widths 384 to 1536, 400 to 2,100 rows); on an Intel Xeon it is
-    faster to sum along the rows of x.
+    On an AMD CPU that is y as it stands; on Intel's it is faster to sum along the rows of x.
     """
     return x.t() @ y if on_amd_cpu() else (y.t() @ x).t()
 

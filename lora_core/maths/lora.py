@@ -32,7 +32,7 @@ from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_
 from ..cpu.masks import same_shared_mask
 from ..cpu.products import product, tall_product
 
-#: Elements of a block of rows that is masked at a time: 2 MiB of float32. A quarter takes the same time.
+#: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
 
 Draw = Callable[[Tensor, float], KeepMask]
@@ -223,10 +223,8 @@ def blocks(x: Tensor) -> Iterator[slice]:
 # and B need anyway. Beyond those, adding the thin product touches each element of the output twice (2 T d_out in the
 # forward, 2 T d_in in the backward), and folding touches each element of W: three times when a copy must be made, twice
 # when W has just been dequantised into a buffer of our own. Rank multiplies both sides alike, so the choice is one of T
-# against the width summed over. Forward and backward measured on two CPU cores at r=16 and widths 384 and 768: with a copy
-# folding is 6 to 11 % slower at once the width or less, even from twice on and up to 4 % faster at five times; in a buffer
-# it is up to 3 % slower at once, even from 1.5 times on. 16-bit weights are never folded: W + s B A rounded to 16 bits
-# loses most of a small update.
+# against the width summed over; docs/performance.md has the measurements. 16-bit weights are never folded: W + s B A rounded
+# to 16 bits loses most of a small update.
 
 
 def folding_pays(tokens: int, width: int, dtype: torch.dtype, dense: Callable | None) -> bool:
