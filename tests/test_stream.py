@@ -370,7 +370,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "error", "says"),
     [
-        ({"base_as": "int8"}, ConfigError, "base_as must be one of"),
+        ({"base_as": "int4"}, ConfigError, "base_as must be one of"),
         ({"weights": (1.0, 2.0)}, ConfigError, "2 weights are given for 1 adapters"),
         ({"dtype": torch.int8}, ConfigError, "dtype must be"),
         ({"base_as": "nf4", "quantized": ("x",)}, ConfigError, "'x' is to be packed"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .disk import is_directory, no_repeats
+from .disk import is_directory
+from .header import read_header as read_json_header
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -180,22 +180,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         return CheckpointError(f"{path} is not a whole safetensors file: {what}")
 
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            if size < 8:
-                raise broken(f"it has {size} bytes")
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, MAX_HEADER):
-                raise broken(f"its header says that it is {length:,} bytes long, and the file has {size:,}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=no_repeats)
+        header, _, data = read_json_header(path, MAX_HEADER)
+        size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise broken(f"its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise broken("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    data, end, tensors = 8 + length, 0, {}
+    except ValueError as error:
+        raise broken(str(error)) from None
+    end, tensors = 0, {}
     try:
         entries = sorted((entry["data_offsets"], name, entry) for name, entry in header.items())
     except (TypeError, KeyError):

@@ -7,13 +7,13 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from ..errors import AdapterFormatError, ConfigError, OutputError
+from .header import METADATA, encode_header, read_header
 
 #: Of a header; an adapter on the experts of the largest models has half of it.
 MAX_HEADER = 25_000_000
@@ -57,10 +57,9 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     data = safetensors.torch.save(_unshared(tensors))
     size = int.from_bytes(data[:8], "little")
     # The library writes metadata in an order that changes from call to call.
-    entries = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + size])}
-    header = json.dumps(entries, separators=(",", ":"))
-    header += " " * (-len(header) % 8)  # the format aligns the tensors
-    return len(header).to_bytes(8, "little") + header.encode() + data[8 + size :]
+    entries = json.loads(data[8 : 8 + size])
+    entries.pop(METADATA, None)
+    return encode_header(entries, metadata) + data[8 + size :]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -70,29 +69,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         AdapterFormatError: the file is broken.
     """
     try:
-        _check_header(path)
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+        _, metadata, _ = read_header(path, MAX_HEADER)  # which refuses what the library lets pass: a name that is there twice
         return safetensors.torch.load_file(path), metadata
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterFormatError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _check_header(path: Path) -> None:
-    """Raises a ValueError for what the library lets pass: a name that stands there twice, and tensors without end."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER:
-            raise ValueError(f"header too large: it says {size:,} bytes, and {MAX_HEADER:,} are allowed")
-        json.loads(file.read(size), object_pairs_hook=no_repeats)
-
-
-def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object in which no name stands twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return result
 
 
 def is_directory(path: Path) -> bool:

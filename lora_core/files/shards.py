@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..errors import LoraError, OutputError
 from .checkpoint import DTYPES, INDEX_FILE, StoredTensor
+from .header import encode_header
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -83,14 +83,12 @@ def check_free(output: Path) -> None:
 
 def write_shard(path: Path, entries: Mapping[str, Entry], done: Callable[[int], object] = lambda nbytes: None) -> None:
     """Writes a safetensors file, the tensors one after another in the order given; `done` hears of the bytes of each."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {}, 0
     for name, entry in entries.items():
         place = [end, end := end + entry.nbytes]
         header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the tensors
     with open(path, "xb", buffering=0) as file:
-        _write_all(file, struct.pack("<Q", len(text)) + text)
+        _write_all(file, encode_header(header, {"format": "pt"}))
         for entry in entries.values():
             if isinstance(entry.source, StoredTensor):
                 for chunk in entry.source.chunks():
