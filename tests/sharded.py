@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from lora_core import (
     LoraConfig,
     LoraError,
+    VeraConfig,
     inject,
     load_adapter,
     merge_adapter,
@@ -28,7 +29,7 @@ from lora_core import (
 from lora_core.files.storage import adapter_tensors
 from tests import tiny
 
-KINDS = {"dense": {}, "nf4": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+KINDS = {"dense": {}, "nf4": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "vera": {}}
 TOLERANCE = 1e-5  # of weights about 0.1 large, in float32, after three steps of 1e-2
 
 
@@ -42,7 +43,8 @@ def base(kind):
 def injected(kind):
     model = base(kind)
     torch.manual_seed(1)
-    inject(model, LoraConfig(r=4, target_modules=["q", "v"], modules_to_save=["classifier"], **KINDS[kind]))
+    form = VeraConfig if kind == "vera" else LoraConfig
+    inject(model, form(r=4, target_modules=["q", "v"], modules_to_save=["classifier"], **KINDS[kind]))
     return model
 
 

@@ -84,7 +84,7 @@ def worker(job, rank):
 def test_a_sharded_model_is_trained_saved_and_loaded_as_a_whole_one(tmp_path):
     code, said = finish(start(tmp_path, count=2, module="tests.sharded"))
     assert code == 0, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "dora", "nf4", "pissa"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "dora", "nf4", "pissa", "vera"]
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------

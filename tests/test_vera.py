@@ -19,6 +19,7 @@ from lora_core import (
     disable_adapters,
     inject,
     load_adapter,
+    lora_plus_groups,
     merge_adapter,
     merge_and_unload,
     merge_checkpoint,
@@ -183,6 +184,9 @@ def test_beside_lora_and_another_of_its_kind():
         torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-5 * both.abs().max().item())
     with pytest.raises(ConfigError, match="VeRA"):
         combine_adapters(model, ["a", "b"], [1, 1], "d")
+    set_adapter(model, "a")
+    with pytest.raises(ConfigError, match="lora_plus_groups is for adapters with A and B of their own, and VeRA has none"):
+        lora_plus_groups(model, 1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

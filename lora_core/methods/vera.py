@@ -111,7 +111,8 @@ class Vera(Method):
     def product(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
         d_in, d_out = layer.matrix_shape(layer)
         A, B, d, b = (stored_entry(getattr(layer, f"vera_{table}"), name) for table in ("A", "B", "lambda_d", "lambda_b"))
-        return d[:, None] * A[:, :d_in], b[:, None] * B[:d_out]  # r d_in, d_out r
+        B = b[:, None] * B[:d_out] * d  # all that is trained is in it: no gradient of A is computed
+        return A[:, :d_in].to(B.dtype), B  # r d_in, d_out r
 
     def settings(self, config: VeraConfig) -> tuple[Any, ...]:
         return (*self.mark, config.projection_prng_key)

@@ -14,6 +14,8 @@ from ..bases import base_of_weight, weight_bytes
 from ..cpu.masks import MaskGroup
 from ..errors import MergeError
 from ..layers import LoraLayer
+from ..methods.base import refuse_foreign_factors
+from ..methods.registry import method_of
 from ..spec.config import check_alpha
 from .atomic import insist
 from .registry import (
@@ -235,10 +237,12 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         torch.optim.AdamW(lora_plus_groups(model, lr=2e-4))
 
     Raises:
-        ConfigError: lr or ratio is not a positive number.
+        ConfigError: lr or ratio is not a positive number, or an active adapter has no B of its own (VeRA).
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
         check_alpha(name, value)
+    for name in registry_of(model).active if has_adapters(model) else ():
+        refuse_foreign_factors(method_of(find_adapter(model, name).config), "lora_plus_groups")
     layers = {m for m in unwrap(model).modules() if isinstance(m, LoraLayer) and not m.zero_A}
     fast = {id(p) for layer in layers for p in layer.lora_B.values()}
     parameters = trainable_parameters(model)

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from ..bases import base_of_weight
 from ..errors import ShardedError
+from ..layers.holder import SharedTable
 
 
 def packed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The packed weights of `model`: what `fully_shard` must be given as `ignored_params`. Empty where there are none."""
-    return {parameter for parameter in model.parameters() if base_of_weight(parameter).packed}
+    """What `fully_shard` must be given as `ignored_params`: the packed weights of `model`, and what all layers of an adapter
+    share (VeRA's A and B). Empty where there are none."""
+    packed = {parameter for parameter in model.parameters() if base_of_weight(parameter).packed}
+    return packed.union(*(module.values() for module in model.modules() if isinstance(module, SharedTable)))
 
 
 def is_sharded(tensor: Tensor) -> bool:
