@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lora_core import (
     LoraConfig,
     VeraConfig,
+    base_weight_bytes,
     combine_adapters,
     convert_adapter,
     count_parameters,
@@ -223,6 +224,10 @@ def test_a_file_for_another_base_or_seed_is_refused(tmp_path):
     other.model.layers[0].self_attn.q_proj.weight.data += 1
     with pytest.raises(WrongBaseError):
         load_adapter(other, tmp_path)
+
+
+def test_the_base_weighs_what_it_did():
+    assert base_weight_bytes(adapted()) == base_weight_bytes(tiny.build("llama"))
 
 
 def test_training_moves_the_vectors_alone():

@@ -53,7 +53,7 @@ class LinearLayer(LoraLayer):
         if rows.grouped.numel() * x3.shape[1] < len(x) * A.shape[1]:
             # Few tokens: sort the rows by adapter, which moves fewer vectors than giving each row its A and B.
             K, M = rows.grouped.shape
-            h = x3[rows.grouped.view(-1)].view(K, -1, x3.shape[-1]) @ A.mT  # K MT R
+            h = x3[rows.grouped.view(-1)].reshape(K, -1, x3.shape[-1]) @ A.mT  # K MT R
             return y3.add_((h @ B).view(K * M, -1, y3.shape[-1])[rows.place]).view(y.shape)
         return y3.baddbmm_(x3 @ A[rows.index].mT, B[rows.index]).view(y.shape)
 

@@ -257,4 +257,6 @@ def base_weight_bytes(model: nn.Module) -> int:
     added: set[int] = set()
     if has_adapters(model):
         added = {id(p) for name in registry_of(model).adapters for p in adapter_parameters(model, name)}
+        layers = (m for m in unwrap(model).modules() if isinstance(m, LoraLayer))
+        added |= {id(p) for layer in layers for table in layer.lora_tables for p in getattr(layer, table).values()}
     return sum(weight_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)
