@@ -6,7 +6,7 @@
     save_adapter(model, "out/")                               # PEFT's files
     merge_and_unload(model)                                   # plain modules again
 
-To read the source, start at `maths/lora.py`, then `layers/base.py` and `layers/linear.py`, then `model/inject.py`.
+To read the source, start at `maths/lora.py`, then `methods/lora.py`, `layers/base.py`, `layers/linear.py`, `model/inject.py`.
 """
 
 from .bases import register_base

@@ -58,7 +58,8 @@ It must not exist yet, and it is there whole or not at all.
 What the adapter is folded into (--base-as): for an adapter that was trained on a 4-bit base
 (QLoRA), nf4-dequantized gives exactly the model that was trained; original gives the base's own
 weights with an update that was made for others; nf4 gives a 4-bit checkpoint, and loses a part of
-the update. --check measures all three. If less than half of the update would be left in some layer,
+the update. int8-dequantized and int8 are the same for an 8-bit base. --check measures all three
+that concern the adapter. If less than half of the update would be left in some layer,
 nothing is merged, unless --allow-loss is given."""
     _base(p)
     _adapters(p, "adapter to fold in; may be given several times")
@@ -69,8 +70,8 @@ nothing is merged, unless --allow-loss is given."""
     p.add_argument("--allow-loss", action="store_true", help="merge although rounding loses most of the update in some layer")
     p.add_argument("--dtype", choices=DTYPES, help="what to cast the weights to; as they are in the base if not given")
     p.add_argument(
-        "--base-as", choices=BASES, help="what to fold into; if not given, nf4-dequantized for an adapter that says that it "
-        "was trained on a 4-bit base, else original"
+        "--base-as", choices=BASES, help="what to fold into; if not given, nf4-dequantized or int8-dequantized for an adapter "
+        "that says that it was trained on such a base, else original"
     )  # fmt: skip
     p.add_argument(
         "--check", nargs="?", const=True, metavar="FILE", help="run the adapted and the merged model, and compare: on the "

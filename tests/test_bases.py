@@ -22,17 +22,21 @@ from lora_core import (
     merge_adapter,
     merge_and_unload,
     packed_parameters,
+    quantize,
     quantize_int8,
     quantize_nf4,
+    register_base,
     save_adapter,
     trainable_parameters,
     unload,
     unmerge_adapter,
 )
 from lora_core.bases import PACKED, base_for, base_of, dense_weight, is_packed, parse_format
+from lora_core.bases.dense import Dense, DenseFormat
+from lora_core.bases.nf4 import NF4
 from lora_core.deploy.recipe import Recipe
 from lora_core.deploy.stream import merge_checkpoint
-from lora_core.errors import QuantizationError, WrongBaseError
+from lora_core.errors import ConfigError, QuantizationError, WrongBaseError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
 EXTENSION = types.ModuleType("a_base")  # the base that the page shows, outside of the package
@@ -195,6 +199,23 @@ def test_weights_with_nan_are_refused(name):
     with pytest.raises(QuantizationError, match=r"layers\.1\.v has NaN"):
         BASES[name][0](model)
     assert not any(map(is_packed, model.modules()))
+
+
+@pytest.mark.parametrize("form", ["int8", None, DenseFormat()], ids=str)
+def test_what_is_no_packed_format_is_refused(form):
+    model = tiny.classifier()
+    with pytest.raises(QuantizationError, match="form must be the format of a base that packs weights"):
+        quantize(model, form)
+    assert not any(map(is_packed, model.modules()))
+
+
+def test_a_base_that_is_none_or_has_another_s_name_is_refused():
+    impostor = type("Impostor", (EXTENSION.Halved,), {"name": "nf4"})
+    for base, says in ((EXTENSION.Halved, "takes a Base"), (Dense(), "takes a Base"), (impostor(), "a base 'nf4' already")):
+        with pytest.raises(ConfigError, match=says):
+            register_base(base)
+    register_base(EXTENSION.Halved())  # again, which says nothing new
+    assert type(PACKED["nf4"]) is NF4
 
 
 def test_8_bits_take_no_values_beyond_float16():

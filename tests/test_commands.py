@@ -351,6 +351,13 @@ def test_rank_stabilised_scaling_becomes_plain_exactly(call, tmp_path):
     torch.testing.assert_close(tiny.logits(found), tiny.logits(model), rtol=0, atol=1e-6)
 
 
+def test_a_random_start_is_none_that_moved_the_base(call, tmp_path):
+    _, _, adapter = made(tmp_path, use_rslora=True)
+    file = adapter / CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": False}))
+    assert call("convert", adapter, "--plain", "--output", tmp_path / "plain")[0] == 0
+
+
 def test_dora_becomes_the_nearest_plain_lora(call, tmp_path):
     model, base, adapter = made(tmp_path, use_dora=True)
     code, _, err = call("convert", adapter, "--plain", "--output", tmp_path / "plain")

@@ -118,6 +118,8 @@ def test_few_tokens_and_many(tokens, mix):
     model = two_adapters()
     x = torch.randn(len(mix), tokens, 64, generator=torch.Generator().manual_seed(1))
     assert_rows_are_their_own(model, mix, x, lambda model, rows: model(rows).detach())
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a convolution hands it on, features first in memory
+    assert_rows_are_their_own(model, mix, turned, lambda model, rows: model(rows).detach())
 
 
 def test_afterwards_everything_is_as_it_was():

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .base import Base, Format
 from .dense import Dense
 from .int8 import Int8
@@ -19,7 +20,6 @@ DENSE = Dense()
 
 #: Those that pack weights, by their names.
 PACKED: dict[str, Base] = {base.name: base for base in (NF4(), Int8())}
-
 
 #: How weights are packed where nobody says how.
 DEFAULT: Format = NF4.Format()
@@ -31,7 +31,15 @@ def libraries() -> tuple[str, ...]:
 
 
 def register_base(base: Base) -> None:
-    """Adds a base of one's own; one of the same name is replaced."""
+    """Makes the engine know a base of one's own; see `base.py`.
+
+    Raises:
+        ConfigError: it is no `Base`, or another base of this name is there.
+    """
+    if not isinstance(base, Base) or not base.packed:
+        raise ConfigError(f"register_base takes a Base that packs weights, not {base!r}; derive from lora_core.bases.base.Base")
+    if type(PACKED.get(base.name, base)) is not type(base) or base.name == DENSE.name:
+        raise ConfigError(f"there is a base {base.name!r} already; give yours another name")
     PACKED[base.name] = base
 
 

@@ -178,19 +178,14 @@ def plain_linear(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:
     return linear.train(layer.training)
 
 
-class PackedLinear(nn.Linear):
-    """A frozen linear layer that multiplies by exactly the weight that its base holds.
+class PackedLayer(nn.Module):
+    """What every frozen linear layer with a packed weight does: it multiplies by exactly the weight that its base holds.
 
-    Args:
+    Attributes:
         base: what holds the weight.
-        linear: the layer in whose place it is; the bias is shared.
-        weight: the weight, held so.
     """
 
-    def __init__(self, base: Base, linear: nn.Linear, weight: nn.Parameter) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.base, self.weight, self.bias = base, weight, linear.bias
-        self.train(linear.training)
+    base: Base
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -204,3 +199,18 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
         return self.base.multiply(self, x, self.bias)
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """Such a layer, for a base that needs no class of another library.
+
+    Args:
+        base: what holds the weight.
+        linear: the layer in whose place it is; the bias is shared.
+        weight: the weight, held so.
+    """
+
+    def __init__(self, base: Base, linear: nn.Linear, weight: nn.Parameter) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.base, self.weight, self.bias = base, weight, linear.bias
+        self.train(linear.training)

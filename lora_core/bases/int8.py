@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from ..maths.loss import is_finite
-from .base import Base, Format
+from .base import Base, Format, PackedLayer
 from .bnb import bitsandbytes
 from .forwards import change_class
 
@@ -107,21 +107,9 @@ class Int8(Base):
 @functools.cache
 def linear_8bit_class() -> type[nn.Linear]:
     """The class of a frozen 8-bit layer: a `bitsandbytes.nn.Linear8bitLt` that multiplies by exactly the dequantised weight."""
-    base = Int8()
 
-    class Linear8bit(bitsandbytes().nn.Linear8bitLt):
-        def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-            return base.multiply(self, x, self.bias)
-
-        def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-            super()._apply(fn, recurse)
-            if base.holds(self.weight):  # adapters that are folded in have made it dense
-                base.follow_cast(self, fn)
-            return self
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            base.revive(self.weight)
+    class Linear8bit(PackedLayer, bitsandbytes().nn.Linear8bitLt):
+        base = Int8()
 
     Linear8bit.__qualname__ = "Linear8bit"  # pickle finds it by this name, below
     return Linear8bit

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from .base import COMPUTE_DTYPES, Base, Format
+from .base import COMPUTE_DTYPES, Base, Format, PackedLayer
 from .bnb import bitsandbytes
 from .forwards import change_class
 
@@ -158,21 +158,9 @@ def linear_4bit_class() -> type[nn.Linear]:
     bitsandbytes' own forward repacks the weight for inference on some CPUs, rounding its scales to bfloat16: evaluating
     a model would change it. This one always computes with exactly the dequantised weight.
     """
-    base = NF4()
 
-    class Linear4bit(bitsandbytes().nn.Linear4bit):
-        def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out
-            return base.multiply(self, x, self.bias)
-
-        def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-            super()._apply(fn, recurse)
-            if base.holds(self.weight):  # adapters that are folded in have made it dense
-                base.follow_cast(self, fn)
-            return self
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            base.revive(self.weight)
+    class Linear4bit(PackedLayer, bitsandbytes().nn.Linear4bit):
+        base = NF4()
 
     Linear4bit.__qualname__ = "Linear4bit"  # pickle finds it by this name, below
     return Linear4bit

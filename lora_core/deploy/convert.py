@@ -94,7 +94,7 @@ def convert_adapter(
         check_rank("r", r)
     energy: dict[str, float] = {}
     fields = _fields(directory)
-    if plain and fields.get("init_lora_weights", True) not in HARMLESS_INITIALISERS:
+    if plain and (fields.get("init_lora_weights") or True) not in HARMLESS_INITIALISERS:
         tensors, fields = _without_start(directory, fields, initial)
         metadata = {"format": "pt"}
     else:

@@ -79,7 +79,7 @@ class LayerUpdate:
             factor = f"{weight:g} times the scaling {self.scaling:g}"
             raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")
         shapes = layer.file_shapes(layer, self.rank)
-        layer.add_tables(self.tensors)
+        layer.add_tables(table.name for table in self.method.tables)
         for table, tensor in self.tensors.items():
             form = all_tables()[table].form
             if form and tuple(tensor.shape) != shapes[form]:

@@ -46,7 +46,7 @@ class AdapterHolder(nn.Module):
     adapter adds s (B A - B0 A0), so the base is left alone and the start changes nothing.)
 
     Attributes:
-        lora_tables: names of the tables that it has.
+        lora_tables: names of the tables that it has: those of the methods that it met.
         lora_method: {adapter: what it adds}.
         lora_scaling: {adapter: s}.
         lora_dropout: {adapter: probability of dropout on the adapter's input}.
@@ -67,7 +67,6 @@ class AdapterHolder(nn.Module):
         change_class(module, cls)
         module.lora_base_class = base_class
         module.lora_tables = ()
-        module.add_tables(all_tables())
         module.lora_scaling, module.lora_dropout, module.lora_method = {}, {}, {}
         module.lora_rows, module.lora_masks = {}, None
         module.lora_active = module.lora_folded = ()

@@ -244,7 +244,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     for name in registry_of(model).active if has_adapters(model) else ():
         refuse_foreign_factors(method_of(find_adapter(model, name).config), "lora_plus_groups")
     layers = {m for m in unwrap(model).modules() if isinstance(m, LoraLayer) and not m.zero_A}
-    fast = {id(p) for layer in layers for p in layer.lora_B.values()}
+    fast = {id(p) for layer in layers for p in getattr(layer, "lora_B", {}).values()}
     parameters = trainable_parameters(model)
     return [
         {"params": [p for p in parameters if id(p) not in fast], "lr": lr},

@@ -113,6 +113,8 @@ def quantize(
             infinite values, which would spread over others. The model is as it was.
         MissingDependencyError: the library that the format needs is not installed.
     """
+    if not isinstance(form, Format) or not base_for(form).packed:
+        raise QuantizationError(f"form must be the format of a base that packs weights, such as NF4Format(), not {form!r}")
     base = base_for(form)
     if compute_dtype not in (None, *COMPUTE_DTYPES):
         raise QuantizationError(f"compute_dtype must be float32, bfloat16 or float16, not {compute_dtype}")
