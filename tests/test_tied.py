@@ -264,6 +264,17 @@ def test_transformers_tying_again_leaves_what_is_trained_apart(model, case):
     assert found.all_tied_weights_keys == build(model).all_tied_weights_keys
 
 
+def test_another_model_of_the_same_configuration_stays_tied(tmp_path):
+    config = transformers.LlamaConfig(tie_word_embeddings=True, **SMALL)
+    ours, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    inject(ours, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert other.config.tie_word_embeddings and not ours.config.tie_word_embeddings
+    other.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(type(other).from_pretrained(tmp_path).eval()), tiny.logits(other))
+    merge_and_unload(ours)
+    assert other.config.tie_word_embeddings and not ours.config.tie_word_embeddings
+
+
 def test_the_model_says_that_it_is_tied_when_no_adapter_is_left_that_trains_apart():
     model = build("llama")
     for name, whole in (("a", ["lm_head"]), ("b", None), ("c", ["embed_tokens"])):

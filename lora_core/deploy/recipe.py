@@ -14,7 +14,7 @@ from ..spec.config import check_finite
 
 ORIGINAL = "original"
 DEQUANTIZED = "-dequantized"  # after the name of a base that packs weights
-REMEDY = "merge in float32 (--dtype float32), not into 4 bits (--base-as), or allow it (--allow-loss; allow_loss=True)"
+REMEDY = "merge in float32 (--dtype float32), not packed (--base-as), or allow it (--allow-loss; allow_loss=True)"
 
 
 def choices(packings: Iterable[str] = PACKED) -> tuple[str, ...]:

@@ -43,11 +43,11 @@ class MergeReport:
 
     Attributes:
         adapters: names of the adapters that were folded in.
-        layers: {path: what casting the sum to the weight's dtype, or packing it in 4 bits, lost of the update D, as
+        layers: {path: what casting the sum to the weight's dtype, or packing it, lost of the update D, as
             |cast(W + D) - (W + D)| / |D| in Frobenius norms}. Zero in float32; in 16 bits a small update can be lost
-            altogether (1.0), and 4 bits usually add more error than the update is large.
-        dequantized: paths of 4-bit layers that are dense now.
-        requantized: paths of layers that are in 4 bits.
+            altogether (1.0), and packing usually adds more error than the update is large.
+        dequantized: paths of packed layers (4-bit ones, say) that are dense now.
+        requantized: paths of layers that are packed.
         untied: paths of weights that the base tied to others, and that are apart now.
         kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `maths/loss.py`. Also of
             the tensors that were trained whole and are cast, the update being what training changed.
@@ -81,7 +81,7 @@ class MergeReport:
 def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *, allow_loss: bool = False) -> None:
     """Folds adapters into the weights, in place: the forward then costs what the base's does.
 
-    The weights before are kept, so that `unmerge_adapter` restores every byte; 4-bit layers are dense meanwhile, and what the
+    The weights before are kept, so that `unmerge_adapter` restores every byte; packed layers are dense meanwhile, and what the
     base ties to an adapted or trained weight is apart (a `config.tie_word_embeddings` then says so), so that a model saved now
     loads as it computes.
 
@@ -131,18 +131,18 @@ def merge_and_unload(
 ) -> MergeReport:
     """Folds adapters into the weights for good: plain modules again, no adapter left.
 
-    Modules that the adapters trained whole, and biases, keep the trained values. Every 4-bit layer of the model becomes
+    Modules that the adapters trained whole, and biases, keep the trained values. Every packed layer of the model becomes
     a dense `nn.Linear` that holds the dequantised weight, which is what the adapter was trained against; or, with
-    `requantize`, stays a 4-bit layer. A refusal changes nothing: weights that take the update in their own dtype are read
+    `requantize`, stays packed. A refusal changes nothing: weights that take the update in their own dtype are read
     first, to know that nothing can overflow, and then changed in their own memory, so that whatever shares it changes too;
     the others are held until all are folded.
 
     Args:
         model: a model with adapters. It is changed; the report is what is returned.
         names: the adapters to fold; None: the active ones. The others are dropped.
-        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a 4-bit one takes that from
+        dtype: cast the whole model to this after folding; None: each layer keeps its dtype (a packed one takes that from
             before it was packed).
-        requantize: pack the merged weight of a 4-bit layer in 4 bits again, in the format that it had. The report says
+        requantize: pack the merged weight of a packed layer again, in the format that it had. The report says
             what that lost: weights that lie on the 4-bit grid snap back after a small update.
         allow_loss: merge although the cast, or packing, loses more than half of the update in some layer.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -73,6 +75,16 @@ def tie_again(root: nn.Module, before: Broken) -> None:
         root.all_tied_weights_keys.update(before.keys)
 
 
+def _own_config(root: nn.Module) -> None:
+    """Gives a model a configuration of its own, in all parts that have it: another may be made from the same one, and tied."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(root.config, copies)
+    for part in root.modules():
+        config = vars(part).get("config")
+        if id(config) in copies:
+            part.config = copies[id(config)]
+
+
 def _put(root: nn.Module, path: str, tensor: Tensor) -> None:
     parent, _, name = path.rpartition(".")
     setattr(submodule(root, parent), name, tensor)
@@ -89,6 +101,8 @@ def forget_ties(root: nn.Module, untied: Collection[str]) -> Broken:
     before = Broken({}, flags, dict(ties) if ties else None)
     if not untied:
         return before
+    if any(flags):
+        _own_config(root)
     for config in configs(root):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
