@@ -13,7 +13,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-CORE := architecture config targets functional layers kinds bases contract vera inject adapters storage merge fingerprint
+CORE := project/architecture spec/config spec/targets maths/functional layers/layers layers/kinds layers/contract bases/bases \
+	methods/vera model/inject model/adapters model/merge files/storage files/fingerprint
 PINS := constraints.txt setup.py pyproject.toml
 
 .PHONY: sst2 compare test test-quick test-slow coverage bench clean
@@ -29,7 +30,7 @@ test: .venv/.installed-all
 	$(BIN)/python -m pytest $(ARGS)
 
 test-quick: .venv/.installed-all
-	$(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(CORE))) $(ARGS)
+	$(BIN)/python -m pytest $(foreach test,$(CORE),tests/$(subst /,/test_,$(test)).py) $(ARGS)
 
 test-slow: .venv/.installed-all
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 
 @pytest.fixture(scope="session")
 def sst2() -> Path:
     """GLUE's SST-2 files: $SST2_DIR, or ../shared/sst2 beside the checkout. They are not part of the project."""
-    directory = Path(os.environ.get("SST2_DIR") or Path(__file__).parents[2] / "shared" / "sst2")
+    directory = Path(os.environ.get("SST2_DIR") or ROOT.parent / "shared" / "sst2")
     if not (directory / "train.tsv").is_file():
         pytest.skip(f"SST-2 is not at {directory}; set SST2_DIR to GLUE's files")
     return directory

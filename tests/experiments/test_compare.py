@@ -1,0 +1,222 @@
+"""The comparison: each run in a process of its own, what is done skipped, what fails named, and the check's verdict."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from experiments import compare, record
+from experiments.methods import METHODS
+from tests.support import fabricated
+
+
+@pytest.fixture
+def call(capfd):
+    """Runs the command; returns (exit code, standard output, standard error)."""
+
+    def run(*argv):
+        capfd.readouterr()
+        try:
+            code = compare.main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def common(small_data):
+    return (
+        "--model",
+        "packaged",
+        "--data",
+        small_data,
+        "--epochs",
+        1,
+        "--max-length",
+        64,
+        "--device",
+        "cpu",
+        "--max-steps",
+        1,
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, common):
+    """What the documented command leaves and prints, as a process of its own."""
+    directory = tmp_path_factory.mktemp("compare") / "out"
+    argv = ["--methods", "lora,base", *common, "--output-dir", directory]
+    command = [sys.executable, "-m", "experiments.compare", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return directory, done
+
+
+def test_every_run_is_recorded_and_reported(compared):
+    directory, done = compared
+    runs = directory / "sst-2-all-minilm-l6-v2-96x1"
+    assert sorted(path.name for path in runs.iterdir()) == ["base-seed0", "lora-seed0"]
+    metrics = record.read_json(runs / "lora-seed0" / "metrics.json")
+    assert metrics["method"] == "lora" and metrics["hyperparameters"]["max_steps"] == 1
+    assert (runs / "lora-seed0" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (directory / "report.md").is_file() and len(list((directory / "figures").iterdir())) == 4
+    out = done.stdout.splitlines()
+    assert out[0].startswith("base model: sentence-transformers/all-MiniLM-L6-v2")
+    assert out[1].startswith("base: accuracy") and out[2].startswith("lora: accuracy")  # in the order of METHODS
+    assert f"check it: python -m experiments.compare --check --output-dir {directory}" in out
+    assert "2/2 lora, seed 0" in done.stderr and "32/32" in done.stderr  # one step of 32 sentences
+    assert "Warning" not in done.stderr + done.stdout
+
+
+def test_what_is_done_is_skipped_and_the_rest_goes_on(compared, common, call, tmp_path, monkeypatch):
+    directory = shutil.copytree(compared[0], tmp_path / "out")
+    started = []
+
+    def no_process(one, args, bar, start):
+        started.append((one.method.name, one.schedule.seed))
+        shutil.copytree(one.output.with_name("base-seed0"), one.output)
+
+    monkeypatch.setattr(compare, "_run", no_process)
+    again = ("--methods", "base,lora", *common, "--output-dir", directory)
+    code, out, _ = call(*again)
+    assert code == 0 and not started and "2 of 2 runs are done already" in out
+    assert call(*again, "--seeds", "0,1")[0] == 0
+    assert started == [("base", 1), ("lora", 1)]
+
+
+def test_overwrite_does_it_again_and_other_settings_need_it(compared, common, call, tmp_path, monkeypatch):
+    directory = shutil.copytree(compared[0], tmp_path / "out")
+    started = []
+    monkeypatch.setattr(compare, "_run", lambda one, *_: started.append(one.method.name))
+    argv = ("--methods", "base", *common, "--output-dir", directory)
+    code, _, err = call(*argv, "--batch-size", 16)
+    assert code == 2 and "holds another run (its hyperparameters differ); pass --overwrite" in err and not started
+    assert call(*argv, "--overwrite")[0] == 0 and started == ["base"]
+
+
+def test_a_run_that_fails_is_named(common, call, tmp_path):
+    code, _, err = call("--methods", "head-only", *common, "--max-length", 513, "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: 1 of 1 runs failed: head-only, seed 0 (max_length is 513, and this model")
+
+
+def test_runs_that_are_fine_are_reported_beside_one_that_fails(compared, common, call, tmp_path, monkeypatch):
+    directory = shutil.copytree(compared[0], tmp_path / "out")
+    (directory / "report.md").unlink()
+    monkeypatch.setattr(compare, "_run", lambda *_: "no space left")
+    code, out, err = call("--methods", "base,head-only", *common, "--output-dir", directory)
+    assert code == 2 and err.splitlines()[-1] == "error: 1 of 2 runs failed: head-only, seed 0 (no space left)"
+    assert "| base " in out and (directory / "report.md").is_file()
+
+
+def test_an_interruption_stops_the_run_and_says_how_to_go_on(call, common, tmp_path, monkeypatch):
+    processes = []
+    popen = subprocess.Popen
+
+    def start(*args, **kwargs):
+        processes.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True))
+        processes[-1].stderr = interrupted()
+        return processes[-1]
+
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    code, _, err = call("--methods", "lora", *common, "--output-dir", tmp_path)
+    assert code == 130 and "interrupted; what is finished is kept" in err
+    assert processes[0].poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--methods", "lora,qlorra"], "--methods: there is no 'qlorra'; there are base, head-only"),
+        (["--methods", "lora,"], "'lora,' is no comma-separated list of names"),
+        (["--seeds", "0,one"], "'0,one' is no comma-separated list of numbers"),
+        (["--seeds", "0,-1"], "seed must lie in [0, 2^32), not -1"),
+        (["--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["--data", "nowhere"], "'nowhere' is no directory"),
+        (["--check", "--output-dir", "nowhere"], "'nowhere' is no directory"),
+    ],
+)
+def test_a_mistake_is_one_line(call, argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*argv)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_runs_by_default():
+    args = compare.parser().parse_args([])
+    assert [m.name for m in compare.methods_of(args.methods or METHODS)] == list(METHODS) and args.seeds == (0,)
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def test_the_check_passes_on_the_committed_results(call):
+    code, out, err = call("--check")
+    assert code == 0 and not err
+    assert "| NOT MET" not in out and "| met " in out and "| not run" in out
+
+
+@pytest.mark.parametrize(
+    ("run", "key", "worse"),
+    [
+        ("sst2-minilm-lora", "accuracy", 0.84),
+        ("sst2-minilm-qlora", "accuracy", 0.8853),
+        ("sst2-minilm-lora", "trainable_parameters", 1_771_778),
+        ("sst2-minilm-qlora", "base_weight_bytes", 53_351_905),
+    ],
+)
+def test_a_worse_number_in_a_file_fails_the_check(call, tmp_path, run, key, worse):
+    directory = shutil.copytree(fabricated.COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("figures"))
+    path = directory / run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert call("--check", "--output-dir", directory)[0] == 0
+    metrics[key] = worse
+    record.write_json(path, metrics)
+    code, out, err = call("--check", "--output-dir", directory)
+    assert code == 1 and not err
+    assert any(line.endswith("| NOT MET |") for line in out.splitlines())
+
+
+def test_a_check_of_nothing_fails(call, tmp_path):
+    """A directory without runs has not passed."""
+    (tmp_path / "empty").mkdir()
+    code, out, err = call("--check", "--output-dir", tmp_path / "empty")
+    assert code == 2 and not out and "0 runs are below" in err and err.count("\n") == 1
+
+
+def test_a_check_in_which_no_number_is_expected_fails(call, tmp_path):
+    """Runs on other data and another base: that their own numbers agree with each other is no number reached."""
+    other = {"base_model": {"name": "own", "source": "", "why": "", "model_type": "bert"}}
+    made = fabricated.metrics("lora", **other)
+    made["data"] |= {"name": "own", "validation": 100}
+    untrained = fabricated.metrics("base", **other)
+    directory = fabricated.write(tmp_path / "runs", made, untrained)
+    code, out, err = call("--check", "--output-dir", directory)
+    assert code == 2 and not out and "2 runs are below" in err and err.count("\n") == 1
+    made["accuracy_by_epoch"] = [0.1]
+    code, out, err = call("--check", "--output-dir", fabricated.write(tmp_path / "wrong", made))
+    assert code == 1 and "NOT MET" in out and not err
+
+
+def test_a_comparison_does_not_take_another_data_sets_runs_for_its_own(call, tmp_path, common, small_data):
+    """Same name, same number of sentences: only the hash tells them apart."""
+    directory = tmp_path / "out"
+    argv = ["--methods", "base", *common, "--output-dir", directory]
+    assert call(*argv)[0] == 0
+    other = shutil.copytree(small_data, tmp_path / "other")
+    text = (other / "dev.tsv").read_text(encoding="utf-8")
+    (other / "dev.tsv").write_text(text.replace("the", "a"), encoding="utf-8")
+    argv[argv.index(small_data)] = other
+    code, _, err = call(*argv)
+    assert code == 2 and "holds another run (its data differ)" in err

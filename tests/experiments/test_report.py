@@ -1,0 +1,101 @@
+"""The report says what the metrics say, and trains nothing."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from experiments import measured, report
+from experiments.errors import ExperimentError
+from tests.support import fabricated
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report on two methods with two seeds and one budget with one run, and its directory."""
+    made = [fabricated.metrics(method, 0.86 + seed / 100, seed) for method in ("lora", "base") for seed in (0, 1)]
+    made[0]["peak_rss_mb"] = 2000.0
+    short = fabricated.metrics("dora", 0.8, train_seconds=42.0)
+    short["hyperparameters"]["epochs"] = 1
+    directory = fabricated.write(tmp_path_factory.mktemp("runs"), *made, short)
+    return report.write(directory).read_text(), directory
+
+
+def row(text, method):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {method} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_row_has_means_deviation_interval_and_peaks(written):
+    text, _ = written
+    low, high = (100 * bound for bound in measured.wilson(0.865, 872))
+    assert row(text, "lora") == [
+        "lora", "86.5 ± 0.7 %", f"{low:.1f} to {high:.1f} %", "0.891", "294,912 (1.28 %)", "295,682 (1.29 %)",
+        "86.6 MiB", "2,000 MiB", "-", "33.3 min", "0, 1",
+    ]  # fmt: skip
+    assert row(text, "base")[4:6] == ["-", "-"]
+    assert row(text, "dora")[1] == "80.0 %" and row(text, "dora")[-2:] == ["42 s", "0"]
+
+
+def test_each_budget_has_its_table_the_fullest_first(written):
+    text, _ = written
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert titles == [
+        "SST-2, 67,349 sentences, 3 epochs, all-MiniLM-L6-v2, fp32",
+        "SST-2, 67,349 sentences, 1 epoch, all-MiniLM-L6-v2, fp32",
+        "Where the published figures do not add up",
+        "Expected and found",
+    ]
+    assert "On cpu, 1 threads; torch " in text
+
+
+def test_the_four_findings_and_the_published_faults_are_there(written):
+    text, _ = written
+    findings = text[text.index("The study's findings:") : text.index("Aims:")]
+    assert len(re.findall(r"^- .*\*\*(supported|contradicted|not run|can't be told apart)\*\*", findings, re.MULTILINE)) == 4
+    assert "1,771,778 of 68,726,788. That is 2.58 %" in text
+
+
+def test_pictures_that_are_shown_are_there(written):
+    text, directory = written
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert len(shown) == 4 and all((directory / path).is_file() for path in shown)
+
+
+def test_every_table_is_whole(written):
+    lines = [line for line in written[0].splitlines() if line.startswith("|")]
+    blocks = re.findall(r"(?:^\|.*\n)+", written[0], re.MULTILINE)
+    assert len(blocks) == 4 and sum(block.count("\n") for block in blocks) == len(lines)
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_without_a_run_there_is_no_report(tmp_path):
+    with pytest.raises(ExperimentError, match="there is no run below"):
+        report.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_reads_only(tmp_path):
+    directory = fabricated.write(tmp_path, fabricated.metrics("lora"))
+    before = {path: path.read_bytes() for path in directory.rglob("metrics.json")}
+    code = (
+        "import sys; from experiments.report import main; code = main(['--output-dir', sys.argv[1]]); "
+        "sys.exit(code or 'experiments.train' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"report: {directory / 'report.md'}\n"
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_broken_run_is_one_line(tmp_path, capsys):
+    made = fabricated.write(tmp_path, fabricated.metrics())
+    (made / "run0" / "metrics.json").write_text(json.dumps([]))
+    assert report.main(["--output-dir", str(made)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "metrics.json holds a list" in err

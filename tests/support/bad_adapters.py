@@ -1,0 +1,159 @@
+"""Ways to spoil the files of an adapter, each with the error and the words of its refusal."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.errors import (
+    AdapterFileMissingError,
+    AdapterFormatError,
+    LoraError,
+)
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
+
+ANY_LAYER = {"layers_to_transform": None, "layers_pattern": None}
+
+
+def edit_config(directory, **changes):
+    fields = json.loads((directory / CONFIG_FILE).read_text())
+    fields.update(changes)
+    (directory / CONFIG_FILE).write_text(json.dumps({k: v for k, v in fields.items() if v != "REMOVED"}))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / WEIGHTS_FILE)
+    change(tensors)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+KEY = "base_model.model.layers.0.q.lora_A.weight"
+
+
+def drop(key):
+    return lambda d: edit_tensors(d, lambda t: t.pop(key))
+
+
+def put(key, tensor):
+    return lambda d: edit_tensors(d, lambda t: t.__setitem__(key, tensor))
+
+
+def truncate(fraction):
+    def spoil(directory):
+        path = directory / WEIGHTS_FILE
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * fraction)] if isinstance(fraction, float) else data[:fraction])
+
+    return spoil
+
+
+def write_config(text):
+    return lambda d: (d / CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def legacy(directory):
+    torch.save(load_file(directory / WEIGHTS_FILE), directory / "adapter_model.bin")
+    (directory / WEIGHTS_FILE).unlink()
+
+
+BAD = {
+    "a tensor is missing": (drop(KEY), AdapterFormatError, f"1 missing tensors \\({KEY}"),
+    "a head's tensor is missing": (
+        drop("base_model.model.classifier.bias"),
+        AdapterFormatError,
+        "1 missing.*classifier.bias",
+    ),
+    "a tensor too many": (
+        put(KEY.replace("q", "zz"), torch.zeros(2)),
+        AdapterFormatError,
+        "1 tensors without a home.*zz",
+    ),
+    "another rank": (put(KEY, torch.zeros(5, 64)), AdapterFormatError, r"1 wrong shapes .*\(5, 64\), not \(4, 64\)"),
+    "another width": (put(KEY, torch.zeros(4, 63)), AdapterFormatError, r"\(4, 63\), not \(4, 64\)"),
+    "transposed": (put(KEY, torch.zeros(64, 4)), AdapterFormatError, r"\(64, 4\), not \(4, 64\)"),
+    "one axis too many": (put(KEY, torch.zeros(4, 64, 1)), AdapterFormatError, r"\(4, 64, 1\)"),
+    "NaN": (
+        put(KEY, torch.full((4, 64), float("nan"))),
+        AdapterFormatError,
+        f"NaN or infinite values in 1 tensors \\({KEY}",
+    ),
+    "infinite": (put(KEY, torch.full((4, 64), float("inf")).half()), AdapterFormatError, "NaN or infinite"),
+    "integers": (put(KEY, torch.ones(4, 64, dtype=torch.int64)), AdapterFormatError, "int64"),
+    "8-bit floats": (put(KEY, torch.zeros(4, 64, dtype=torch.float8_e4m3fn)), AdapterFormatError, "float8"),
+    "bools": (put(KEY, torch.ones(4, 64, dtype=torch.bool)), AdapterFormatError, "bool"),
+    "head of integers": (
+        put("base_model.model.classifier.weight", torch.ones(3, 64, dtype=torch.int32)),
+        AdapterFormatError,
+        "int32",
+    ),
+    "weights file empty": (truncate(0), AdapterFormatError, "not a whole safetensors file"),
+    "header length cut": (truncate(7), AdapterFormatError, "not a whole safetensors file"),
+    "header cut": (truncate(40), AdapterFormatError, "not a whole safetensors file"),
+    "data cut in half": (truncate(0.5), AdapterFormatError, "not a whole safetensors file"),
+    "last byte cut": (truncate(-1), AdapterFormatError, "not a whole safetensors file"),
+    "weights are text": (
+        lambda d: (d / WEIGHTS_FILE).write_text("hello, world"),
+        AdapterFormatError,
+        "not a whole safetensors",
+    ),
+    "weights missing": (
+        lambda d: (d / WEIGHTS_FILE).unlink(),
+        AdapterFileMissingError,
+        "adapter_model.safetensors is not there",
+    ),
+    "weights are a directory": (
+        lambda d: ((d / WEIGHTS_FILE).unlink(), (d / WEIGHTS_FILE).mkdir()),
+        AdapterFileMissingError,
+        "is not there",
+    ),
+    "a pickle": (legacy, AdapterFormatError, "adapter_model.bin, a pickle"),
+    "config missing": (
+        lambda d: (d / CONFIG_FILE).unlink(),
+        AdapterFileMissingError,
+        "adapter_config.json is not there",
+    ),
+    "config empty": (write_config(""), AdapterFormatError, "is not JSON"),
+    "config cut": (write_config('{"r": 4,'), AdapterFormatError, "is not JSON"),
+    "config not UTF-8": (write_config(b"\xff\xfe{}"), AdapterFormatError, "is not JSON"),
+    "config too deep": (write_config("[" * 100_000), AdapterFormatError, "is not JSON"),
+    "config a list": (write_config("[]"), AdapterFormatError, "peft_type is 'list'"),
+    "config of another method": (lambda d: edit_config(d, peft_type="IA3"), AdapterFormatError, "peft_type is 'IA3'"),
+    "no method": (lambda d: edit_config(d, peft_type="REMOVED"), AdapterFormatError, "peft_type is None"),
+    "no rank": (lambda d: edit_config(d, r="REMOVED"), AdapterFormatError, "r, lora_alpha and target_modules"),
+    "no targets": (lambda d: edit_config(d, target_modules=None), AdapterFormatError, "target_modules must be set"),
+    "rank zero": (lambda d: edit_config(d, r=0), AdapterFormatError, "r "),
+    "rank as text": (lambda d: edit_config(d, r="4"), AdapterFormatError, "r must be a positive integer, not '4'"),
+    "rank true": (lambda d: edit_config(d, r=True), AdapterFormatError, "r must be a positive integer"),
+    "alpha zero": (lambda d: edit_config(d, lora_alpha=0), AdapterFormatError, "lora_alpha"),
+    "alpha NaN": (lambda d: edit_config(d, lora_alpha=float("nan")), AdapterFormatError, "lora_alpha"),
+    "unknown bias mode": (lambda d: edit_config(d, bias="some"), AdapterFormatError, "bias must be one of"),
+    "broken pattern": (
+        lambda d: edit_config(d, target_modules="(", **ANY_LAYER),
+        AdapterFormatError,
+        "regular expression",
+    ),
+    "DoRA": (lambda d: edit_config(d, use_dora=True), AdapterFormatError, r"4 missing tensors \(.*lora_magnitude_vector"),
+    "bias on B": (lambda d: edit_config(d, lora_bias=True), AdapterFormatError, r"4 missing tensors \(.*lora_B\.bias"),
+    "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), AdapterFormatError, "target_parameters"),
+    "a new field": (lambda d: edit_config(d, use_magic=1), AdapterFormatError, "use_magic=1"),
+    "PiSSA": (
+        lambda d: edit_config(d, init_lora_weights="pissa_niter_4"),
+        AdapterFormatError,
+        "pissa_niter_4.*changed the base",
+    ),
+    "OLoRA": (lambda d: edit_config(d, init_lora_weights="olora"), AdapterFormatError, "olora"),
+    "other layers": (lambda d: edit_config(d, layers_to_transform=[0]), AdapterFormatError, "without a home"),
+    "another base": (
+        lambda d: edit_config(d, target_modules=["q_proj"], rank_pattern={}),
+        AdapterFormatError,
+        "match no layer",
+    ),
+    "a head that is not there": (
+        lambda d: edit_config(d, modules_to_save=["head"]),
+        AdapterFormatError,
+        "without a home",
+    ),
+    "a target that is not linear": (lambda d: edit_config(d, target_modules=["q", "v", "norm"]), LoraError, "norm"),
+    "nothing": (lambda d: shutil.rmtree(d), AdapterFileMissingError, "is not a directory"),
+}

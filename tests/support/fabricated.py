@@ -1,0 +1,48 @@
+"""Metrics that no run has measured, for what only reads: like a real run's, with whatever a test wants to be different."""
+
+import copy
+import json
+from pathlib import Path
+
+from experiments import record
+from experiments.methods import METHODS
+from experiments.models import layer_names
+from tests.support import ROOT
+
+COMMITTED = ROOT / "experiments" / "results"
+_TEMPLATE = json.loads((COMMITTED / "sst2-minilm-lora" / "metrics.json").read_text())
+#: What another run of it would measure otherwise.
+_TEMPLATE |= {"f1": 0.891, "loss": 0.32, "peak_rss_mb": 1331.8, "train_seconds": 1998.0, "device": "cpu, 1 threads"}
+_TEMPLATE |= {"loss_history": [[63 * i, 0.7 - i / 200] for i in range(1, 101)], "accuracy_by_epoch": [0.85, 0.86, 0.87]}
+
+
+def metrics(method="lora", accuracy=0.87, seed=0, **changes):
+    """The committed LoRA run's metrics under another name, with another last accuracy, seed or other top-level keys."""
+    made = copy.deepcopy(_TEMPLATE)
+    made |= {"method": method, "accuracy": accuracy, "seed": seed} | changes
+    made["accuracy_by_epoch"] = [*made["accuracy_by_epoch"][:-1], accuracy]
+    recipe = METHODS[method]
+    if recipe.adapts:
+        for key in ("r", "lora_alpha", "lora_dropout", "quantize"):
+            made["hyperparameters"][key] = getattr(recipe, key)
+        targets = recipe.target_modules or layer_names(made["base_model"]["model_type"], recipe.roles)
+        made["hyperparameters"] |= {"target_modules": list(targets)}
+        own = {"bias": recipe.bias, "lora_plus_ratio": recipe.lora_plus_ratio}
+        made["hyperparameters"] |= {name: value for name, value in own.items() if value not in ("none", 1)}
+    else:
+        for key in ("quantize", "r", "lora_alpha", "lora_dropout"):
+            del made["hyperparameters"][key]
+        made["hyperparameters"]["target_modules"] = []
+    made["hyperparameters"]["learning_rate"] = recipe.learning_rate
+    if method == "base":
+        made |= {"trainable_parameters": 0, "adapter_parameters": 0, "accuracy_by_epoch": [], "loss_history": []}
+    return made
+
+
+def write(directory, *all_metrics):
+    """Writes each into a run's directory of its own; returns `directory`."""
+    for number, made in enumerate(all_metrics):
+        path = Path(directory) / f"run{number}"
+        path.mkdir(parents=True)
+        record.write_json(path / record.METRICS, made)
+    return Path(directory)
