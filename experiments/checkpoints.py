@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.errors import AdapterFormatError
+from lora_core.errors import FileFormatError
 from lora_core.files.disk import read_safetensors, to_safetensors
 from lora_core.files.shards import new_directory
 
@@ -120,7 +120,7 @@ def newest(directory: Path) -> Checkpoint | None:
     for path in _paths(directory):
         try:
             return read(path)
-        except (ExperimentError, AdapterFormatError) as error:
+        except (ExperimentError, FileFormatError) as error:
             print(f"note: passed over: {error}", file=sys.stderr)
     return None
 

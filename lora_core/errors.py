@@ -25,64 +25,32 @@ class TargetError(LoraError, ValueError):
     """A name pattern matched nothing, or matched something that can't carry an adapter."""
 
 
-class UnknownAdapterError(LoraError, LookupError):
-    """No adapter of that name is on the model."""
+class AdapterNameError(LoraError, LookupError, ValueError):
+    """No adapter of that name is on the model, or one is and none may be."""
 
 
-class AdapterExistsError(LoraError, ValueError):
-    """An adapter of that name is on the model already."""
-
-
-class AdapterFileMissingError(LoraError, FileNotFoundError):
-    """A directory or file that an adapter needs is not there."""
-
-
-class AdapterFormatError(LoraError, ValueError):
-    """An adapter's files are broken, or say something that the model or this package can't honour."""
+class FileFormatError(LoraError, ValueError):
+    """Files of an adapter, a probe or a base are missing, broken, or say something that the model can't honour."""
 
 
 class WrongBaseError(LoraError, ValueError):
     """An adapter was made for another base, or on one that was quantised or cast differently."""
 
 
-class MixedBatchError(LoraError, RuntimeError):
-    """A mixed batch, or a change of the adapters while one or `disable_adapters` is open, can't be had as things stand."""
-
-
-class ShardedError(LoraError, RuntimeError):
-    """The model is spread over processes, and what was asked for needs it whole."""
-
-
-class OffloadedError(LoraError, RuntimeError):
-    """Weights are on the meta device, or are kept elsewhere by accelerate, where they can't be read or written."""
-
-
-class MergeError(LoraError, RuntimeError):
-    """Adapters can't be folded into (or taken out of) the base weights as things stand."""
-
-
-class CheckpointError(LoraError, ValueError):
-    """A base model's files are missing, broken, or not what a header or an index says they are."""
-
-
-class OutputError(LoraError, OSError):
-    """Files can't be written where they should go; what was begun is gone."""
+class StateError(LoraError, RuntimeError):
+    """What was asked for can't be done as things stand: merged, sharded or offloaded weights, an open mixed batch, 4 bits."""
 
 
 class CheckFailedError(LoraError, RuntimeError):
     """What was made differs from what was trained by more than is allowed."""
 
 
-class QuantizationError(LoraError, ValueError):
-    """A model can't be quantised to NF4 as asked."""
+class OutputError(LoraError, OSError):
+    """Files can't be written where they should go; what was begun is gone."""
 
 
 class MissingDependencyError(LoraError, ImportError):
     """An optional library is needed for this and is not installed."""
-
-
-class SecondDerivativeError(LoraError, RuntimeError):
-    """A gradient of a gradient was asked for, which the fused layers don't have."""
 
 
 def one_line(message: str) -> str:

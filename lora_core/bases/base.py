@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cpu.products import frozen_linear
-from ..errors import QuantizationError
+from ..errors import StateError
 from ..maths.lora import autocast_dtype
 
 #: What weights may be packed from, and products with packed ones be computed in.
@@ -157,10 +157,10 @@ def compute_dtypes(layer: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtyp
     the layer's compute dtype (that of x if it has none), and the dtype of x.
 
     Raises:
-        QuantizationError: x holds no floating-point numbers.
+        StateError: x holds no floating-point numbers.
     """
     if not x.is_floating_point():
-        raise QuantizationError(
+        raise StateError(
             f"a quantised layer got an input of {x.dtype}: the model casts it to the dtype of the layer's weight, which is "
             "packed; name the layer in skip when you quantise the model"
         )

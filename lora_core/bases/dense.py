@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantizationError
+from ..errors import StateError
 from .base import Base, Format, plain_linear
 from .forwards import stored_weight
 
@@ -71,7 +71,7 @@ class Dense(Base):
         layer.weight.data = layer.weight.data.to(dtype)
 
     def pack(self, linear: nn.Linear, form: Format, compute_dtype: torch.dtype | None = None) -> nn.Module:
-        raise QuantizationError("a dense format packs nothing")
+        raise StateError("a dense format packs nothing")
 
     def repack(self, layer: nn.Module, W: Tensor) -> nn.Parameter:
         return nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)

@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from ..errors import OffloadedError, TargetError
+from ..errors import StateError, TargetError
 
 #: accelerate's names on a hooked module: the hook, and the forward inside it.
 HOOK, INSIDE = "_hf_hook", "_old_forward"
@@ -79,26 +79,26 @@ def stored_weight(module: nn.Module, path: str = "", name: str = "weight") -> Te
     """The module's weight, its parameter `name`, from where accelerate keeps it between two calls if it is offloaded.
 
     Raises:
-        OffloadedError: it is on the meta device, and nowhere else.
+        StateError: it is on the meta device, and nowhere else.
     """
     weight = getattr(module, name)
     if not weight.is_meta:
         return weight
     for hook in _offloading(module):
         return hook.weights_map[name]
-    raise OffloadedError(f"{path or type(module).__name__}: its weight is on the meta device; load the model's weights first")
+    raise StateError(f"{path or type(module).__name__}: its weight is on the meta device; load the model's weights first")
 
 
 def stored_entry(table: nn.ParameterDict, name: str) -> Tensor:
     """An entry of a table of adapters, from where accelerate keeps it if it offloaded the model after the injection.
 
     Raises:
-        OffloadedError: it is to be trained, and what is there is not the parameter.
+        StateError: it is to be trained, and what is there is not the parameter.
     """
     entry = table[name]
     for hook in _offloading(table) if entry.is_meta else ():
         if entry.requires_grad and torch.is_grad_enabled():
-            raise OffloadedError(
+            raise StateError(
                 f"the tensors of adapter {name!r} were offloaded with the model, and can't be trained; offload first, and "
                 "inject afterwards"
             )
@@ -107,9 +107,9 @@ def stored_entry(table: nn.ParameterDict, name: str) -> Tensor:
 
 
 def refuse_offloaded(path: str, module: nn.Module, what: str) -> None:
-    """Raises an OffloadedError if accelerate keeps weights of `module` elsewhere, where `what` would not reach them."""
+    """Raises an StateError if accelerate keeps weights of `module` elsewhere, where `what` would not reach them."""
     if any(_offloading(m) for m in module.modules()):
-        raise OffloadedError(f"{path}: accelerate offloads its weights, and {what} would not reach them; load the model whole")
+        raise StateError(f"{path}: accelerate offloads its weights, and {what} would not reach them; load the model whole")
 
 
 def _offloading(module: nn.Module) -> list:

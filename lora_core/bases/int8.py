@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantizationError
+from ..errors import StateError
 from ..maths.loss import is_finite
 from .base import Base, Format, PackedLayer
 from .bnb import bitsandbytes
@@ -125,10 +125,10 @@ def _pack(W: Tensor) -> nn.Parameter:
     """W, (d_out, d_in), in 8 bits, on its device.
 
     Raises:
-        QuantizationError: it has values beyond those of float16, from which bitsandbytes packs.
+        StateError: it has values beyond those of float16, from which bitsandbytes packs.
     """
     if not is_finite(W.half()):
-        raise QuantizationError("a weight has values beyond 65504, the largest of float16, from which 8-bit weights are packed")
+        raise StateError("a weight has values beyond 65504, the largest of float16, from which 8-bit weights are packed")
     packed = bitsandbytes().nn.Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False)
     return packed.to(W.device)  # bitsandbytes quantises when the parameter is moved
 
@@ -137,11 +137,11 @@ def _scales(layer: nn.Module) -> Tensor:
     """S, (d_out,), which a forward of bitsandbytes moves from the weight to the layer.
 
     Raises:
-        QuantizationError: it is in neither.
+        StateError: it is in neither.
     """
     for holder in (layer.weight, getattr(layer, "state", None)):
         if (scales := getattr(holder, "SCB", None)) is not None:
             return scales
-    raise QuantizationError(
+    raise StateError(
         "an 8-bit weight has lost its scales; shard with fully_shard(..., ignored_params=packed_parameters(model))"
     )

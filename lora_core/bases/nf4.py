@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantizationError
+from ..errors import StateError
 from .base import COMPUTE_DTYPES, Base, Format, PackedLayer
 from .bnb import bitsandbytes
 from .forwards import change_class
@@ -35,7 +35,7 @@ class NF4Format(Format):
         quant_type: "nf4", or "fp4", which is read and not made here.
 
     Raises:
-        QuantizationError: there are no blocks of that size.
+        StateError: there are no blocks of that size.
     """
 
     block_size: int = 64
@@ -44,7 +44,7 @@ class NF4Format(Format):
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
-            raise QuantizationError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {self.block_size!r}")
+            raise StateError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {self.block_size!r}")
 
     def __str__(self) -> str:
         return f"{self.quant_type}/{self.block_size}{'/double' if self.double_quant else ''}"
@@ -199,7 +199,7 @@ def _undo_repacking(layer: nn.Module) -> Any:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         message = "a 4-bit weight has lost its scales; shard with fully_shard(..., ignored_params=packed_parameters(model))"
-        raise QuantizationError(message)
+        raise StateError(message)
     if getattr(state, "packing_format_for_cpu", False):  # see `linear_4bit_class`
         functional, scales = bitsandbytes().functional, state.absmax
         layer.weight.data, state = functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)

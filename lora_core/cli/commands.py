@@ -19,7 +19,7 @@ from ..deploy.inspection import inspect_adapter
 from ..deploy.recipe import Recipe
 from ..deploy.stream import StreamMerge
 from ..deploy.updates import read_updates
-from ..errors import CheckFailedError, CheckpointError, ConfigError
+from ..errors import CheckFailedError, ConfigError, FileFormatError
 from ..files.checkpoint import open_checkpoint
 from ..files.disk import expanded, is_directory
 from ..files.shards import check_free, new_directory
@@ -160,9 +160,9 @@ def _lines(path: str) -> list[str]:
     try:
         texts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"--check: {path} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        raise FileFormatError(f"--check: {path} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if not texts:
-        raise CheckpointError(f"--check: {path} holds no text; put one on each line")
+        raise FileFormatError(f"--check: {path} holds no text; put one on each line")
     return texts
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor, nn
 
-from ..errors import SecondDerivativeError
+from ..errors import StateError
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -38,7 +38,7 @@ def first_derivative_only(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def checked(ctx, *gradients):
         if torch.is_grad_enabled():
-            raise SecondDerivativeError(
+            raise StateError(
                 "LoRA layers and fast dropout have no second derivative; call backward() or grad() without create_graph"
             )
         return backward(ctx, *gradients)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..bases import DEFAULT, base_for
 from ..bases.base import Format
-from ..errors import AdapterFormatError, WrongBaseError
+from ..errors import FileFormatError, WrongBaseError
 from ..files.checkpoint import Checkpoint
 from ..files.fingerprint import describe_dense, describe_layer, difference, fingerprint, same_values
 from ..integrations.pretrained import load_model
@@ -52,7 +52,7 @@ def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basi
     """What the adapters' fingerprints say of the base, checked on the weight of one adapted layer.
 
     Raises:
-        WrongBaseError: it is of another base; AdapterFormatError: a fingerprint is not as written here.
+        WrongBaseError: it is of another base; FileFormatError: a fingerprint is not as written here.
     """
     form = next((a.packed_form for a in adapters if a.packed_form), None)
     if form is None:
@@ -83,7 +83,7 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
                 line = describe_dense(W.to(adapter.dense_dtype or W.dtype))
             differs = difference(mark, {"base": {path: line}, "settings": settings(adapter.layers, adapter.config)})
         except ValueError as error:
-            raise AdapterFormatError(f"{adapter.directory}: {error}; save the adapter again") from None
+            raise FileFormatError(f"{adapter.directory}: {error}; save the adapter again") from None
         if differs:
             raise WrongBaseError(f"{adapter.directory} was saved on another base: {differs}; merge it into its own")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterFormatError, ConfigError
+from ..errors import ConfigError, FileFormatError
 from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.config import HARMLESS_INITIALISERS
@@ -134,7 +134,7 @@ def _fields(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise AdapterFormatError(f"{directory} has no readable {CONFIG_FILE}; is it an adapter's directory?")
+        raise FileFormatError(f"{directory} has no readable {CONFIG_FILE}; is it an adapter's directory?")
     return fields
 
 
@@ -186,7 +186,7 @@ def _without_start(
         raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
     for key in (key for key, table in tables.items() if table in ("lora_A", "lora_B")):
         if key not in then or then[key].shape != now[key].shape:
-            raise AdapterFormatError(f"{initial} has no {key} of the same shape; it is not the start of {directory}")
+            raise FileFormatError(f"{initial} has no {key} of the same shape; it is not the start of {directory}")
         is_A = tables[key] == "lora_A"
         tensors[key] = torch.cat([now[key], then[key]]) if is_A else torch.cat([now[key], -then[key]], dim=1)
     doubled = {name: {k: 2 * v for k, v in (fields.get(name) or {}).items()} for name in ("rank_pattern", "alpha_pattern")}

@@ -94,7 +94,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
     """Reads an adapter directory.
 
     Raises:
-        AdapterFileMissingError, AdapterFormatError: it is not there, or is broken. Values that are not finite are no error
+        FileFormatError: it is not there, or is broken. Values that are not finite are no error
             here, but a warning.
     """
     updates = read_updates(Path(directory), finite=False)

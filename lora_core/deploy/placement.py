@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MergeError, WrongBaseError
+from ..errors import StateError, WrongBaseError
 from ..files.checkpoint import Checkpoint
 from ..integrations.model_class import ModelClass, known_class
 from ..integrations.tied_names import OUTPUT_LAYER, may_be_tied, tied_groups
@@ -70,11 +70,11 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     Raises:
         WrongBaseError: the base lacks a layer that an adapter updates, or has one that an adapter should update and
             does not.
-        MergeError: two adapters have a tensor of their own for the same path, or tied weights can't be told apart.
+        StateError: two adapters have a tensor of their own for the same path, or tied weights can't be told apart.
     """
     layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
     if inside := next((path for path in layers if ".base_layer." in path), None):
-        raise MergeError(
+        raise StateError(
             f"{inside.partition('.base_layer.')[0]} is an nn.MultiheadAttention, whose adapter is merged in memory: "
             "load_adapter, then merge_and_unload"
         )
@@ -117,7 +117,7 @@ def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
     for adapter in adapters:
         for name in adapter.copies:
             if name in owners:
-                raise MergeError(
+                raise StateError(
                     f"{owners[name].directory} and {adapter.directory} both have a {name!r} of their own; "
                     "merge one of them, or train the second on the merged model"
                 )
@@ -202,7 +202,7 @@ def _untied(
         return names, config
     groups = tied_groups(known, architecture, names)
     if groups is None:
-        raise MergeError(
+        raise StateError(
             f"{base.directory}: the adapter changes weights that a {architecture} ties to others, whose names are not known "
             "here; install transformers, which knows them, or merge in memory: load_adapter, then merge_and_unload"
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import is_packed, libraries
-from ..errors import AdapterFileMissingError, AdapterFormatError, ConfigError
+from ..errors import ConfigError, FileFormatError
 from ..files.disk import read_safetensors, to_safetensors, write_whole
 from ..files.storage import WEIGHTS_FILE
 from ..model.registry import unwrap
@@ -89,12 +89,11 @@ def read_probe(directory: Path) -> Probe:
     """The probe beside an adapter.
 
     Raises:
-        AdapterFileMissingError: it has none.
-        AdapterFormatError: the file is broken.
+        FileFormatError: it has none; the file is broken.
     """
     path = directory / PROBE_FILE
     if not path.is_file():
-        raise AdapterFileMissingError(f"{path} is not there: this adapter was saved without probe inputs")
+        raise FileFormatError(f"{path} is not there: this adapter was saved without probe inputs")
     tensors, metadata = read_safetensors(path)
     try:
         about = json.loads(metadata[ABOUT])
@@ -105,7 +104,7 @@ def read_probe(directory: Path) -> Probe:
         quantized = tuple(map(str, about["quantized"]))
         return Probe(inputs, tensors["logits"], str(about["dtype"]), quantized, texts, about["versions"], str(about["weights"]))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise AdapterFormatError(f"{path} is not as written here; save the adapter and its probe again") from None
+        raise FileFormatError(f"{path} is not as written here; save the adapter and its probe again") from None
 
 
 def quantized_layers(directory: Path) -> tuple[str, ...] | None:

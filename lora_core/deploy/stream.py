@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..bases import base_for, base_of, dense_weight
 from ..bases.base import Format
-from ..errors import AdapterFormatError, CheckpointError, ConfigError, MergeError
+from ..errors import ConfigError, FileFormatError, StateError
 from ..files.adapter import FLOAT_DTYPES
 from ..files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ..files.shards import Entry, new_directory, write_index, write_shard
@@ -85,7 +85,7 @@ class StreamMerge:
 
     def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
         if "quantization_config" in base.config:
-            raise CheckpointError(f"{base.directory} is quantised already; give the base that it was made from")
+            raise FileFormatError(f"{base.directory} is quantised already; give the base that it was made from")
         weights = (1.0,) * len(adapters) if recipe.weights is None else recipe.weights
         if not adapters or len(weights) != len(adapters):
             raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
@@ -157,7 +157,7 @@ class StreamMerge:
         own = self.copies.get(name)
         if own is not None:
             if source is not None and source.shape != own.shape and not is_head(name):
-                raise AdapterFormatError(
+                raise FileFormatError(
                     f"the adapter's {name} is {tuple(own.shape)}, and the base's {source.shape}; use the base it was trained on"
                 )
             dtype = self._result_dtype((source or own).dtype)
@@ -194,8 +194,8 @@ class StreamMerge:
         layer, names = self._adapted(path, source, self.form if path in self.quantized else None)
         try:
             self.spent[path] = layer.fold(names, dtype)
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        except StateError as error:
+            raise StateError(f"{path}: {error}; nothing was merged") from None
         return layer.weight.data.t() if self._is_transposed(path, source) else layer.weight.data
 
     def _packed(self, path: str, source: StoredTensor) -> nn.Module:
@@ -209,8 +209,8 @@ class StreamMerge:
         layer, names = self._adapted(path, source, self.basis.form if self.basis.trained_on_packed else None)
         try:
             exact, trained_on = layer.folded_weight(names), layer.dense_weight()
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        except StateError as error:
+            raise StateError(f"{path}: {error}; nothing was merged") from None
         dtype = self._result_dtype(source.dtype)
         packed = self._repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
         before = dense_weight(self._repack(W.to(dtype)))
@@ -256,7 +256,7 @@ class StreamMerge:
     def _read(self, path: str) -> Tensor:
         source = self.base.tensors[self._source(path)]
         if source.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{source.file}: {path}.weight is {source.dtype}; adapters are folded into float weights")
+            raise FileFormatError(f"{source.file}: {path}.weight is {source.dtype}; adapters are folded into float weights")
         return source.read()
 
     def _is_transposed(self, path: str, source: StoredTensor) -> bool:
@@ -286,7 +286,7 @@ class StreamMerge:
     def packed_layers(self) -> set[str]:
         """Paths of the layers that are packed."""
         if self.transposed:
-            raise MergeError("layers that store their weight transposed (GPT-2's) have no packed form; use --base-as original")
+            raise StateError("layers that store their weight transposed (GPT-2's) have no packed form; use --base-as original")
         matrices = self._matrices()
         named = self.recipe.quantized
         if named is None:

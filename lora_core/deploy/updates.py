@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..bases import base_for, parse_format
 from ..bases.base import Format
 from ..bases.dense import DenseFormat
-from ..errors import AdapterFormatError, ConfigError
+from ..errors import ConfigError, FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
 from ..files.keys import PREFIX, parse_key
 from ..layers import LoraLayer, lora_class
@@ -66,12 +66,12 @@ class LayerUpdate:
         """Gives the adapted `layer` this update times `weight`, as the adapter `name`.
 
         Raises:
-            AdapterFormatError: it is of other shapes.
+            FileFormatError: it is of other shapes.
             ConfigError: `weight` makes the factor before B A larger than float32 holds.
         """
         shared = [table.name for table in self.method.tables if table.shared and table.name not in self.tensors]
         if shared:
-            raise AdapterFormatError(
+            raise FileFormatError(
                 f"{self.path}: the file has no {' and '.join(shared)}, which the layers share; load it onto its model, and "
                 "save it with them (save_projection=True)"
             )
@@ -83,7 +83,7 @@ class LayerUpdate:
         for table, tensor in self.tensors.items():
             form = all_tables()[table].form
             if form and tuple(tensor.shape) != shapes[form]:
-                raise AdapterFormatError(
+                raise FileFormatError(
                     f"{self.path}: {table} is {tuple(tensor.shape)}, and on this base's weight of "
                     f"{tuple(layer.weight.shape)} it would be {shapes[form]}; use the base it was trained on"
                 )
@@ -106,7 +106,7 @@ class LayerUpdate:
             weight = weight.t() if self.is_transposed(weight.shape, transposed) else weight
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         else:
-            raise AdapterFormatError(f"{self.path}: its weight has {weight.dim()} dimensions; no adapter goes on that")
+            raise FileFormatError(f"{self.path}: its weight has {weight.dim()} dimensions; no adapter goes on that")
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
 
@@ -174,7 +174,7 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
         finite: whether NaN and infinite values are refused.
 
     Raises:
-        AdapterFileMissingError, AdapterFormatError: it is not there, or is broken.
+        FileFormatError: it is not there, or is broken.
     """
     config, tensors, mark = read_adapter(directory)
     by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -182,14 +182,14 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
     for key, tensor in tensors.items():
         parsed = parse_key(key)
         if parsed is None:
-            raise AdapterFormatError(f"{directory}: the tensor {key!r} does not start with {PREFIX!r}, as PEFT's do")
+            raise FileFormatError(f"{directory}: the tensor {key!r} does not start with {PREFIX!r}, as PEFT's do")
         if finite and not tensor.isfinite().all():
-            raise AdapterFormatError(f"{directory} has NaN or infinite values ({key})")
+            raise FileFormatError(f"{directory} has NaN or infinite values ({key})")
         if parsed.table is None:
             copies[parsed.path] = tensor
             continue
         if tensor.dtype not in FLOAT_DTYPES:
-            raise AdapterFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
+            raise FileFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
         if not parsed.path:
             shared[parsed.table] = tensor
             continue
@@ -197,7 +197,7 @@ def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
         if parsed.embedding:
             embeddings.add(parsed.path)
     if not by_path:
-        raise AdapterFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
+        raise FileFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
     copies, base_tensors = _apart(copies, by_path, config)
     method = method_of(config)
     with limited():
@@ -238,14 +238,14 @@ def _is_saved(path: str, config: LoraConfig) -> bool:
 
 
 def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
-    """Raises an AdapterFormatError unless the update has what its method needs, of the configuration's rank."""
+    """Raises an FileFormatError unless the update has what its method needs, of the configuration's rank."""
     wanted = {table.name: table for table in update.method.files(config)}
     if wanted.keys() != update.tensors.keys():
         listed = ", ".join(sorted(update.tensors.keys() ^ wanted.keys()))
-        raise AdapterFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
+        raise FileFormatError(f"{directory}: {update.path} has a {listed} too few or too many for its configuration")
     B, r = update.tensors.get("lora_B"), update.rank
     if B is not None and B.dim() > 2 and 0 < B.shape[1] < r and not r % B.shape[1]:
-        raise AdapterFormatError(
+        raise FileFormatError(
             f"{directory}: {update.path} is a convolution of {r // B.shape[1]} groups, whose update its kernel can't hold; "
             "such an adapter runs on its model alone"
         )
@@ -255,6 +255,6 @@ def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
         form = wanted[name].form
         if tensor.dim() < (1 if form == "rank" else 2) or tensor.shape[along[form]] != update.rank:
             shapes = " and ".join(f"{n.removeprefix('lora_')} {tuple(t.shape)}" for n, t in ranked.items())
-            raise AdapterFormatError(
+            raise FileFormatError(
                 f"{directory}: {update.path} has {shapes}, and its configuration says rank {update.rank}"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, WrongBaseError
+from ..errors import ConfigError, FileFormatError, WrongBaseError
 from ..files.storage import load_adapter
 from ..integrations.pretrained import tokenize
 from ..spec.config import check_tolerance
@@ -119,7 +119,7 @@ def _tokens(probe: Probe, updates: AdapterUpdates, base: Path) -> dict[str, str]
         return {}
     try:
         found = tokenize([updates.directory, base], probe.texts, probe.inputs["input_ids"].shape[1])
-    except CheckpointError as error:
+    except FileFormatError as error:
         return {"tokenizer": str(error)}
     was = _without_padding(probe.inputs)
     different = sum(before != now for before, now in zip(was, _without_padding(found), strict=True))

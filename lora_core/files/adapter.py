@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AdapterFileMissingError, AdapterFormatError
+from ..errors import FileFormatError
 from ..spec.config import LoraConfig
 from .config import config_from_json
 from .disk import is_directory, read_safetensors
@@ -46,14 +46,14 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
     """What an adapter directory holds, each part checked by itself but not against a model.
 
     Raises:
-        AdapterFileMissingError, AdapterFormatError: as `load_adapter`.
+        FileFormatError: as `load_adapter`.
     """
     directory = Path(directory)
     if not is_directory(directory):
-        raise AdapterFileMissingError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
+        raise FileFormatError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
     config = config_from_json(_require(directory / CONFIG_FILE))
     if not (directory / WEIGHTS_FILE).exists() and (directory / LEGACY_WEIGHTS_FILE).exists():
-        raise AdapterFormatError(
+        raise FileFormatError(
             f"{directory} holds {LEGACY_WEIGHTS_FILE}, a pickle, which can run code and is not read; "
             "load it with peft where you trust it and save it again as safetensors"
         )
@@ -62,7 +62,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
     try:
         mark = json.loads(metadata.get(FINGERPRINT, "null"))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: its fingerprint is not JSON: {error}") from None
+        raise FileFormatError(f"{path}: its fingerprint is not JSON: {error}") from None
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
     tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     return AdapterFiles(config, tensors, mark)
@@ -70,5 +70,5 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
 
 def _require(path: Path) -> Path:
     if not path.is_file():
-        raise AdapterFileMissingError(f"{path} is not there; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise FileFormatError(f"{path} is not there; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     return path

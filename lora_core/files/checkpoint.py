@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import FileFormatError
 from .disk import is_directory
 from .header import read_header as read_json_header
 
@@ -104,7 +104,7 @@ class StoredTensor:
         try:
             file = open(self.file, "rb", buffering=0)  # noqa: SIM115  its users close it
         except OSError as error:
-            raise CheckpointError(f"{self.file} can't be read: {error.strerror}") from None
+            raise FileFormatError(f"{self.file} can't be read: {error.strerror}") from None
         file.seek(self.start)
         return file
 
@@ -130,41 +130,41 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Reads config.json, the index if there is one, and every header; no values.
 
     Raises:
-        CheckpointError: a file is missing, or says something that is not so; names the file and what is wrong.
+        FileFormatError: a file is missing, or says something that is not so; names the file and what is wrong.
     """
     if not is_directory(directory):
-        raise CheckpointError(f"{directory} is not a directory; expected a saved model's, with {CONFIG_FILE} in it")
+        raise FileFormatError(f"{directory} is not a directory; expected a saved model's, with {CONFIG_FILE} in it")
     config = read_object(directory / CONFIG_FILE)
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file():  # transformers too looks for it first
         return Checkpoint(directory, read_header(single), (WEIGHTS_FILE,), config)
     if not index.is_file():
         if any((directory / name).exists() for name in PICKLES):
-            raise CheckpointError(
+            raise FileFormatError(
                 f"{directory} holds its weights as a pickle, which can run code and is not read; save it as safetensors"
             )
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; is it a saved model?")
+        raise FileFormatError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; is it a saved model?")
     return _open_sharded(directory, index, config)
 
 
 def _open_sharded(directory: Path, index: Path, config: dict[str, Any]) -> Checkpoint:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from the names of tensors to those of files")
+        raise FileFormatError(f"{index} has no weight_map from the names of tensors to those of files")
     shards = tuple(dict.fromkeys(places.values()))
     for name in shards:
         if Path(name).name != name or not name.endswith(".safetensors"):  # "../x", "/etc/x", "a/b"
-            raise CheckpointError(f"{index} names the file {name!r}; only a *.safetensors file beside the index may be named")
+            raise FileFormatError(f"{index} names the file {name!r}; only a *.safetensors file beside the index may be named")
         if not (directory / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name}, which is not there; fetch the checkpoint again")
+            raise FileFormatError(f"{index} names the shard {name}, which is not there; fetch the checkpoint again")
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         held = read_header(directory / shard)
         listed = {name for name, place in places.items() if place == shard}
         if absent := sorted(listed - held.keys()):
-            raise CheckpointError(f"{index} says that {shard} holds {absent[0]!r}, and it does not; fetch them again")
+            raise FileFormatError(f"{index} says that {shard} holds {absent[0]!r}, and it does not; fetch them again")
         if extra := sorted(held.keys() - listed):
-            raise CheckpointError(f"{directory / shard} holds {extra[0]!r}, which the index does not place there")
+            raise FileFormatError(f"{directory / shard} holds {extra[0]!r}, which the index does not place there")
         tensors |= held
     return Checkpoint(directory, tensors, shards, config)
 
@@ -173,17 +173,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """{name: where it is}, in the order of the file; every byte of the file must belong to exactly one tensor.
 
     Raises:
-        CheckpointError: the file can't be read, or its header is not true of it.
+        FileFormatError: the file can't be read, or its header is not true of it.
     """
 
-    def broken(what: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a whole safetensors file: {what}")
+    def broken(what: str) -> FileFormatError:
+        return FileFormatError(f"{path} is not a whole safetensors file: {what}")
 
     try:
         header, _, data = read_json_header(path, MAX_HEADER)
         size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+        raise FileFormatError(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise broken(str(error)) from None
     end, tensors = 0, {}
@@ -210,16 +210,16 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: there is none.
+        FileFormatError: there is none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there; expected a saved model's directory") from None
+        raise FileFormatError(f"{path} is not there; expected a saved model's directory") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
+        raise FileFormatError(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
+        raise FileFormatError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
     return content
 
 
@@ -233,7 +233,7 @@ def _fill(file: BinaryIO, buffer: memoryview, path: Path) -> None:
         try:
             count = file.readinto(buffer[done:])
         except OSError as error:
-            raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+            raise FileFormatError(f"{path} can't be read: {error.strerror}") from None
         if not count:
-            raise CheckpointError(f"{path} ended while it was read; was it being written?")
+            raise FileFormatError(f"{path} ended while it was read; was it being written?")
         done += count

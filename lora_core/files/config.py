@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterFormatError, ConfigError
+from ..errors import ConfigError, FileFormatError
 from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
@@ -65,23 +65,23 @@ def config_from_json(path: Path) -> LoraConfig:
     """The configuration in the file at `path`.
 
     Raises:
-        AdapterFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
+        FileFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise AdapterFormatError(f"{path} can't be read: {error.strerror or error}") from None
+        raise FileFormatError(f"{path} can't be read: {error.strerror or error}") from None
     if len(data) > MAX_BYTES:
-        raise AdapterFormatError(f"{path} is larger than {MAX_BYTES:,} bytes; an adapter's configuration is not")
+        raise FileFormatError(f"{path} is larger than {MAX_BYTES:,} bytes; an adapter's configuration is not")
     try:
         fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is not JSON: {error}") from None
+        raise FileFormatError(f"{path} is not JSON: {error}") from None
     classes, kind = config_classes(), fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
     if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in classes:
         readable = " and ".join(map(repr, classes))
-        raise AdapterFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
+        raise FileFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
     form = classes[kind]
     known = {f.name for f in dataclasses.fields(form)}
     on = {f.name for f in dataclasses.fields(form) if f.default is True and f.name != "init_lora_weights"}
@@ -91,21 +91,21 @@ def config_from_json(path: Path) -> LoraConfig:
     unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
     if unsupported:
         listed = ", ".join(f"{key}={fields[key]!r}" for key in unsupported)
-        raise AdapterFormatError(f"{path} asks for {listed}, which is not supported; the adapter would compute something else")
+        raise FileFormatError(f"{path} asks for {listed}, which is not supported; the adapter would compute something else")
     init = fields.pop("init_lora_weights", True)
     if init not in HARMLESS_INITIALISERS:
-        raise AdapterFormatError(
+        raise FileFormatError(
             f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
             "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
         )
     if not fields.keys() >= set(form.needed):
-        raise AdapterFormatError(f"{path}: {', '.join(form.needed[:-1])} and {form.needed[-1]} must be set")
+        raise FileFormatError(f"{path}: {', '.join(form.needed[:-1])} and {form.needed[-1]} must be set")
     _check_patterns(path, fields)
     try:
         # What A and B started from does not matter any more.
         return form(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
     except ConfigError as error:
-        raise AdapterFormatError(f"{path}: {error}") from None
+        raise FileFormatError(f"{path}: {error}") from None
 
 
 def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
@@ -116,11 +116,11 @@ def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
         value = fields.get(name)
         entries = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
         if len(entries) > MAX_ENTRIES:
-            raise AdapterFormatError(f"{path}: {name} has {len(entries):,} entries, and {MAX_ENTRIES:,} are allowed")
+            raise FileFormatError(f"{path}: {name} has {len(entries):,} entries, and {MAX_ENTRIES:,} are allowed")
         if isinstance(value, list) and form == WHOLE:
             continue  # names, not patterns
         if sum(isinstance(entry, str) and not is_name(entry) for entry in entries) > MAX_EXPRESSIONS:
-            raise AdapterFormatError(f"{path}: {name} has more than {MAX_EXPRESSIONS:,} regular expressions; use names")
+            raise FileFormatError(f"{path}: {name} has more than {MAX_EXPRESSIONS:,} regular expressions; use names")
         for entry in entries:
             if isinstance(entry, str) and (reason := refusal(entry, form)):
-                raise AdapterFormatError(f"{path}: {name}: the pattern {entry!r} {reason}")
+                raise FileFormatError(f"{path}: {name}: the pattern {entry!r} {reason}")

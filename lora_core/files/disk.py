@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import AdapterFormatError, ConfigError, OutputError
+from ..errors import ConfigError, FileFormatError, OutputError
 from .header import METADATA, encode_header, read_header
 
 #: Of a header; an adapter on the experts of the largest models has half of it.
@@ -66,13 +66,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        AdapterFormatError: the file is broken.
+        FileFormatError: the file is broken.
     """
     try:
         _, metadata, _ = read_header(path, MAX_HEADER)  # which refuses what the library lets pass: a name that is there twice
         return safetensors.torch.load_file(path), metadata
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterFormatError(f"{path} is not a whole safetensors file: {error}") from None
+        raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def is_directory(path: Path) -> bool:

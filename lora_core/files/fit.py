@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
-from ..errors import AdapterFormatError, OffloadedError, TargetError, WrongBaseError
+from ..errors import FileFormatError, StateError, TargetError, WrongBaseError
 from ..layers import lora_class
 from ..methods.registry import all_tables, method_of
 from ..model.copies import original_of
@@ -42,8 +42,8 @@ def fitting_tensors(
     """{key: tensor} of what the plan needs, and no other.
 
     Raises:
-        AdapterFormatError: tensors are missing, unexpected, of another shape or dtype, not finite, or two where one is needed.
-        OffloadedError: the model has no weights yet.
+        FileFormatError: tensors are missing, unexpected, of another shape or dtype, not finite, or two where one is needed.
+        StateError: the model has no weights yet.
     """
     for path in found.layers.paths:
         layer = model.get_submodule(path)
@@ -64,7 +64,7 @@ def check_base(source: object, stored: Any, model: nn.Module, config: LoraConfig
     try:
         differs = difference(stored, fingerprint(layers, config))
     except ValueError as error:
-        raise AdapterFormatError(f"{source}: {error}; save the adapter again") from None
+        raise FileFormatError(f"{source}: {error}; save the adapter again") from None
     if differs is None:
         return
     message = f"{source} was saved on another base: {differs}"
@@ -75,10 +75,10 @@ def check_base(source: object, stored: Any, model: nn.Module, config: LoraConfig
 
 def check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> None:
     if any(tensor.is_meta for tensor in tensors.values()):
-        raise OffloadedError(f"{source} is on the meta device; load the model's weights before injecting; {outcome}")
+        raise StateError(f"{source} is on the meta device; load the model's weights before injecting; {outcome}")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
-        raise AdapterFormatError(f"{source} has NaN or infinite values in {len(bad)} tensors ({listed(bad)}); {outcome}")
+        raise FileFormatError(f"{source} has NaN or infinite values in {len(bad)} tensors ({listed(bad)}); {outcome}")
 
 
 def listed(items: Sequence[str]) -> str:
@@ -125,7 +125,7 @@ def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan
     """{key: tensor} of copies that the file has under another name: of tensors that stay one, it may have any, or all.
 
     Raises:
-        AdapterFormatError: it has two that differ.
+        FileFormatError: it has two that differ.
     """
     filled: dict[str, Tensor] = {}
     first: dict[object, str] = {}
@@ -136,7 +136,7 @@ def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan
         other = first.setdefault(group, keys[path])
         if not _equal(tensors[other], tensors[keys[path]]):
             reason = "ensure_weight_tying is set" if config.ensure_weight_tying else "the model has them as one tensor"
-            raise AdapterFormatError(f"{source}: {other} and {keys[path]} differ, and {reason}; it is of another model")
+            raise FileFormatError(f"{source}: {other} and {keys[path]} differ, and {reason}; it is of another model")
     for path, group in found.copies.items():
         if keys[path] not in tensors and group in first:
             filled[keys[path]] = tensors[first[group]]
@@ -169,6 +169,6 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     if kinds:
         problems.append(f"{len(kinds)} tensors of a dtype that has no place there ({listed(kinds)})")
     if problems:
-        raise AdapterFormatError(
+        raise FileFormatError(
             f"{source} does not fit this base: {'; '.join(problems)}; load it onto the base it was trained on"
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterExistsError, AdapterFormatError, ConfigError, MergeError
+from ..errors import AdapterNameError, ConfigError, FileFormatError, StateError
 from ..methods.registry import all_tables, method_of
 from ..model.inject import InjectionReport, attach, describe
 from ..model.notices import warn_of_untied
@@ -48,8 +48,8 @@ def save_adapter(
         dtype: what its floating-point tensors are cast to; None: as they are, which is float32 beside a 16-bit base.
 
     Raises:
-        UnknownAdapterError: it is not on the model.
-        AdapterFormatError: it has NaN or infinite values, or would have in `dtype`; nothing is written.
+        AdapterNameError: it is not on the model.
+        FileFormatError: it has NaN or infinite values, or would have in `dtype`; nothing is written.
         ConfigError: `directory` is a file.
         OutputError: it can't be made or written to; each file is as it was or whole.
 
@@ -96,13 +96,12 @@ def load_adapter(
         What `inject` reports.
 
     Raises:
-        AdapterFileMissingError: the directory or a file is not there.
-        AdapterExistsError: the model has another adapter of that name.
-        MergeError: it has this one, and it is folded into the weights now.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
-        OffloadedError: the base's weights are on the meta device, or a module to be replaced whole is offloaded.
+        FileFormatError: the directory or a file is not there.
+        AdapterNameError: the model has another adapter of that name.
+        StateError: it has this one, and it is folded into the weights now; a thread is in a mixed batch, or in
+            `disable_adapters`; the base's weights are on the meta device, or a module to be replaced whole is offloaded.
         WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
-        AdapterFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
+        FileFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
             of another shape or not finite. The message lists them, and the model is as it was.
     """
     refuse_sharded(model, "loading")
@@ -112,14 +111,14 @@ def load_adapter(
     if not exists:
         check_new_name(model, adapter_name)
     elif not _same_structure(root, adapter_name, config, found):
-        raise AdapterExistsError(
+        raise AdapterNameError(
             f"the model has an adapter {adapter_name!r} of other layers or ranks; choose another adapter_name or "
             f"delete_adapter(model, {adapter_name!r})"
         )
     elif any(adapter_name in layer.lora_folded for _, layer in adapter_layers(root, find_adapter(root, adapter_name))):
-        raise MergeError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
+        raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
     if not found.layers.paths:
-        raise AdapterFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
+        raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     tensors = fitting_tensors(root, config, tensors, found, directory)
     check_base(directory, mark, root, config, found, strict)
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]

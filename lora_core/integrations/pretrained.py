@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import adopt_layers
-from ..errors import CheckpointError, MissingDependencyError
+from ..errors import FileFormatError, MissingDependencyError
 from ..files.checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, read_object
 from ..files.disk import expanded, is_directory
 from .model_class import LOCAL
@@ -37,13 +37,13 @@ def find_base(reference: str) -> Path:
     """The directory of a base: `reference` itself, or the Hub's model of that name, from its cache or fetched now.
 
     Raises:
-        CheckpointError: it is neither, or the Hub can't be reached.
+        FileFormatError: it is neither, or the Hub can't be reached.
     """
     path = expanded(reference)
     if is_directory(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", reference):
-        raise CheckpointError(f"the base {reference!r} is no directory, and no name of the Hub")
+        raise FileFormatError(f"the base {reference!r} is no directory, and no name of the Hub")
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError:
@@ -55,11 +55,11 @@ def find_base(reference: str) -> Path:
     except Exception:  # not in the cache; what is raised then differs between versions
         obstacle = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _obstacle(constants.ENDPOINT)
     if obstacle:
-        raise CheckpointError(f"the base {reference!r} is no directory, not in the Hub's cache, and {obstacle}")
+        raise FileFormatError(f"the base {reference!r} is no directory, not in the Hub's cache, and {obstacle}")
     try:
         return Path(snapshot_download(reference, allow_patterns=list(WANTED)))
     except Exception as error:  # the client's and its HTTP library's errors share no base
-        raise CheckpointError(f"the base {reference!r} could not be fetched: {error}") from None
+        raise FileFormatError(f"the base {reference!r} could not be fetched: {error}") from None
 
 
 def _obstacle(endpoint: str) -> str | None:
@@ -84,24 +84,24 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
         settings: others for `from_pretrained`.
 
     Raises:
-        CheckpointError: it can't be loaded, or not exactly.
+        FileFormatError: it can't be loaded, or not exactly.
     """
     library = _transformers()
     named = read_object(directory / "config.json").get("architectures")
     name = AUTO_CLASSES.get(task or "") or (named[0] if isinstance(named, list) and named else "AutoModel")
     kind = getattr(library, str(name), None)
     if not hasattr(kind, "from_pretrained"):
-        raise CheckpointError(f"{directory}: its class {name!r} is not known to this version of transformers")
+        raise FileFormatError(f"{directory}: its class {name!r} is not known to this version of transformers")
     try:
         model, loading = kind.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL, **settings
         )
     except Exception as error:  # of many kinds
-        raise CheckpointError(f"{directory} can't be loaded as {name}: {error}") from None
+        raise FileFormatError(f"{directory} can't be loaded as {name}: {error}") from None
     problems = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
     if strict and problems:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in problems.items())
-        raise CheckpointError(f"{directory} does not load exactly as {name}: {listed}")
+        raise FileFormatError(f"{directory} does not load exactly as {name}: {listed}")
     adopt_layers(model)
     return model.eval()
 
@@ -121,15 +121,15 @@ def tokenize(directories: Sequence[Path], texts: Sequence[str], max_length: int 
     """Texts as a padded batch, by the first tokenizer that one of the directories has.
 
     Raises:
-        CheckpointError: none has one.
+        FileFormatError: none has one.
     """
     directory = next((d for d in directories if (d / TOKENIZER_CONFIG).is_file()), None)
     if directory is None:
-        raise CheckpointError(f"neither of {', '.join(map(str, directories))} has a tokenizer ({TOKENIZER_CONFIG})")
+        raise FileFormatError(f"neither of {', '.join(map(str, directories))} has a tokenizer ({TOKENIZER_CONFIG})")
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(directory, **LOCAL)
     except Exception as error:  # of many kinds
-        raise CheckpointError(f"the tokenizer in {directory} can't be loaded: {error}") from None
+        raise FileFormatError(f"the tokenizer in {directory} can't be loaded: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(max_length or 512, tokenizer.model_max_length)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MergeError
+from ..errors import StateError
 from ..maths.lora import update_dtype
 from ..methods.registry import method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
@@ -104,7 +104,7 @@ class LoraGroupedConv(LoraConv):
         return convolve(x, kernel, None, self.stride, padding, self.dilation)
 
     def check_stored(self, names: Iterable[str]) -> None:
-        raise MergeError(
+        raise StateError(
             f"the update of a convolution of {self.groups} groups reaches across them, as PEFT has it, and its kernel can't "
             "hold that; keep the adapter, or unload it"
         )

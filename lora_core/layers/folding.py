@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded, stored_weight
-from ..errors import MergeError, TargetError
+from ..errors import StateError, TargetError
 from ..maths.loss import Cost, cast, cost, is_finite
 from .holder import AdapterHolder
 
@@ -27,7 +27,7 @@ class FoldedLayer(AdapterHolder):
         """The dense weight with those of `names` that are on this layer folded in: float32 or float64, a new tensor.
 
         Raises:
-            MergeError: the result has NaN or infinite values.
+            StateError: the result has NaN or infinite values.
         """
         names = self.present(names)
         W = self.dense_weight()
@@ -41,7 +41,7 @@ class FoldedLayer(AdapterHolder):
                 method.fold_(self, name, self.as_matrix(V))
                 W += V.sub_(base)
         if not is_finite(W):
-            raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite weights")
+            raise StateError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
     def update_norm(self, names: Iterable[str]) -> float:
@@ -57,10 +57,10 @@ class FoldedLayer(AdapterHolder):
         if own is None:
             return self._parameters.get("bias")
         if self.bias is None:
-            raise MergeError("the adapter has a bias (lora_bias) and the layer has none to fold it into")
+            raise StateError("the adapter has a bias (lora_bias) and the layer has none to fold it into")
         bias = self.bias.detach().to(own.dtype) + own.detach()
         if not bias.isfinite().all():
-            raise MergeError(f"folding in {', '.join(names)} gives NaN or infinite biases")
+            raise StateError(f"folding in {', '.join(names)} gives NaN or infinite biases")
         return nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
 
     def fold(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Cost:
@@ -136,10 +136,10 @@ class FoldedLayer(AdapterHolder):
             )
 
     def check_stored(self, names: Iterable[str]) -> None:
-        """Raises a MergeError if what folding these adapters replaces is computed from other tensors, and would not last."""
+        """Raises a StateError if what folding these adapters replaces is computed from other tensors, and would not last."""
         for tensor in (self.weight_name, "bias") if self.has_own_bias(names) else (self.weight_name,):
             if tensor not in self._parameters:
-                raise MergeError(
+                raise StateError(
                     f"its {tensor} is computed from other tensors (pruned, or weight norm); make it a plain one first, as "
                     f"torch.nn.utils.prune.remove(layer, {tensor!r}), remove_weight_norm or remove_parametrizations do"
                 )
@@ -148,7 +148,7 @@ class FoldedLayer(AdapterHolder):
         """Puts back the weight and bias from before `fold`, byte for byte.
 
         Raises:
-            MergeError: one of them was pruned, or is computed otherwise, since.
+            StateError: one of them was pruned, or is computed otherwise, since.
         """
         if self.lora_folded:
             (weight, bias, folded_dtype), folded = self.lora_unfolded, self.weight

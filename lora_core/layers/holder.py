@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..bases.forwards import change_class, execution_device, stored_entry
-from ..errors import MergeError
+from ..errors import StateError
 from ..methods.base import Method
 from ..methods.registry import LORA, all_tables
 
@@ -77,11 +77,11 @@ class AdapterHolder(nn.Module):
         """The reverse of `adopt`: the base layer as it was, with its weight unfolded. Adapters are dropped.
 
         Raises:
-            MergeError: it was parametrised meanwhile, which is a matter of its class.
+            StateError: it was parametrised meanwhile, which is a matter of its class.
         """
         self.unfold()
         if is_parametrized(self):
-            raise MergeError(
+            raise StateError(
                 f"a {self.lora_base_class.__name__} was parametrised after it got its adapter, and would lose its weight with "
                 "it; call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
             )

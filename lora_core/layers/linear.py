@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..bases import base_of
 from ..bases.base import Base, compute_dtypes
 from ..cpu.products import FastLinear, fast_linear, product
-from ..errors import QuantizationError
+from ..errors import StateError
 from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
 from ..maths.loss import Cost, cost
 from .base import LoraLayer, Product
@@ -103,11 +103,11 @@ class LoraPacked(LoraLinear):
         """What holds the weight.
 
         Raises:
-            QuantizationError: it is packed, and without what it takes to make it dense.
+            StateError: it is packed, and without what it takes to make it dense.
         """
         base = base_of(self)
         if not base.packed:
-            raise QuantizationError(
+            raise StateError(
                 "a packed weight has lost its scales; shard with fully_shard(..., ignored_params=packed_parameters(model))"
             )
         return base

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import MixedBatchError
+from ..errors import StateError
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class RowAdapters:
 
 
 def check_rows(x: Tensor, index: Tensor) -> None:
-    """Raises a MixedBatchError unless the first dimension of x is the rows of the batch."""
+    """Raises a StateError unless the first dimension of x is the rows of the batch."""
     if x.shape[:1] != index.shape:
-        raise MixedBatchError(
+        raise StateError(
             f"a mixed batch of {len(index)} rows reached a layer with an input of {tuple(x.shape)}, whose first dimension "
             "must be the rows"
         )

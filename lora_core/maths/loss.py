@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import MergeError
+from ..errors import StateError
 
 #: Of an update this share must be kept in every layer, unless the user allows less; and below the second nothing is left.
 ENOUGH, NOTHING = 0.5, 0.05
@@ -60,7 +60,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`tensor` in another dtype.
 
     Raises:
-        MergeError: it is finite, and would not be in `dtype`.
+        StateError: it is finite, and would not be in `dtype`.
     """
     result = tensor.to(dtype)
     refuse_overflow(tensor, result, name)
@@ -68,15 +68,15 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def refuse_overflow(tensor: Tensor, result: Tensor, name: str) -> None:
-    """Raises a MergeError if `tensor`, called `name`, is finite, and `result`, the same in another dtype, is not."""
+    """Raises a StateError if `tensor`, called `name`, is finite, and `result`, the same in another dtype, is not."""
     narrower = result.is_floating_point() and result.dtype.itemsize < tensor.dtype.itemsize
     if narrower and not is_finite(result) and is_finite(tensor):
         raise overflow(name, result.dtype)
 
 
-def overflow(name: str, dtype: torch.dtype) -> MergeError:
+def overflow(name: str, dtype: torch.dtype) -> StateError:
     """What is raised for a tensor that does not fit a dtype."""
-    return MergeError(
+    return StateError(
         f"{name} overflows {str(dtype).removeprefix('torch.')}; use bfloat16 (dtype=torch.bfloat16, --dtype bfloat16); nothing "
         "was changed or written"
     )
@@ -97,10 +97,10 @@ def describe_loss(kept: Mapping[str, float]) -> str | None:
 
 
 def refuse_loss(kept: Mapping[str, float], remedy: str) -> None:
-    """Raises a MergeError if in any layer less than `ENOUGH` of the update is kept."""
+    """Raises a StateError if in any layer less than `ENOUGH` of the update is kept."""
     if words := describe_loss(kept):
         worst = min(kept, key=kept.get)
-        raise MergeError(f"{words} ({worst} keeps {max(kept[worst], 0):.0%}); {remedy}; nothing was merged")
+        raise StateError(f"{words} ({worst} keeps {max(kept[worst], 0):.0%}); {remedy}; nothing was merged")
 
 
 def _layers(count: int, kept: Mapping[str, float]) -> str:

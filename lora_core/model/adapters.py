@@ -12,7 +12,7 @@ from torch import nn
 
 from ..bases import base_of_weight, weight_bytes
 from ..cpu.masks import MaskGroup
-from ..errors import MergeError
+from ..errors import StateError
 from ..layers import LoraLayer
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
@@ -48,9 +48,9 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     them is in it this, like every verb that changes the model's adapters, is refused.
 
     Raises:
-        UnknownAdapterError: a name is not on the model; nothing is changed.
-        MergeError: adapters are folded into the weights now, or two of `names` train the same tensor.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        AdapterNameError: a name is not on the model; nothing is changed.
+        StateError: adapters are folded into the weights now, or two of `names` train the same tensor; a thread is in a
+            mixed batch, or in `disable_adapters`.
     """
     registry_of(model)
     check_changeable(model)
@@ -65,8 +65,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     change adapters are refused, and in these threads mixed batches, which would apply adapters.
 
     Raises:
-        MergeError: adapters are folded into the weights now.
-        MixedBatchError: a thread is in a mixed batch.
+        StateError: adapters are folded into the weights now; a thread is in a mixed batch.
     """
     registry, this = registry_of(model), object()
     if not registry.disabled:
@@ -94,9 +93,9 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     """Gives the adapter `old` the name `new`: active, trained or folded, it stays what it was.
 
     Raises:
-        UnknownAdapterError: there is no `old`.
-        AdapterExistsError, ConfigError: `new` is taken, or not a valid name.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        AdapterNameError: there is no `old`.
+        AdapterNameError, ConfigError: `new` is taken, or not a valid name.
+        StateError: a thread is in a mixed batch, or in `disable_adapters`.
     """
     find_adapter(model, old)
     check_new_name(model, new)
@@ -114,13 +113,12 @@ def delete_adapter(model: nn.Module, name: str) -> tuple[str, ...]:
         The names of the adapters that are active now.
 
     Raises:
-        UnknownAdapterError: it is not on the model.
-        MergeError: adapters are folded into the weights now.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        AdapterNameError: it is not on the model.
+        StateError: adapters are folded into the weights now; a thread is in a mixed batch, or in `disable_adapters`.
     """
     adapter, registry = find_adapter(model, name), registry_of(model)
     if any(layer.lora_folded for _, layer in adapter_layers(model, adapter)):
-        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
+        raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
     forget_replaced(model)
     activate(model, [other for other in registry.active if other != name])
     remove(model, name)
@@ -132,8 +130,8 @@ def unload(model: nn.Module) -> nn.Module:
     """Removes every adapter: the model is exactly what it was before the first `inject`. Returns it.
 
     Raises:
-        UnknownAdapterError: it holds none.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
+        AdapterNameError: it holds none.
+        StateError: a thread is in a mixed batch, or in `disable_adapters`.
     """
     remove_all(model)
     return model
@@ -163,7 +161,7 @@ def share_dropout_masks(model: nn.Module) -> int:
         The number of layers that have siblings to share with.
 
     Raises:
-        UnknownAdapterError: the model holds no adapters; call it after `inject`.
+        AdapterNameError: the model holds no adapters; call it after `inject`.
     """
     registry_of(model)
     total = 0

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import is_packed
-from ..errors import ConfigError, LoraError, MergeError, QuantizationError
+from ..errors import ConfigError, LoraError, StateError
 from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
@@ -102,7 +102,7 @@ def initialize_eva(
     Raises:
         ConfigError: a layer is not linear, rho is below 1, or the inputs are too few or too short for a rank, all zero or
             not finite.
-        MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
+        StateError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
     check_finite("rho", rho)
     if rho < 1:
@@ -219,13 +219,13 @@ def initialize_loftq(
         How far each 4-bit weight is from the dense one, before and after.
 
     Raises:
-        QuantizationError: no layer of the adapter is 4-bit, or a dense weight is missing or of another shape.
+        StateError: no layer of the adapter is 4-bit, or a dense weight is missing or of another shape.
         LoraError: the adapter subtracts its start from the weight (PiSSA, OLoRA), so it can't start anew.
-        MergeError, MixedBatchError: adapters are folded into the weights now, or a thread is in a mixed batch.
+        StateError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
     layers = {path: layer for path, layer in _changeable(model, adapter_name)[1].items() if is_packed(layer)}
     if not layers:
-        raise QuantizationError(f"adapter {adapter_name!r} is on no quantised layer; quantise the model before inject")
+        raise StateError(f"adapter {adapter_name!r} is on no quantised layer; quantise the model before inject")
     tensors = dense.state_dict(keep_vars=True) if isinstance(dense, nn.Module) else dense
     for path, layer in layers.items():
         _dense_weight(tensors, path, layer)
@@ -251,15 +251,15 @@ def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLay
     refuse_foreign_factors(method_of(adapter.config), "starting anew")
     layers = dict(adapter_layers(model, adapter))
     if any(layer.lora_folded for layer in layers.values()):
-        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")
+        raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")
     return adapter, layers
 
 
 def _dense_weight(tensors: Mapping[str, Tensor], path: str, layer: LoraLayer) -> Tensor:
     name = f"{path}.weight"
     if name not in tensors:
-        raise QuantizationError(f"the dense model has no {name!r}; pass the model from before it was quantised, or its tensors")
+        raise StateError(f"the dense model has no {name!r}; pass the model from before it was quantised, or its tensors")
     W, (d_in, d_out) = tensors[name], layer.matrix_shape(layer)
     if W.shape != (d_out, d_in):
-        raise QuantizationError(f"the dense {name!r} is {tuple(W.shape)}, not {(d_out, d_in)}")
+        raise StateError(f"the dense {name!r} is {tuple(W.shape)}, not {(d_out, d_in)}")
     return W

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError
+from ..errors import StateError
 from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix, best_of_product
 from ..maths.pruning import PRUNING, Rule
@@ -117,11 +117,10 @@ def combine_adapters(
         The ranks, and the energy kept.
 
     Raises:
-        UnknownAdapterError: one of `names` is not on the model.
-        AdapterExistsError: `adapter_name` is taken.
+        AdapterNameError: one of `names` is not on the model; `adapter_name` is taken.
         ConfigError: an argument is not allowed, or an adapter can't be combined: DoRA's magnitudes do not add up, and only
             one adapter of a model can train the base's biases. The model is as it was.
-        MergeError: an adapter, or the combination in its dtype, has NaN or infinite values. Likewise.
+        StateError: an adapter, or the combination in its dtype, has NaN or infinite values. Likewise.
     """
     check_settings(method, r, density, majority, seed)
     sources = weights_of(names, weights)
@@ -162,7 +161,7 @@ def _combine_layer(path: str, layer: LoraLayer, sources: Mapping[str, float], r:
     for name, (A, B) in factors.items():
         for tensor in (A, B, biases.get(name)):
             if tensor is not None and not tensor.isfinite().all():
-                raise MergeError(f"adapter {name!r} has NaN or infinite values on {path}; nothing was combined")
+                raise StateError(f"adapter {name!r} has NaN or infinite values on {path}; nothing was combined")
 
     pairs = [(A.detach().double(), B.detach().double() * weights[name]) for name, (A, B) in factors.items()]
     r = r or max(len(A) for A, _ in pairs)
@@ -177,7 +176,7 @@ def _combine_layer(path: str, layer: LoraLayer, sources: Mapping[str, float], r:
 
     part = _Part(A.to(dtype).contiguous(), B.to(dtype).contiguous(), None if bias is None else bias.to(dtype), energy)
     if not all(t.isfinite().all() for t in (part.A, part.B, part.bias) if t is not None):
-        raise MergeError(f"the combination has infinite values on {path}; use smaller weights; nothing was combined")
+        raise StateError(f"the combination has infinite values on {path}; use smaller weights; nothing was combined")
     return part
 
 
@@ -196,7 +195,7 @@ def _combine_copies(
             W = base.detach().to(next(iter(own.values())).device, torch.float64)
             value = W + rule((copy.double() - W) * sources[name] for name, copy in own.items())
             if not value.to(base.dtype).isfinite().all():
-                raise MergeError(f"the combination has NaN or infinite values in {path}; nothing was combined")
+                raise StateError(f"the combination has NaN or infinite values in {path}; nothing was combined")
             combined[group] = value
     return {path: combined[group] for path, group in groups.items()}
 

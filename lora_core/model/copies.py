@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded
-from ..errors import MergeError, TargetError
+from ..errors import StateError, TargetError
 from ..layers.base import LoraLayer
 from ..maths.loss import Cost, cost_of_cast, refuse_overflow
 from .wide import BASE, CHILD, restore_class, round_, widen
@@ -70,11 +70,11 @@ class Copies(nn.ModuleDict):
         """The tensor `name` of `owner`, wherever it is.
 
         Raises:
-            MergeError: the base's own was put in the place of an adapter's from outside, as code that ties weights does.
+            StateError: the base's own was put in the place of an adapter's from outside, as code that ties weights does.
         """
         found = self._held(module, name, owner)
         if owner != BASE and found is self._held(module, name, BASE):
-            raise MergeError(
+            raise StateError(
                 f"{type(module).__name__}.{name} of adapter {owner!r} was replaced by the base's own tensor, as "
                 "code that ties weights does, and what was trained is gone; make the model again, load the adapter, "
                 "and tie no weights after that"
@@ -211,7 +211,7 @@ def keep(model: nn.Module, adapter: str, paths: Iterable[str], dtype: torch.dtyp
         {path: what the cast lost of the training}, of those that are cast.
 
     Raises:
-        MergeError: one is finite, and would not be in that dtype.
+        StateError: one is finite, and would not be in that dtype.
     """
     kept: dict[tuple[int, torch.dtype], Tensor] = {}
     spent = {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import base_of, dense_weight, is_packed
-from ..errors import ConfigError, MergeError, OffloadedError
+from ..errors import ConfigError, StateError
 from ..layers import LoraLayer, lora_class
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
@@ -79,9 +79,9 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
         The energy kept, and the names of the tensors that differ and are not in the adapter.
 
     Raises:
-        TargetError, AdapterExistsError: as `inject`. The model is as it was, here and below.
+        TargetError, AdapterNameError: as `inject`. The model is as it was, here and below.
         ConfigError: `tuned` lacks tensors or has them in other shapes, or `config` asks for DoRA or a start from the weight.
-        MergeError: adapters are folded into the base's weights, or a weight has NaN or infinite values.
+        StateError: adapters are folded into the base's weights, or a weight has NaN or infinite values.
     """
     root, source = unwrap(model), unwrap(tuned) if isinstance(tuned, nn.Module) else tuned
     _check_arguments(root, source, config)
@@ -191,7 +191,7 @@ def _match_names(base: nn.Module, tuned: Tuned) -> dict[str, str]:
 def _difference(base: nn.Module, tuned: Tuned, name: str, other: str) -> Tensor:
     W, V = _read(base, name).detach(), _read(tuned, other).detach()
     if W.is_meta or V.is_meta:
-        raise OffloadedError(f"{name} is on the meta device; load the models' weights first; nothing was extracted")
+        raise StateError(f"{name} is on the meta device; load the models' weights first; nothing was extracted")
     dtype = torch.promote_types(torch.promote_types(W.dtype, V.dtype), torch.float32)
     D = (V.to(W.device, dtype) - W.to(dtype)).contiguous()
     _check_finite(name, D)
@@ -226,12 +226,12 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
     elif not isinstance(tuned, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tuned.values()):
         raise ConfigError(f"tuned must be a module or a mapping of names to tensors, not {type(tuned).__name__}")
     if any(isinstance(m, LoraLayer) and m.lora_folded for m in model.modules()):
-        raise MergeError("adapters are folded into the base's weights; call unmerge_adapter(model) before extracting")
+        raise StateError("adapters are folded into the base's weights; call unmerge_adapter(model) before extracting")
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not tensor.isfinite().all():
-        raise MergeError(f"{name} has NaN or infinite values, or its difference from the base's has; nothing was extracted")
+        raise StateError(f"{name} has NaN or infinite values, or its difference from the base's has; nothing was extracted")
 
 
 def _listed(names: Sequence[str]) -> str:

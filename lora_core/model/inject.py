@@ -75,10 +75,10 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that can't carry an adapter.
-        AdapterExistsError: the model has an adapter of that name.
+        AdapterNameError: the model has an adapter of that name.
         ConfigError: the name is not valid, no such start fits a rank, or biases are to be trained beside another adapter.
-        MixedBatchError: a thread is in a mixed batch, or in `disable_adapters`.
-        ShardedError, OffloadedError: the model is spread over processes, or a module to be trained whole is offloaded.
+        StateError: a thread is in a mixed batch, or in `disable_adapters`; the model is spread over processes, or a
+            module to be trained whole is offloaded.
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..bases import base_of, is_packed
-from ..errors import MergeError
+from ..errors import StateError
 from ..layers import LoraLayer
 from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from . import copies
@@ -91,10 +91,9 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
         allow_loss: merge although the weights' 16 bits lose more than half of the update in some layer.
 
     Raises:
-        MergeError: adapters are folded in already, none is active, a weight is computed from others (pruned, say) or not finite
-            once it is folded, or too much would be lost.
-        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
-            spread over processes, or an adapted weight is offloaded.
+        StateError: adapters are folded in already, none is active, a weight is computed from others (pruned, say) or
+            not finite once it is folded, or too much would be lost; a thread is in a mixed batch or in `disable_adapters`,
+            the model is spread over processes, or an adapted weight is offloaded.
     """
     root, registry, names = unwrap(model), registry_of(model), _chosen(model, names)
     tied = ties(root)
@@ -109,10 +108,10 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Takes folded adapters out of the weights again: each weight is what it was before, byte for byte.
 
     Raises:
-        MergeError: no adapter is folded in, or a weight was pruned since, say.
+        StateError: no adapter is folded in, or a weight was pruned since, say.
     """
     if not is_merged(model):
-        raise MergeError("no adapter is folded into the weights; call merge_adapter(model) first")
+        raise StateError("no adapter is folded into the weights; call merge_adapter(model) first")
     unfold_all(model)
 
 
@@ -150,10 +149,10 @@ def merge_and_unload(
     as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
 
     Raises:
-        MergeError: no adapter is active, a weight is computed from others (pruned, say), a merged one would not be finite in
-            its dtype, or in some layer less than half of the update would be left. The model is as it was.
-        MixedBatchError, ShardedError, OffloadedError: a thread is in a mixed batch or in `disable_adapters`, the model is
-            spread over processes, or an adapted weight is offloaded.
+        StateError: no adapter is active, a weight is computed from others (pruned, say), a merged one would not be
+            finite in its dtype, or in some layer less than half of the update would be left. The model is as it was; a
+            thread is in a mixed batch or in `disable_adapters`, the model is spread over processes, or an adapted weight is
+            offloaded.
     """
     change = functools.partial(_merge, model, names, dtype, requantize, allow_loss)
     return change_adapters(model, change)
@@ -220,7 +219,7 @@ def _changed(registry: Registry, names: Iterable[str], layers: Mapping[str, Lora
 def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:
     chosen = registry_of(model).active if names is None else as_names(names)
     if not chosen:
-        raise MergeError("no adapter is active; name the ones to merge")
+        raise StateError("no adapter is active; name the ones to merge")
     return chosen
 
 
@@ -253,8 +252,8 @@ def _fold_all(
                 spent[path] = Cost()
             else:
                 spent[path] = layer.fold_packed(names) if packed and is_packed(layer) else layer.fold(names, dtype)
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was merged") from None
+        except StateError as error:
+            raise StateError(f"{path}: {error}; nothing was merged") from None
     return spent
 
 

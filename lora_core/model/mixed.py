@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ..errors import MergeError, MixedBatchError
+from ..errors import StateError
 from ..layers import LoraLayer, RowAdapters
 from ..layers.rows import check_rows
 from .atomic import insist
@@ -42,13 +42,13 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         names: a name or None for each row of the batches to come.
 
     Raises:
-        UnknownAdapterError: a name is not on the model.
-        MixedBatchError: the model is in training mode, an adapter trains biases of the base, or this thread is in a
-            mixed batch already or in `disable_adapters`; and in the forward, if an input has not as many rows as `names`.
-        MergeError: adapters are folded into the weights now.
+        AdapterNameError: a name is not on the model.
+        StateError: the model is in training mode, an adapter trains biases of the base, or this thread is in a mixed
+            batch already or in `disable_adapters`; and in the forward, if an input has not as many rows as `names`;
+            adapters are folded into the weights now.
     """
     if isinstance(names, str) or not names:
-        raise MixedBatchError(f"names must hold an adapter or None for each row of the batch, not {names!r}")
+        raise StateError(f"names must hold an adapter or None for each row of the batch, not {names!r}")
     root, registry, thread = unwrap(model), registry_of(model), get_ident()
     chosen = [name for name in dict.fromkeys(names) if name is not None]
     for name in dict.fromkeys((*chosen, *registry.active)):
@@ -58,15 +58,15 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         for path, layer in adapter_layers(root, find_adapter(root, name)):
             if not layer.mixes:
                 kind = layer.lora_base_class.__name__
-                raise MixedBatchError(f"adapter {name!r} is on {path}, a {kind}, whose rows share a weight; run each by itself")
+                raise StateError(f"adapter {name!r} is on {path}, a {kind}, whose rows share a weight; run each by itself")
     if root.training:
-        raise MixedBatchError("mixed batches are for inference; call model.eval() first")
+        raise StateError("mixed batches are for inference; call model.eval() first")
     if any(layer.lora_folded for layer in layers):
-        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before a mixed batch")
+        raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before a mixed batch")
     if thread in registry.disabled.values():
-        raise MixedBatchError("this thread is in disable_adapters, and a mixed batch would apply adapters; leave that first")
+        raise StateError("this thread is in disable_adapters, and a mixed batch would apply adapters; leave that first")
     if thread in registry.mixing:
-        raise MixedBatchError("this thread is in a mixed batch already; leave it before the next")
+        raise StateError("this thread is in a mixed batch already; leave it before the next")
 
     index = torch.tensor([len(chosen) if name is None else chosen.index(name) for name in names], device="cpu")
     groups = [(index == k).nonzero().flatten() for k in range(len(chosen) + 1)]
@@ -95,7 +95,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
 def _refuse_biases(name: str, adapter: Adapter) -> None:
     for path in adapter.copied:
         if not any(path.startswith(f"{module}.") for module in adapter.saved_modules):
-            raise MixedBatchError(f"adapter {name!r} trains {path!r}, a bias of the base, which all rows of a batch share")
+            raise StateError(f"adapter {name!r} trains {path!r}, a bias of the base, which all rows of a batch share")
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
 
     Raises:
         TargetError: a pattern matches nothing, or a module on which an adapter could not take effect.
-        OffloadedError: a module to be trained whole is offloaded.
+        StateError: a module to be trained whole is offloaded.
     """
     model = unwrap(model)
     _refuse_foreign_adapters(model)

@@ -16,7 +16,7 @@ from ..bases import base_for, is_packed, weight_bytes
 from ..bases.base import COMPUTE_DTYPES, Format
 from ..bases.int8 import Int8Format
 from ..bases.nf4 import NF4Format
-from ..errors import QuantizationError
+from ..errors import StateError
 from ..layers.kinds import packs
 from ..spec.targets import is_head, match_patterns
 from .atomic import all_or_nothing
@@ -109,17 +109,17 @@ def quantize(
 
     Raises:
         TargetError: a name in `skip` matches nothing.
-        QuantizationError: nothing is left to quantise, a setting or a weight's dtype is not supported, or a weight has NaN or
+        StateError: nothing is left to quantise, a setting or a weight's dtype is not supported, or a weight has NaN or
             infinite values, which would spread over others. The model is as it was.
         MissingDependencyError: the library that the format needs is not installed.
     """
     if not isinstance(form, Format) or not base_for(form).packed:
-        raise QuantizationError(f"form must be the format of a base that packs weights, such as NF4Format(), not {form!r}")
+        raise StateError(f"form must be the format of a base that packs weights, such as NF4Format(), not {form!r}")
     base = base_for(form)
     if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise QuantizationError(f"compute_dtype must be float32, bfloat16 or float16, not {compute_dtype}")
+        raise StateError(f"compute_dtype must be float32, bfloat16 or float16, not {compute_dtype}")
     if isinstance(skip, str):
-        raise QuantizationError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
+        raise StateError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
 
     modules = dict(model.named_modules(remove_duplicate=False))
     named = set().union(*match_patterns("skip", skip, list(modules)).values())
@@ -137,13 +137,13 @@ def quantize(
             left.append(path)
         elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
             kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
-            raise QuantizationError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
+            raise StateError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
         elif not torch.stack(module.weight.detach().aminmax()).isfinite().all():
-            raise QuantizationError(f"{path} has NaN or infinite weights; nothing was quantised")
+            raise StateError(f"{path} has NaN or infinite weights; nothing was quantised")
         else:
             chosen[path] = module
     if not chosen:
-        raise QuantizationError("found no dense nn.Linear layer to quantise: all are packed already, skipped or trained")
+        raise StateError("found no dense nn.Linear layer to quantise: all are packed already, skipped or trained")
 
     before = sum(m.weight.nbytes for m in set(chosen.values()))
     quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer

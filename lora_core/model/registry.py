@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..bases import Base, adopt_layers, release_layers
-from ..errors import AdapterExistsError, ConfigError, MergeError, ShardedError, UnknownAdapterError
+from ..errors import AdapterNameError, ConfigError, StateError
 from ..layers.base import LoraLayer
 from ..spec.config import LoraConfig
 from . import copies
@@ -93,11 +93,11 @@ def registry_of(model: nn.Module) -> Registry:
     """The registry of `model`.
 
     Raises:
-        UnknownAdapterError: it holds no adapters.
+        AdapterNameError: it holds no adapters.
     """
     registry = unwrap(model).__dict__.get(_ATTRIBUTE)
     if registry is None:
-        raise UnknownAdapterError(
+        raise AdapterNameError(
             f"this {type(model).__name__} holds no adapters; call inject() or load_adapter() on it first, "
             "and pass the same module that they were given"
         )
@@ -112,11 +112,11 @@ def find_adapter(model: nn.Module, name: str) -> Adapter:
     """The record of the adapter `name`.
 
     Raises:
-        UnknownAdapterError: there is none; names those that there are.
+        AdapterNameError: there is none; names those that there are.
     """
     adapters = registry_of(model).adapters
     if name not in adapters:
-        raise UnknownAdapterError(f"no adapter {name!r} on this model; it holds {', '.join(map(repr, adapters))}")
+        raise AdapterNameError(f"no adapter {name!r} on this model; it holds {', '.join(map(repr, adapters))}")
     return adapters[name]
 
 
@@ -152,7 +152,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
             f"ParameterDict, not {name!r}"
         )
     if has_adapters(model) and name in registry_of(model).adapters:
-        raise AdapterExistsError(
+        raise AdapterNameError(
             f"the model has an adapter {name!r} already; choose another adapter_name or delete_adapter(model, {name!r})"
         )
 
@@ -203,14 +203,14 @@ def unfold_all(model: nn.Module) -> None:
     """Takes the adapters that are folded in out of the weights, if any are, and ties what they had parted.
 
     Raises:
-        MergeError: a weight was pruned since, say; some layers are unfolded by then.
+        StateError: a weight was pruned since, say; some layers are unfolded by then.
     """
     registry = registry_of(model)
     for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.layers):
         try:
             submodule(unwrap(model), path).unfold()
-        except MergeError as error:
-            raise MergeError(f"{path}: {error}; nothing was changed") from None
+        except StateError as error:
+            raise StateError(f"{path}: {error}; nothing was changed") from None
     if registry.folded_ties is not None:
         tie_again(unwrap(model), registry.folded_ties)
         registry.folded_ties = None
@@ -239,9 +239,9 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     Costs what the adapters that go and come hold, however many others are loaded.
 
     Raises:
-        UnknownAdapterError: a name is not on the model.
-        MergeError: adapters are folded into the weights, or two of `names` own copies of the same tensor.
-        ShardedError: an adapter owns copies, and the model is sharded.
+        AdapterNameError: a name is not on the model.
+        StateError: adapters are folded into the weights, or two of `names` own copies of the same tensor; an adapter
+            owns copies, and the model is sharded.
     """
     model = unwrap(model)
     registry = registry_of(model)
@@ -250,14 +250,14 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     for name, record in records.items():
         for path in record.copied:
             if path in owners:
-                raise MergeError(f"adapters {owners[path]!r} and {name!r} can't be active together: both own {path!r}")
+                raise StateError(f"adapters {owners[path]!r} and {name!r} can't be active together: both own {path!r}")
             owners[path] = name
     touched = {name: registry.adapters[name] for name in registry.active} | records
     layers = {p: layer for record in touched.values() for p, layer in adapter_layers(model, record)}
     if any(layer.lora_folded for layer in layers.values()):
-        raise MergeError("adapters are folded into the weights; call unmerge_adapter(model) before switching")
+        raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before switching")
     if any(record.copied for record in touched.values()) and is_spread(model):
-        raise ShardedError("switching adapters that train modules whole puts others in their place; do it before fully_shard")
+        raise StateError("switching adapters that train modules whole puts others in their place; do it before fully_shard")
 
     before = _before_switching(model, registry, touched, layers.values())
     try:

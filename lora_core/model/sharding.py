@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import base_of_weight
-from ..errors import ShardedError
+from ..errors import StateError
 from ..layers.holder import SharedTable
 
 
@@ -52,9 +52,9 @@ def writes_files(model: nn.Module) -> bool:
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Raises a ShardedError if `model` is sharded."""
+    """Raises a StateError if `model` is sharded."""
     if is_spread(model):
-        raise ShardedError(f"this model is sharded (fully_shard), and {what} needs it whole; do it before sharding")
+        raise StateError(f"this model is sharded (fully_shard), and {what} needs it whole; do it before sharding")
 
 
 def values_at(tensor: Tensor, positions: Tensor) -> Tensor:

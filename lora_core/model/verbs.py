@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ConfigError, MixedBatchError
+from ..errors import ConfigError, StateError
 from .atomic import LastSteps, attempt
 from .conventions import configs
 from .registry import has_adapters, registry_of, unwrap
@@ -21,16 +21,16 @@ def check_changeable(model: nn.Module) -> None:
     """Refuses to change the adapters of a model while someone counts on them as they are.
 
     Raises:
-        MixedBatchError: a thread, maybe this one, is in a mixed batch, or in `disable_adapters`.
+        StateError: a thread, maybe this one, is in a mixed batch, or in `disable_adapters`.
     """
     if not has_adapters(model):
         return
     registry = registry_of(model)
     if registry.mixing:
         where = "this thread" if get_ident() in registry.mixing else "another thread"
-        raise MixedBatchError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
+        raise StateError(f"a mixed batch is open on this model in {where}; change its adapters after it is closed")
     if registry.disabled:
-        raise MixedBatchError("disable_adapters is open on this model; change its adapters after it is closed")
+        raise StateError("disable_adapters is open on this model; change its adapters after it is closed")
 
 
 def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:

@@ -34,7 +34,7 @@ from lora_core.bases.dense import Dense, DenseFormat
 from lora_core.bases.nf4 import NF4
 from lora_core.deploy.recipe import Recipe
 from lora_core.deploy.stream import merge_checkpoint
-from lora_core.errors import ConfigError, QuantizationError, WrongBaseError
+from lora_core.errors import ConfigError, StateError, WrongBaseError
 from tests.support import ROOT, tiny
 
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def test_a_cast_of_the_model_is_that_of_the_dense_weight(name, dtype):
 def test_weights_with_nan_are_refused(name):
     model = tiny.classifier()
     model.layers[1].v.weight.data[0, 0] = torch.nan
-    with pytest.raises(QuantizationError, match=r"layers\.1\.v has NaN"):
+    with pytest.raises(StateError, match=r"layers\.1\.v has NaN"):
         BASES[name][0](model)
     assert not any(map(is_packed, model.modules()))
 
@@ -203,7 +203,7 @@ def test_weights_with_nan_are_refused(name):
 @pytest.mark.parametrize("form", ["int8", None, DenseFormat()], ids=str)
 def test_what_is_no_packed_format_is_refused(form):
     model = tiny.classifier()
-    with pytest.raises(QuantizationError, match="form must be the format of a base that packs weights"):
+    with pytest.raises(StateError, match="form must be the format of a base that packs weights"):
         quantize(model, form)
     assert not any(map(is_packed, model.modules()))
 
@@ -220,7 +220,7 @@ def test_a_base_that_is_none_or_has_another_s_name_is_refused():
 def test_8_bits_take_no_values_beyond_float16():
     model = tiny.classifier()
     model.layers[0].q.weight.data[0, 0] = 1e5
-    with pytest.raises(QuantizationError, match="beyond 65504"):
+    with pytest.raises(StateError, match="beyond 65504"):
         quantize_int8(model)
     assert not any(map(is_packed, model.modules()))
 
@@ -300,5 +300,5 @@ def test_a_layer_without_its_scales_is_refused():
     for name in ("nf4", "int8"):
         layer = packed(name).layers[0].q
         layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        with pytest.raises(QuantizationError, match="lost its scales"):
+        with pytest.raises(StateError, match="lost its scales"):
             PACKED[name].dense(layer)

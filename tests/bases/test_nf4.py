@@ -19,7 +19,7 @@ from lora_core import (
     unmerge_adapter,
 )
 from lora_core.bases import base_of, dense_weight, is_packed, weight_bytes
-from lora_core.errors import LoraError, MissingDependencyError, QuantizationError, TargetError
+from lora_core.errors import LoraError, MissingDependencyError, StateError, TargetError
 from lora_core.layers import LoraLayer
 from lora_core.model.registry import adapter_parameters
 from tests.support import oracle, tiny
@@ -246,7 +246,7 @@ def test_an_input_of_whole_numbers_is_refused(adapted):
     if adapted:
         inject(model, LoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(3, 64)
-    with pytest.raises(QuantizationError, match=r"an input of torch.uint8: .*skip"):
+    with pytest.raises(StateError, match=r"an input of torch.uint8: .*skip"):
         model(x.to(layer.weight.dtype))
     assert model(x).dtype == torch.float32
 
@@ -303,13 +303,13 @@ def test_bias_training_mode_and_flags_are_kept():
 
 REFUSALS = {
     "unknown name in skip": (tiny.classifier, {"skip": ["clasifier"]}, TargetError, "skip: 'clasifier'.*'classifier'"),
-    "skip is a string": (tiny.classifier, {"skip": "classifier"}, QuantizationError, r"\['classifier'\]"),
-    "float64 compute": (tiny.classifier, {"compute_dtype": torch.float64}, QuantizationError, "compute_dtype.*float64"),
-    "block size": (tiny.classifier, {"block_size": 63}, QuantizationError, "block_size.*64, 128.*63"),
-    "float64 weight": (lambda: tiny.classifier(torch.float64), {}, QuantizationError, "layers.0.q.*float64"),
-    "meta weight": (lambda: tiny.classifier().to("meta"), {}, QuantizationError, "meta"),
-    "nothing to pack": (lambda: nn.Sequential(nn.ReLU()), {}, QuantizationError, "no dense nn.Linear"),
-    "all skipped": (tiny.classifier, {"skip": ["layers"]}, QuantizationError, "no dense nn.Linear"),
+    "skip is a string": (tiny.classifier, {"skip": "classifier"}, StateError, r"\['classifier'\]"),
+    "float64 compute": (tiny.classifier, {"compute_dtype": torch.float64}, StateError, "compute_dtype.*float64"),
+    "block size": (tiny.classifier, {"block_size": 63}, StateError, "block_size.*64, 128.*63"),
+    "float64 weight": (lambda: tiny.classifier(torch.float64), {}, StateError, "layers.0.q.*float64"),
+    "meta weight": (lambda: tiny.classifier().to("meta"), {}, StateError, "meta"),
+    "nothing to pack": (lambda: nn.Sequential(nn.ReLU()), {}, StateError, "no dense nn.Linear"),
+    "all skipped": (tiny.classifier, {"skip": ["layers"]}, StateError, "no dense nn.Linear"),
 }
 
 
@@ -327,7 +327,7 @@ def test_a_refusal_leaves_the_model_as_it_was(case):
 def test_twice_is_an_error():
     model = tiny.classifier()
     quantize_nf4(model)
-    with pytest.raises(QuantizationError, match="packed already"):
+    with pytest.raises(StateError, match="packed already"):
         quantize_nf4(model)
 
 

@@ -28,7 +28,7 @@ from lora_core.deploy.inspection import inspect_adapter
 from lora_core.deploy.recipe import Recipe, choices
 from lora_core.deploy.stream import merge_checkpoint
 from lora_core.deploy.updates import read_updates
-from lora_core.errors import ConfigError, MergeError, WrongBaseError
+from lora_core.errors import ConfigError, StateError, WrongBaseError
 from lora_core.maths.loss import cost, describe_loss
 from tests.support import tiny
 from tests.support.language_models import MODELS, build, close, names_of, reloaded
@@ -146,7 +146,7 @@ def test_masked_language_models(kind, transformers_knows, tmp_path, monkeypatch)
     save_adapter(tiny.randomize(model), tmp_path / "adapter")
     if not transformers_knows:
         monkeypatch.setattr(placement, "known_class", lambda *_: None)
-        with pytest.raises(MergeError, match="install transformers, which knows them, or merge in memory: .*merge_and_unload"):
+        with pytest.raises(StateError, match="install transformers, which knows them, or merge in memory: .*merge_and_unload"):
             merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
         return
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
@@ -245,7 +245,7 @@ def test_a_small_update_survives_packing_over_files_and_not_in_memory(tmp_path):
     model = qlora("llama", tmp_path, scale=0.001)
     adapted = tiny.logits(model)
     before = tiny.snapshot(model)
-    with pytest.raises(MergeError, match=r"nothing of the adapter is left in .* of 2 layers.*--base-as.*allow_loss=True"):
+    with pytest.raises(StateError, match=r"nothing of the adapter is left in .* of 2 layers.*--base-as.*allow_loss=True"):
         merge_and_unload(model, requantize=True)
     assert tiny.snapshot(model) == before and torch.equal(tiny.logits(model), adapted)
     report = merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", Recipe(base_as="nf4"))
@@ -270,7 +270,7 @@ def tiny_update(dtype):
 def test_an_update_below_the_spacing_of_16_bits_is_refused_unless_allowed(merge, dtype):
     model = tiny_update(dtype)
     before = tiny.snapshot(model)
-    with pytest.raises(MergeError, match=r"nothing of the adapter is left in 4 of 4 layers.*dtype=torch.float32.*allow_loss"):
+    with pytest.raises(StateError, match=r"nothing of the adapter is left in 4 of 4 layers.*dtype=torch.float32.*allow_loss"):
         merge(model)
     assert tiny.snapshot(model) == before
     merge(model, allow_loss=True)

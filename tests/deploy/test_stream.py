@@ -23,7 +23,7 @@ from lora_core.deploy.probe import run_probe, save_probe
 from lora_core.deploy.recipe import Recipe, choices
 from lora_core.deploy.stream import merge_checkpoint
 from lora_core.deploy.updates import read_updates
-from lora_core.errors import AdapterFormatError, CheckpointError, ConfigError, LoraError, MergeError, WrongBaseError
+from lora_core.errors import ConfigError, FileFormatError, LoraError, StateError, WrongBaseError
 from lora_core.files.checkpoint import INDEX_FILE
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
 from lora_core.layers import LoraLayer
@@ -336,12 +336,12 @@ REFUSALS = {
     "another base's values": (other_base, WrongBaseError, "has other values"),
     "another architecture": (other_architecture, WrongBaseError, "has no weight for the layer"),
     "a deeper base": (more_layers, WrongBaseError, "which its target_modules mean"),
-    "a wider base": (other_width, AdapterFormatError, "it would be"),
+    "a wider base": (other_width, FileFormatError, "it would be"),
     "another alpha": (other_alpha, WrongBaseError, "settings in its configuration"),
-    "no B": (lost_half, AdapterFormatError, "lora_B"),
-    "NaN in the adapter": (not_a_number, AdapterFormatError, "NaN"),
-    "an update that overflows": (overflow, MergeError, "NaN or infinite weights; nothing was merged"),
-    "a quantised base": (quantised_base, CheckpointError, "quantised already"),
+    "no B": (lost_half, FileFormatError, "lora_B"),
+    "NaN in the adapter": (not_a_number, FileFormatError, "NaN"),
+    "an update that overflows": (overflow, StateError, "NaN or infinite weights; nothing was merged"),
+    "a quantised base": (quantised_base, FileFormatError, "quantised already"),
 }
 
 
@@ -361,7 +361,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
     tensors = stored(base)
     tensors["bert.embeddings.LayerNorm.weight"][0] = 1e5
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(MergeError, match=r"bert\.embeddings\.LayerNorm\.weight overflows float16"):
+    with pytest.raises(StateError, match=r"bert\.embeddings\.LayerNorm\.weight overflows float16"):
         merge_checkpoint(base, [adapter], tmp_path / "out", Recipe(dtype=torch.float16))
     assert not (tmp_path / "out").exists()
 
@@ -383,7 +383,7 @@ def test_a_recipe_that_can_t_be_followed_is_refused(tmp_path, recipe, error, say
 
 def test_two_adapters_with_heads_and_weighted_dora_are_refused(tmp_path):
     _, base, adapter = saved(tmp_path, "bert", use_dora=True)
-    with pytest.raises(MergeError, match="both have a 'classifier"):
+    with pytest.raises(StateError, match="both have a 'classifier"):
         merge_checkpoint(base, [adapter, adapter], tmp_path / "out")
     with pytest.raises(ConfigError, match="DoRA adapter can't be weighted"):
         merge_checkpoint(base, [adapter], tmp_path / "out", Recipe(weights=(0.5,)))
@@ -398,7 +398,7 @@ def test_names_that_only_transformers_knows_are_refused(tmp_path):
 def test_gpt2_has_no_nf4_form(tmp_path):
     _, base, adapter = saved(tmp_path, "gpt2")
     for base_as in choices(["nf4"])[1:]:
-        with pytest.raises(MergeError, match="store their weight transposed"):
+        with pytest.raises(StateError, match="store their weight transposed"):
             merge_checkpoint(base, [adapter], tmp_path / "out", Recipe(base_as=base_as))
 
 
@@ -545,5 +545,5 @@ def test_a_1b_model_merges_in_the_memory_of_a_layer_and_the_time_of_a_copy(tmp_p
 
 
 def test_every_error_here_is_a_lora_error():
-    for error in (AdapterFormatError, CheckpointError, ConfigError, MergeError, WrongBaseError):
+    for error in (FileFormatError, ConfigError, StateError, WrongBaseError):
         assert issubclass(error, LoraError)

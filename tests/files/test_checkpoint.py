@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import checkpoints
-from lora_core.errors import CheckpointError, OutputError
+from lora_core.errors import FileFormatError, OutputError
 from lora_core.files.checkpoint import DTYPES, open_checkpoint, read_header
 from lora_core.files.shards import NAMES, Entry, new_directory, write_shard
 from tests.support.bad_checkpoints import FAULTS, LIES, rewritten
@@ -65,7 +65,7 @@ def test_a_header_that_lies_is_one_line(base, case):
     change, how, says = LIES[case]
     path = min(base.glob("*.safetensors"))
     rewritten(path, change, **how)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(FileFormatError, match=says) as caught:
         open_checkpoint(base)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -74,7 +74,7 @@ def test_a_header_that_lies_is_one_line(base, case):
 def test_a_truncated_file_is_one_line(base, size):
     path = min(base.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
         open_checkpoint(base)
 
 
@@ -85,7 +85,7 @@ def test_a_truncated_file_is_one_line(base, size):
 def test_an_index_that_lies_is_one_line(base, case):
     spoil, says = FAULTS[case]
     spoil(base)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(FileFormatError, match=says) as caught:
         open_checkpoint(base)
     assert "\n" not in str(caught.value)
 

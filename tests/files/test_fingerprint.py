@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, quantize_nf4, save_adapter
-from lora_core.errors import AdapterFormatError, WrongBaseError
+from lora_core.errors import FileFormatError, WrongBaseError
 from lora_core.files.disk import read_safetensors, to_safetensors
 from lora_core.files.fingerprint import SAMPLES, describe_dense, difference, fingerprint
 from lora_core.files.storage import FINGERPRINT, WEIGHTS_FILE
@@ -135,7 +135,7 @@ def test_a_file_without_a_fingerprint_loads(saved):
 )
 def test_a_broken_fingerprint_is_said_to_be_broken(saved, text):
     rewrite(saved, {"format": "pt", FINGERPRINT: text})
-    with pytest.raises(AdapterFormatError, match="fingerprint"):
+    with pytest.raises(FileFormatError, match="fingerprint"):
         load_adapter(tiny.classifier(), saved)
 
 

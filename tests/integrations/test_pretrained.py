@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from lora_core.errors import CheckpointError, MissingDependencyError
+from lora_core.errors import FileFormatError, MissingDependencyError
 from lora_core.integrations import pretrained
 from lora_core.integrations.pretrained import find_base, load_model, tokenize
 from tests.support import tiny
@@ -63,19 +63,19 @@ def test_a_hub_that_answers_with_an_error_answers(tmp_path, hub):
 @pytest.mark.parametrize("error", [OSError("no route"), ValueError("no address"), urllib.error.URLError("refused")], ids=repr)
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, error):
     hub.answer, hub.fetch = fail(error), lambda: pytest.fail("was asked for files")
-    with pytest.raises(CheckpointError, match="no directory, not in the Hub's cache, and the Hub is out of reach"):
+    with pytest.raises(FileFormatError, match="no directory, not in the Hub's cache, and the Hub is out of reach"):
         find_base("owner/name")
 
 
 def test_a_download_that_fails_is_one_line(hub):
     hub.fetch = fail(RuntimeError("the line\ndropped"))
-    with pytest.raises(CheckpointError, match="'owner/name' could not be fetched: the line dropped"):
+    with pytest.raises(FileFormatError, match="'owner/name' could not be fetched: the line dropped"):
         find_base("owner/name")
 
 
 @pytest.mark.parametrize("name", ["../up", "/abs", "a/b/c", "a b", "a\\b", "~nobody/x", "a\0", "owner/name\n"])
 def test_what_can_be_no_name_is_not_asked_for(hub, name):
-    with pytest.raises(CheckpointError, match="is no directory, and no name of the Hub"):
+    with pytest.raises(FileFormatError, match="is no directory, and no name of the Hub"):
         find_base(name)
     assert not hub.asked
 
@@ -92,18 +92,18 @@ def test_libraries_that_are_not_there_are_named(monkeypatch, tmp_path):
 def test_a_model_that_does_not_load_exactly_is_refused_if_it_must(tmp_path):
     transformers.BertModel(transformers.BertConfig(**tiny.SMALL)).save_pretrained(tmp_path)
     assert load_model(tmp_path, "SEQ_CLS", torch.float32, strict=False).classifier.weight.shape == (2, 32)
-    with pytest.raises(CheckpointError, match=r"does not load exactly as AutoModelForSeq.*missing keys: classifier\.bias"):
+    with pytest.raises(FileFormatError, match=r"does not load exactly as AutoModelForSeq.*missing keys: classifier\.bias"):
         load_model(tmp_path, "SEQ_CLS", torch.float32, strict=True)
 
 
 def test_a_class_or_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["OfNobody"]}')
-    with pytest.raises(CheckpointError, match="its class 'OfNobody' is not known to this version"):
+    with pytest.raises(FileFormatError, match="its class 'OfNobody' is not known to this version"):
         load_model(tmp_path, None, torch.float32, strict=False)
-    with pytest.raises(CheckpointError, match="has a tokenizer"):
+    with pytest.raises(FileFormatError, match="has a tokenizer"):
         tokenize([tmp_path], ["fine"])
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="the tokenizer in .* can't be loaded"):
+    with pytest.raises(FileFormatError, match="the tokenizer in .* can't be loaded"):
         tokenize([tmp_path], ["fine"])
 
 

@@ -26,7 +26,7 @@ from lora_core import (
 )
 from lora_core.cpu.dropout import FastDropout
 from lora_core.cpu.products import FastLinear
-from lora_core.errors import OffloadedError, TargetError
+from lora_core.errors import StateError, TargetError
 from lora_core.files.storage import adapter_tensors
 from tests.support import tiny
 
@@ -157,13 +157,13 @@ def test_offloaded_weights_can_be_started_from(tmp_path, settings):
 
 def test_what_offloaded_weights_do_not_allow_is_refused_by_name(tmp_path):
     model = offloaded(tmp_path, "cpu")
-    with pytest.raises(OffloadedError, match=r"modules_to_save: classifier: accelerate offloads"):
+    with pytest.raises(StateError, match=r"modules_to_save: classifier: accelerate offloads"):
         inject(model, LoraConfig(modules_to_save=["classifier"], **SETTINGS))
     assert torch.equal(model(X), tiny.classifier().eval()(X))
     adapted(model)
     output = model(X)
     for merge in (merge_adapter, merge_and_unload):
-        with pytest.raises(OffloadedError, match="accelerate offloads"):
+        with pytest.raises(StateError, match="accelerate offloads"):
             merge(model)
         assert torch.equal(model(X), output)
 
@@ -183,7 +183,7 @@ def test_a_model_that_was_offloaded_after_injection_runs_and_says_that_it_can_no
         plain = adapted(tiny.classifier().eval())
         for name, tensor in adapter_tensors(model).items():
             assert torch.equal(tensor, adapter_tensors(plain)[name])
-    with pytest.raises(OffloadedError, match="were offloaded with the model, and can't be trained; offload first"):
+    with pytest.raises(StateError, match="were offloaded with the model, and can't be trained; offload first"):
         model(X)
 
 
@@ -196,7 +196,7 @@ def test_copies_that_were_offloaded_after_injection_are_not_switched():
     cpu_offload(model, torch.device("cpu"))
     with torch.no_grad():
         output = model(X)
-        with pytest.raises(OffloadedError, match="switching what adapters train whole would not reach them"):
+        with pytest.raises(StateError, match="switching what adapters train whole would not reach them"):
             set_adapter(model, "b")
         assert torch.equal(model(X), output)
 
@@ -207,14 +207,14 @@ def test_meta_weights_are_refused_where_values_are_needed(tmp_path):
     inject(model, LoraConfig(r=2, target_modules=["q"]))
     extract = lambda m: extract_adapter(tiny.classifier(), tiny.Classifier().to("meta"), LoraConfig(target_modules=["q"]))  # noqa: E731
     for verb in (merge_adapter, merge_and_unload, lambda m: save_adapter(m, tmp_path / "out"), extract):
-        with pytest.raises(OffloadedError, match="on the meta device; load the model"):
+        with pytest.raises(StateError, match="on the meta device; load the model"):
             verb(model)
     assert not (tmp_path / "out").exists()
     save_adapter(adapted(tiny.classifier()), tmp_path / "adapter")
-    with torch.device("meta"), pytest.raises(OffloadedError, match="on the meta device"):
+    with torch.device("meta"), pytest.raises(StateError, match="on the meta device"):
         load_adapter(tiny.Classifier(), tmp_path / "adapter")
     for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-        with pytest.raises(OffloadedError, match="on the meta device"):
+        with pytest.raises(StateError, match="on the meta device"):
             inject(model, LoraConfig(r=2, target_modules=["v"], **settings), "other")
 
 

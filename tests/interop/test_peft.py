@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, merge_and_unload, save_adapter, unmerge_adapter
-from lora_core.errors import AdapterFormatError, MergeError
+from lora_core.errors import FileFormatError, StateError
 from lora_core.files.config import NEUTRAL_FIELDS
 from lora_core.files.storage import adapter_tensors, read_adapter
 from lora_core.layers import LoraLayer
@@ -151,7 +151,7 @@ def test_an_adapter_made_by_peft_loads_here(architecture, setting, tmp_path):
         unmerge_adapter(ours)
         assert torch.equal(tiny.logits(ours), loaded)
     if refusal:
-        with pytest.raises(MergeError, match=refusal):
+        with pytest.raises(StateError, match=refusal):
             merge_and_unload(ours)
         assert torch.equal(tiny.logits(ours), loaded)
     else:
@@ -306,7 +306,7 @@ def test_what_is_not_supported_is_refused_by_name(case, tmp_path):
     config.write_text(json.dumps(fields | {field: REFUSED[case]}))
     ours = tiny.build("bert")
     before = tiny.snapshot(ours)
-    with pytest.raises(AdapterFormatError, match=field) as caught:
+    with pytest.raises(FileFormatError, match=field) as caught:
         load_adapter(ours, tmp_path)
     assert "\n" not in str(caught.value) and str(REFUSED[case]) in str(caught.value)
     assert tiny.snapshot(ours) == before
@@ -315,7 +315,7 @@ def test_what_is_not_supported_is_refused_by_name(case, tmp_path):
 @pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"trainable_token_indices": [1, 2]}], ids=str)
 def test_files_that_peft_wrote_with_them_are_refused_too(settings, tmp_path):
     made_by_peft("bert", r=2, target_modules=["query"], **settings).save_pretrained(tmp_path)
-    with pytest.raises(AdapterFormatError, match=next(iter(settings))):
+    with pytest.raises(FileFormatError, match=next(iter(settings))):
         load_adapter(tiny.build("bert"), tmp_path)
 
 
@@ -342,7 +342,7 @@ def test_the_copy_of_an_embedding_in_a_file_must_be_this_bases(tmp_path):
     with torch.no_grad():
         ours.model.embed_tokens.weight[3, 4] += 1e-3
     before = tiny.snapshot(ours)
-    with pytest.raises(AdapterFormatError, match=r"without a home.*embed_tokens\.base_layer\.weight"):
+    with pytest.raises(FileFormatError, match=r"without a home.*embed_tokens\.base_layer\.weight"):
         load_adapter(ours, tmp_path)
     assert tiny.snapshot(ours) == before
 

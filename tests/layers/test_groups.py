@@ -20,7 +20,7 @@ from lora_core import (
     save_adapter,
     unload,
 )
-from lora_core.errors import ConfigError, MergeError, TargetError
+from lora_core.errors import ConfigError, StateError, TargetError
 from tests.support import tiny
 
 peft = pytest.importorskip("peft")
@@ -114,7 +114,7 @@ def test_several_adapters_and_mixed_rows():
 def test_merging_is_refused_and_changes_nothing(verb):
     model, x = adapted("2d"), read("2d")
     expected = model(x)
-    with pytest.raises(MergeError, match="^0: the update of a convolution of 4 groups reaches across them"):
+    with pytest.raises(StateError, match="^0: the update of a convolution of 4 groups reaches across them"):
         verb(model)
     assert torch.equal(model(x), expected)
 

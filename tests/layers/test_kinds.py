@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
-from lora_core.errors import MergeError
+from lora_core.errors import StateError
 from lora_core.layers import lora_class
 from lora_core.methods.registry import DORA, LORA
 from tests.support import oracle
@@ -242,7 +242,7 @@ def test_values_that_are_not_finite_are_not_folded(kind, name, bad):
     table = getattr(lora, {"dora": "lora_magnitude", "biased": "lora_bias", "start": "lora_B"}[name])
     table[name].data.view(-1)[0] = bad
     weight, bias = lora.weight, lora.bias
-    with pytest.raises(MergeError, match=f"{name}.* gives? NaN or infinite"):
+    with pytest.raises(StateError, match=f"{name}.* gives? NaN or infinite"):
         lora.fold([name])
     assert lora.weight is weight and lora.bias is bias and not lora.lora_folded
 
@@ -251,7 +251,7 @@ def test_values_that_are_not_finite_are_not_folded(kind, name, bad):
 def test_a_bias_without_one_to_fold_it_into_is_refused(kind):
     lora = build(kind, ["biased"])
     weight = lora.weight
-    with pytest.raises(MergeError, match="none to fold it into"):
+    with pytest.raises(StateError, match="none to fold it into"):
         lora.fold(["biased"])
     assert lora.weight is weight and not lora.lora_folded
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import quantize_nf4
-from lora_core.errors import MergeError
+from lora_core.errors import StateError
 from lora_core.layers import LoraConv1D, LoraLayer, LoraLinear, lora_class, why_not
 from tests.support import oracle
 
@@ -322,7 +322,7 @@ def test_values_that_are_not_finite_are_not_folded(kind, bad):
     lora = adopt(KINDS[kind](), "a")
     weight = lora.weight
     lora.lora_A["a"].data[0, 0] = bad
-    with pytest.raises(MergeError, match="'?a'? .*NaN or infinite"):
+    with pytest.raises(StateError, match="'?a'? .*NaN or infinite"):
         lora.fold(["a"])
     assert lora.weight is weight and not lora.lora_folded
 

@@ -24,7 +24,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import ConfigError, LoraError, MixedBatchError, TargetError
+from lora_core.errors import ConfigError, LoraError, StateError, TargetError
 from tests.support import tiny
 
 peft = pytest.importorskip("peft")
@@ -239,7 +239,7 @@ def test_dropout_is_said_not_to_apply():
 def test_rows_of_one_batch_and_combinations_are_refused():
     model, x = adapted(), read()
     inject(model, LoraConfig(r=2, target_modules=["after"]), "other")
-    with pytest.raises(MixedBatchError, match="'default' is on attention"), mixed_batch(model, ["default", None, None]):
+    with pytest.raises(StateError, match="'default' is on attention"), mixed_batch(model, ["default", None, None]):
         pass
     expected = build().eval()(x)
     with mixed_batch(model, ["other", None, None]):

@@ -18,7 +18,7 @@ from lora_core import (
     trainable_parameters,
     unload,
 )
-from lora_core.errors import AdapterExistsError
+from lora_core.errors import AdapterNameError
 from lora_core.files.storage import read_adapter
 from lora_core.layers import LoraLayer
 from lora_core.methods.start import start
@@ -277,7 +277,7 @@ def test_a_file_is_not_loaded_into_an_adapter_that_subtracts_its_start(init, tmp
     save_adapter(adapted("float32", init), tmp_path)
     model = adapted("float32", "pissa")
     before = tiny.snapshot(model)
-    with pytest.raises(AdapterExistsError, match="'default'"):
+    with pytest.raises(AdapterNameError, match="'default'"):
         load_adapter(model, tmp_path)
     assert tiny.snapshot(model) == before
     load_adapter(model, tmp_path, "another")

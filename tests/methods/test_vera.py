@@ -32,7 +32,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import AdapterFormatError, ConfigError, TargetError, WrongBaseError
+from lora_core.errors import ConfigError, FileFormatError, TargetError, WrongBaseError
 from lora_core.model.registry import find_adapter
 from tests.support import tiny
 
@@ -213,7 +213,7 @@ def test_over_files_it_merges_to_the_adapted_model_and_becomes_plain_lora(archit
 def test_a_file_without_projections_is_not_merged_over_files(tmp_path):
     tiny.build("llama").save_pretrained(tmp_path / "base")
     save_adapter(adapted(save_projection=False), tmp_path / "adapter")
-    with pytest.raises(AdapterFormatError, match="no vera_A and vera_B, which the layers share; load it onto its model"):
+    with pytest.raises(FileFormatError, match="no vera_A and vera_B, which the layers share; load it onto its model"):
         merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -27,7 +27,7 @@ from lora_core import (
 )
 from lora_core.deploy.recipe import Recipe
 from lora_core.deploy.stream import merge_checkpoint
-from lora_core.errors import MergeError, TargetError
+from lora_core.errors import StateError, TargetError
 from lora_core.model.copies import original_of
 from lora_core.model.registry import copies_of
 from tests.support import tiny
@@ -397,7 +397,7 @@ def test_training_that_a_cast_would_undo_is_not_merged_unless_asked(dtype, way, 
         return merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", Recipe(allow_loss=allow))
 
     output = base(input_ids=tiny.TOKENS).logits
-    with pytest.raises(MergeError, match=r"nothing of the adapter is left in 1 of .*score\.weight keeps 0%"):
+    with pytest.raises(StateError, match=r"nothing of the adapter is left in 1 of .*score\.weight keeps 0%"):
         merge(False)
     assert torch.equal(base(input_ids=tiny.TOKENS).logits, output) and not (tmp_path / "out").exists()
     assert merge(True).kept["score.weight"] == 0

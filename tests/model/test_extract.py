@@ -24,7 +24,7 @@ from lora_core import (
     unload,
 )
 from lora_core.bases import dense_weight
-from lora_core.errors import AdapterExistsError, ConfigError, MergeError, TargetError
+from lora_core.errors import AdapterNameError, ConfigError, StateError, TargetError
 from lora_core.files.storage import adapter_tensors
 from lora_core.model.registry import find_adapter
 from tests.support import oracle, tiny
@@ -345,11 +345,11 @@ REFUSED = {
         ConfigError,
         r"1 wrong shapes \(classifier.weight is \(4, 64\), not \(3, 64\)\)",
     ),
-    "not finite": (lambda: with_nan("layers.0.q.weight"), QUERY, MergeError, r"layers\.0\.q\.weight has NaN"),
+    "not finite": (lambda: with_nan("layers.0.q.weight"), QUERY, StateError, r"layers\.0\.q\.weight has NaN"),
     "head not finite": (
         lambda: with_nan("classifier.weight"),
         LoraConfig(r=2, target_modules=["q"], modules_to_save=["classifier"]),
-        MergeError,
+        StateError,
         r"classifier\.weight has NaN",
     ),
     "dora": (tiny.classifier, LoraConfig(target_modules=["q"], use_dora=True), ConfigError, "use_dora=True"),
@@ -377,11 +377,11 @@ def test_a_mistake_is_refused_in_a_line_and_changes_nothing(case):
 def test_on_a_model_with_adapters_these_are_refused():
     model, tuned = injected(), tiny.classifier()
     before = tiny.snapshot(model)
-    with pytest.raises(AdapterExistsError, match="'default' already"):
+    with pytest.raises(AdapterNameError, match="'default' already"):
         extract_adapter(model, tuned, QUERY)
     with pytest.raises(ConfigError, match="bias='all' needs the model for itself"):
         extract_adapter(model, tuned, LoraConfig(target_modules=["q"], bias="all"), "new")
     assert tiny.snapshot(model) == before
     merge_adapter(model)
-    with pytest.raises(MergeError, match="unmerge_adapter"):
+    with pytest.raises(StateError, match="unmerge_adapter"):
         extract_adapter(model, tuned, QUERY, "new")

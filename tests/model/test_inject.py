@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from lora_core import LoraConfig, count_parameters, inject, quantize_nf4, trainable_parameters, unload
-from lora_core.errors import AdapterExistsError, ConfigError, LoraError, TargetError
+from lora_core.errors import AdapterNameError, ConfigError, LoraError, TargetError
 from lora_core.layers import LoraLayer
 from tests.support import tiny
 
@@ -307,7 +307,7 @@ def test_a_refused_injection_leaves_the_model_as_it_was(case):
 def test_the_same_name_twice_is_an_error():
     model = injected(tiny.classifier())
     before = tiny.snapshot(model)
-    with pytest.raises(AdapterExistsError, match="'default' already"):
+    with pytest.raises(AdapterNameError, match="'default' already"):
         injected(model)
     assert tiny.snapshot(model) == before
 

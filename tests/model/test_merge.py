@@ -20,7 +20,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import MergeError
+from lora_core.errors import StateError
 from lora_core.model.registry import registry_of
 from tests.support import oracle, tiny
 
@@ -104,13 +104,13 @@ def test_while_merged_the_adapters_stay_as_they_are():
         lambda: delete_adapter(model, "b"),
         lambda: disable_adapters(model).__enter__(),
     ):
-        with pytest.raises(MergeError, match="unmerge_adapter"):
+        with pytest.raises(StateError, match="unmerge_adapter"):
             call()
     assert tiny.snapshot(model) == before and torch.equal(model(X), outputs)
 
 
 def test_unmerging_what_is_not_merged_is_an_error():
-    with pytest.raises(MergeError, match="merge_adapter"):
+    with pytest.raises(StateError, match="merge_adapter"):
         unmerge_adapter(adapted())
 
 
@@ -118,7 +118,7 @@ def test_merging_nothing_is_an_error():
     model = adapted()
     set_adapter(model, [])
     for verb in (merge_adapter, merge_and_unload):
-        with pytest.raises(MergeError, match="no adapter is active"):
+        with pytest.raises(StateError, match="no adapter is active"):
             verb(model)
 
 
@@ -277,7 +277,7 @@ def test_a_refused_merge_leaves_the_model_as_it_was(case):
     model = adapted()
     spoil(model)
     before, active = tiny.snapshot(model), registry_of(model).active
-    with pytest.raises(MergeError, match=message) as caught:
+    with pytest.raises(StateError, match=message) as caught:
         merge_and_unload(model, ["a", "b"], **settings)
     assert "\n" not in str(caught.value)
     assert registry_of(model).active == active and not is_merged(model)
@@ -289,7 +289,7 @@ def test_a_refused_merge_leaves_a_merged_model_merged():
     nan_adapter(model)
     merge_adapter(model, "a")
     outputs = model(X)
-    with pytest.raises(MergeError, match="NaN or infinite"):
+    with pytest.raises(StateError, match="NaN or infinite"):
         merge_and_unload(model, ["a", "b"])
     assert is_merged(model) and registry_of(model).active == ("a",) and torch.equal(model(X), outputs)
     unmerge_adapter(model)
@@ -301,7 +301,7 @@ def test_a_refused_merge_in_place_leaves_the_model_as_it_was(case):
     model = adapted()
     spoil(model)
     before, active = tiny.snapshot(model), registry_of(model).active
-    with pytest.raises(MergeError, match=message):
+    with pytest.raises(StateError, match=message):
         merge_adapter(model, ["a", "b"])
     assert not is_merged(model) and registry_of(model).active == active
     assert tiny.snapshot(model) == before
@@ -376,7 +376,7 @@ def test_a_bound_never_lets_an_overflow_through(size):
         merge_and_unload(model)
         assert layer.weight.isfinite().all() and layer.weight.max() > 1e35
     else:
-        with pytest.raises(MergeError, match=r"layers\.1\.v"):
+        with pytest.raises(StateError, match=r"layers\.1\.v"):
             merge_and_unload(model)
         assert tiny.snapshot(model) == before
 

@@ -22,7 +22,7 @@ from lora_core import (
     set_adapter,
     unload,
 )
-from lora_core.errors import MixedBatchError
+from lora_core.errors import StateError
 from lora_core.model.registry import registry_of
 from tests.support import tiny
 from tests.support.mixes import MIX, VARIANTS, logits, one_by_one
@@ -140,7 +140,7 @@ def test_the_adapters_can_not_be_changed_while_a_mixed_batch_is_open(model, tmp_
             torch.testing.assert_close(model(x).detach(), expected, rtol=0, atol=1e-5)
 
     def refused():
-        with pytest.raises(MixedBatchError, match=f"open on this model in {where}; change its adapters after") as caught:
+        with pytest.raises(StateError, match=f"open on this model in {where}; change its adapters after") as caught:
             CHANGES[change](model, tmp_path)
         assert isinstance(caught.value, LoraError)
 
@@ -184,6 +184,6 @@ def test_a_mixed_batch_that_fails_to_open_does_not_stay_open(model):
     with pytest.raises(LoraError), mixed_batch(model, ["a", "nobody"]):
         pytest.fail("was opened")
     model.train()
-    with pytest.raises(MixedBatchError, match="call model.eval"), mixed_batch(model, ["a"]):
+    with pytest.raises(StateError, match="call model.eval"), mixed_batch(model, ["a"]):
         pytest.fail("was opened")
     set_adapter(model, "b")

@@ -19,7 +19,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
-from lora_core.errors import AdapterFormatError, MergeError, TargetError
+from lora_core.errors import FileFormatError, StateError, TargetError
 from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
@@ -194,7 +194,7 @@ def test_one_of_two_names_is_enough_and_two_values_are_refused(tmp_path):
     load_adapter(again, tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(found)) and again.lm_head.weight is again.model.embed_tokens.weight
     save_file(tensors | {"base_model.model.lm_head.weight": head + 1}, file)
-    with pytest.raises(AdapterFormatError, match=r"differ, and ensure_weight_tying is set"):
+    with pytest.raises(FileFormatError, match=r"differ, and ensure_weight_tying is set"):
         load_adapter(build("llama"), tmp_path)
 
 
@@ -290,7 +290,7 @@ def test_a_head_tied_again_from_outside_is_refused(verb, tmp_path):
     model = MODELS["llama"][0]()
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(MergeError, match="replaced by the base's own tensor"):
+    with pytest.raises(StateError, match="replaced by the base's own tensor"):
         verb(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

@@ -24,13 +24,11 @@ from lora_core import LoraConfig, LoraError, inject, load_adapter, save_adapter
 from lora_core.__main__ import main as lora_core_main
 from lora_core.deploy.updates import read_updates
 from lora_core.errors import (
-    AdapterExistsError,
-    AdapterFileMissingError,
-    AdapterFormatError,
+    AdapterNameError,
     ConfigError,
+    FileFormatError,
     OutputError,
     TargetError,
-    UnknownAdapterError,
     WrongBaseError,
 )
 from lora_core.files.storage import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
@@ -175,7 +173,7 @@ def loop(directory):
 
 
 EMPTY = b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}%*s}'
-FORMAT, MISSING, BROKEN = AdapterFormatError, AdapterFileMissingError, "not a whole safetensors file"
+FORMAT, BROKEN = FileFormatError, "not a whole safetensors file"
 RANKS = [f"m{i}.q" for i in range(20_000)]
 HALF = RANKS[:10_000]
 LAYERS = {"layers_to_transform": [0, 1]}
@@ -252,9 +250,9 @@ ADAPTERS = {
     "config: too deep inside": (appended(f'"x": {"[" * 100_000}'), FORMAT, "is not JSON"),
     "config: larger than a megabyte": (appended(f'"x": "{"a" * 2**20}"'), FORMAT, "is larger than 1,048,576 bytes"),
     "config: two objects": (lambda d: (d / CONFIG_FILE).open("a").write("{}"), FORMAT, "is not JSON"),
-    "config: a directory": (in_the_way, MISSING, "is not there"),
-    "config: a link to itself": (loop, MISSING, "is not there"),
-    "weights: a pipe": (fifo, MISSING, "is not there"),
+    "config: a directory": (in_the_way, FORMAT, "is not there"),
+    "config: a link to itself": (loop, FORMAT, "is not there"),
+    "weights: a pipe": (fifo, FORMAT, "is not there"),
     # its fields
     "field: method in a list": (fields(peft_type=["LORA"]), FORMAT, "peft_type is ['LORA']"),
     "field: a name with a line break": (fields(**{"x\ny": 1}), FORMAT, "asks for x y=1"),
@@ -364,10 +362,10 @@ def again(model, directory):
 
 
 CALLS = {
-    "no directory": (lambda m, d: load_adapter(m, d / "nowhere"), MISSING, "is not a directory"),
-    "a directory of a long name": (lambda m, d: load_adapter(m, "a" * 5_000), MISSING, "is not a directory"),
-    "a directory with a NUL": (lambda m, d: load_adapter(m, "a\0b"), MISSING, "a\\x00b is not a directory"),
-    "a name that is taken": (again, AdapterExistsError, "'x' already"),
+    "no directory": (lambda m, d: load_adapter(m, d / "nowhere"), FORMAT, "is not a directory"),
+    "a directory of a long name": (lambda m, d: load_adapter(m, "a" * 5_000), FORMAT, "is not a directory"),
+    "a directory with a NUL": (lambda m, d: load_adapter(m, "a\0b"), FORMAT, "a\\x00b is not a directory"),
+    "a name that is taken": (again, AdapterNameError, "'x' already"),
     "a name upwards": (outside("../x"), ConfigError, "adapter_name must be"),
     "a name of dots": (outside(".."), ConfigError, "adapter_name must be"),
     "a name with a slash": (outside("a/b"), ConfigError, "adapter_name must be"),
@@ -384,7 +382,7 @@ CALLS = {
     "an empty name": (outside(""), ConfigError, "adapter_name must be"),
     "a number for a name": (outside(3), ConfigError, "adapter_name must be"),
     "a name of torch's": (outside("keys"), ConfigError, "ParameterDict"),
-    "saving what is not there": (lambda m, d: save_adapter(m, d / "new"), UnknownAdapterError, "holds no adapters"),
+    "saving what is not there": (lambda m, d: save_adapter(m, d / "new"), AdapterNameError, "holds no adapters"),
 }  # fmt: skip
 
 

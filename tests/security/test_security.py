@@ -14,7 +14,7 @@ from experiments import models, predict, sst2
 from experiments.errors import ExperimentError
 from lora_core import LoraConfig, LoraError, inject, load_adapter, save_adapter
 from lora_core.__main__ import main
-from lora_core.errors import CheckpointError
+from lora_core.errors import FileFormatError
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
 from lora_core.integrations.pretrained import load_model, tokenize
 from tests.support import ROOT, tiny
@@ -79,9 +79,9 @@ def test_a_models_own_code_is_not_run(booby_trapped, monkeypatch):
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115  nobody is there to say yes
     with pytest.raises(ExperimentError, match="can't be loaded as a classifier"):
         models.load_classifier(models.resolve(str(booby_trapped)))
-    with pytest.raises(CheckpointError, match="can't be loaded as"):
+    with pytest.raises(FileFormatError, match="can't be loaded as"):
         load_model(booby_trapped, "SEQ_CLS", torch.float32, strict=False)
-    with pytest.raises(CheckpointError, match="tokenizer in .* can't be loaded"):
+    with pytest.raises(FileFormatError, match="tokenizer in .* can't be loaded"):
         tokenize([booby_trapped], ["fine"])
 
 
