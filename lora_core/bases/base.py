@@ -146,8 +146,8 @@ class Base(ABC):
         """A plain `nn.Linear` with the weight that the layer computes with, in its `dense_dtype`."""
         return plain_linear(layer, nn.Parameter(self.dense(layer, self.dense_dtype(layer)), requires_grad=False))
 
-    def follow_cast(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-        """Notes on a layer that the model around it was cast by `fn`, as `nn.Module.half` does."""
+    def follow(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+        """Notes on a layer that the model around it was cast or moved by `fn`, as `nn.Module.half` and `cuda` do."""
         now = fn(torch.empty(0, dtype=self.dense_dtype(layer), device=layer.weight.device)).dtype
         self.set_dense_dtype(layer, now)
 
@@ -194,7 +194,7 @@ class PackedLayer(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if self.base.holds(self.weight):  # adapters that are folded in have made it dense
-            self.base.follow_cast(self, fn)
+            self.base.follow(self, fn)
         return self
 
     def forward(self, x: Tensor) -> Tensor:  # ... d_in -> ... d_out

@@ -72,6 +72,16 @@ class Int8(Base):
     def set_dense_dtype(self, layer: nn.Module, dtype: torch.dtype) -> None:
         layer.weight_dtype = dtype
 
+    def follow(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+        # torch moves the values and not what bitsandbytes keeps beside them.
+        device = layer.weight.device
+        for holder in (layer.weight, getattr(layer, "state", None)):
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = holder.SCB.to(device)
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = layer.weight.data
+        super().follow(layer, fn)
+
     def pack(self, linear: nn.Linear, form: Int8Format, compute_dtype: torch.dtype | None = None) -> nn.Module:
         weight, bias = linear.weight, linear.bias
         layer = linear_8bit_class()(linear.in_features, linear.out_features, bias is not None, False, device="meta")

@@ -99,9 +99,9 @@ class NF4(Base):
     def set_dense_dtype(self, layer: nn.Module, dtype: torch.dtype) -> None:
         _note_dtype(layer.weight, dtype)
 
-    def follow_cast(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    def follow(self, layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
         _undo_repacking(layer)  # else the dtype that it notes would be taken for the one from before
-        super().follow_cast(layer, fn)
+        super().follow(layer, fn)
 
     def pack(self, linear: nn.Linear, form: NF4Format, compute_dtype: torch.dtype | None = None) -> nn.Module:
         weight, bias = linear.weight, linear.bias

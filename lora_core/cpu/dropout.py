@@ -7,7 +7,7 @@ probabilities; they round 0.1 to 26/256, and the rescaling uses the rounded valu
 or of a one, by more than a 32nd of it (0.01 would become 0.0117, and 0.001 nothing), 16 or 32 bits are compared. On a CPU
 torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bits, in less time than torch would draw them;
 for the backward the seed is kept and the mask made again. So masks are reproducible under torch's seed, and the same under
-gradient checkpointing. On other devices torch draws the mask.
+gradient checkpointing. On other devices torch draws the mask; on CUDA it is made again from the generator's state.
 
 Each LoRA layer draws a mask of its own; `share_dropout_masks` (`masks.py`) says when some may share one.
 """
@@ -65,7 +65,7 @@ class _Dropout(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dy):
         (source,) = ctx.saved_tensors
-        return _masked(dy, same_keep_mask(source, ctx.shape, ctx.p), ctx.scale), None
+        return _masked(dy, same_keep_mask(source, ctx.shape, ctx.p, dy.device), ctx.scale), None
 
 
 def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -89,7 +89,8 @@ class KeepMask(NamedTuple):
     Attributes:
         keep: uint8, 1 (keep) or 0 (drop).
         kept: the probability of a 1.
-        source: from which `same_keep_mask` makes it again: on a CPU a seed, (4,), int64; elsewhere the mask itself.
+        source: from which `same_keep_mask` makes it again: on a CPU a seed, (4,), int64; on CUDA the state of a generator;
+            elsewhere, and in a graph of CUDA's that is being captured, the mask itself.
     """
 
     keep: Tensor
@@ -98,19 +99,32 @@ class KeepMask(NamedTuple):
 
 
 def draw_keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> KeepMask:
-    """A fresh mask of `shape` for the probability p of a zero, which is rounded as above, but not up to 1."""
+    """A fresh mask of `shape` for the probability p of a zero, which on a CPU is rounded as above, but not up to 1."""
     if device.type == "cpu":
         seed = torch.empty(4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
         bits, threshold = rounded(p)
-        return KeepMask(same_keep_mask(seed, shape, p), 1 - threshold / 2**bits, seed)
+        return KeepMask(same_keep_mask(seed, shape, p, device), 1 - threshold / 2**bits, seed)
+    known = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    state = default_generator(device).get_state() if known else None
     keep = torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - p)
-    return KeepMask(keep, 1 - p, keep)
+    return KeepMask(keep, 1 - p, keep if state is None else state)
 
 
-def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """The mask that `draw_keep_mask` gave for this shape and p with `source`."""
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on a CPU or a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """The mask that `draw_keep_mask` gave for this shape, p and device with `source`."""
     if source.device.type != "cpu":
         return source
+    if device.type != "cpu":
+        generator = torch.Generator(device)
+        generator.set_state(source)
+        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - p, generator=generator)
     size, (bits, threshold) = math.prod(shape), rounded(p)
     words = np.random.PCG64DXSM(_Seed(source)).random_raw(-(-size * bits // 64))
     drawn = words.view(np.dtype(f"u{bits // 8}"))[:size]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .dropout import KeepMask, draw_keep_mask, same_keep_mask
+from .dropout import KeepMask, default_generator, draw_keep_mask, same_keep_mask
 
 
 @dataclass
@@ -78,7 +78,7 @@ class MaskGroup:
         shape, forward = (x.numel() // x.shape[-1], x.shape[-1]), self.forwards.get(get_ident())
         if forward is None or x.is_inference() or _checkpoints() != forward.depth:
             return draw_keep_mask(shape, p, x.device)
-        generator = _generator(x.device)
+        generator = default_generator(x.device)
         alike = (p, x._version)
         again = forward.x() is x and forward.alike == alike and id(layer) not in forward.readers
         if not again or not torch.equal(generator.get_state(), forward.generator):
@@ -93,12 +93,6 @@ class _Forwards(dict):
 
     def __reduce__(self) -> tuple:
         return _Forwards, ()
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
@@ -121,10 +115,10 @@ def _checkpoints() -> int:
 # --- in the backward ----------------------------------------------------------------------------------------------------
 
 
-def same_shared_mask(source: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+def same_shared_mask(source: Tensor, shape: tuple[int, int], p: float, device: torch.device) -> Tensor:
     """`same_keep_mask`, made once for the layers that share a mask, whose backwards follow on one another in one thread."""
-    if source.device.type != "cpu":
-        return source
+    if device.type != "cpu":  # made in one call, for less than it takes to find it
+        return same_keep_mask(source, shape, p, device)
     last = _remade.get(get_ident())
     if last is None or last[0]() is not source:
         thread = get_ident()
@@ -133,7 +127,7 @@ def same_shared_mask(source: Tensor, shape: tuple[int, int], p: float) -> Tensor
             if _remade.get(thread, (None,))[0] is reference:
                 del _remade[thread]
 
-        _remade[thread] = last = (weakref.ref(source, forget), same_keep_mask(source, shape, p))
+        _remade[thread] = last = (weakref.ref(source, forget), same_keep_mask(source, shape, p, device))
     return last[1]
 
 

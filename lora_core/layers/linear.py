@@ -130,7 +130,7 @@ class LoraPacked(LoraLinear):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if (base := base_of(self)).packed:
-            base.follow_cast(self, fn)
+            base.follow(self, fn)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

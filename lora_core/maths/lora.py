@@ -21,19 +21,19 @@ Shapes below: T tokens (the leading dimensions of x, flattened), d_in, d_out, r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import methodcaller
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu import thin as cpu_thin
 from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
 from ..cpu.masks import same_shared_mask
-from ..cpu.products import product, tall_product
-
-#: Elements of a block of rows that is masked at a time: 2 MiB of float32.
-BLOCK = 2**19
+from ..cpu.products import product
+from ..gpu import thin as gpu_thin
 
 Draw = Callable[[Tensor, float], KeepMask]
 
@@ -129,18 +129,17 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, p, dense, dtype, result, linear, shared):
         need_A, need_B = ctx.needs_input_grad[3:5]
-        x_cast, same = x.to(dtype), A.dtype == dtype
-        x2 = x.reshape(-1, x.shape[-1]).to(A.dtype)  # T d_in
+        x_cast, x2 = x.to(dtype), x.reshape(-1, x.shape[-1])  # ... d_in, T d_in
         h = None
         if mask:
             s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
-        if not mask and same and folding_pays(x2.shape[0], A.shape[1], dtype, dense):
-            y = linear(x_cast, fold(weight, A, B, s, dense), bias)  # ... d_out
+        if not mask and A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
+            y = linear(x_cast, fold(weight, A, B, s, dense), bias).to(result)  # ... d_out
         else:
             # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-            y = linear(x_cast, dense(weight) if dense else weight, bias).contiguous().to(A.dtype)  # ... d_out
-            h = masked_product(x2, mask.keep, A) if mask else x2 @ A.t()  # T r
-            y.view(-1, B.shape[0]).addmm_(h, B.t(), alpha=s)
+            y = linear(x_cast, dense(weight) if dense else weight, bias)  # ... d_out
+            h = thin(x).narrow(x2, A, mask.keep if mask else None)  # T r
+            y = thin(x).add(y.reshape(-1, len(B)), h, B, s, result).view(y.shape)
 
         ctx.save_for_backward(
             x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
@@ -152,68 +151,39 @@ class _LoraLinear(torch.autograd.Function):
         )
         ctx.s, ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = s, p, dense, dtype, x.dtype
         ctx.same_mask = same_shared_mask if shared else same_keep_mask
-        return y.to(result)
+        return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
         x, weight, A, B, h, source = ctx.saved_tensors
-        s, dense = ctx.s, ctx.dense
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        s, dense, ways = ctx.s, ctx.dense, thin(dy)
         dx = dA = dB = dbias = None
         dy2 = dy.reshape(-1, B.shape[0])  # T d_out
-        dy_wide = dy2.to(A.dtype)
+        dy_thin = ways.operand(dy2, A.dtype)
         x2 = None if x is None else x.reshape(-1, A.shape[1])  # T d_in
-        g = (dy_wide @ B).mul_(s)  # T r
+        g = ways.narrow(dy_thin, B.t()).mul_(s)  # T r
         if need_B:
-            h = x2.to(A.dtype) @ A.t() if h is None else h
-            dB = tall_product(dy_wide, h).mul_(s)
+            h = ways.narrow(x2, A) if h is None else h
+            dB = ways.tall(dy_thin, h).mul_(s)
+        folded = source is None and A.dtype == ctx.dtype and folding_pays(dy2, B.shape[0], dense)
         if need_x:
-            same = A.dtype == ctx.dtype
-            folded = source is None and same and folding_pays(dy2.shape[0], B.shape[0], dy.dtype, dense)
             W = fold(weight, A, B, s, dense) if folded else dense(weight) if dense else weight
-            dx = product(dy2.to(ctx.dtype), W.t()).to(A.dtype)  # T d_in
+            dx = product(dy2.to(ctx.dtype), W.t())  # T d_in
             del W
-            if source is None and not folded:
-                dx.addmm_(g, A)
-        if source is not None:
-            keep = ctx.same_mask(source, (len(dy2), A.shape[1]), ctx.p)
-            dA = masked_gradients(x2 if need_A else None, keep, g, A, dx)
-        elif need_A:
-            dA = tall_product(x2.to(A.dtype), g).t()
+        keep = None if source is None else ctx.same_mask(source, (len(dy2), A.shape[1]), ctx.p, dy.device)
+        dA, more = ways.gradients(x2 if need_A else None, None if folded else dx, g, A, keep, ctx.x_dtype)
         if need_x:
-            dx = dx.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
+            dx = (dx.to(ctx.x_dtype) if folded else more).view(*dy.shape[:-1], A.shape[1])
         if need_bias:
             dbias = dy2.to(ctx.dtype).sum(0)
         return dx, None, dbias, dA, dB, *(None,) * 8
 
 
-def masked_product(x: Tensor, keep: Tensor, A: Tensor) -> Tensor:
-    """(keep * x) A^T, (T, r), for a mask `keep` of ones and zeros, (T, d_in), uint8."""
-    h = x.new_empty(len(x), len(A))
-    for rows in blocks(x):
-        torch.mm(keep[rows].to(x.dtype).mul_(x[rows]), A.t(), out=h[rows])
-    return h
-
-
-def masked_gradients(x: Tensor | None, keep: Tensor, g: Tensor, A: Tensor, dx: Tensor | None) -> Tensor | None:
-    """The gradients of `masked_product` for g, (T, r): adds that of x to dx, if given; returns that of A, unless x is None."""
-    sums = torch.promote_types(A.dtype, torch.float32)  # in 16 bits each block would be rounded
-    dA = None if x is None else A.new_zeros(A.shape[1], A.shape[0], dtype=sums)  # d_in r
-    for rows in blocks(keep):
-        mask = keep[rows].to(g.dtype)
-        if dx is not None:
-            dx[rows].addcmul_(g[rows] @ A, mask)
-        if dA is not None:
-            dA += tall_product(mask.mul_(x[rows]), g[rows])
-    return None if dA is None else dA.t().to(A.dtype)
-
-
-def blocks(x: Tensor) -> Iterator[slice]:
-    """The rows of x, (T, d), in blocks: on a CPU so small that one stays in a core's cache, and costs little memory."""
-    T, d = x.shape
-    step = max(1, BLOCK // max(d, 1)) if x.device.type == "cpu" else max(1, T)
-    return (slice(start, start + step) for start in range(0, T, step))
+def thin(x: Tensor) -> ModuleType:
+    """The thin products that are fast where x is: a module with the functions that `gpu/thin.py` describes."""
+    return cpu_thin if x.device.type == "cpu" else gpu_thin
 
 
 # --- which way to multiply ------------------------------------------------------------------------------------------
@@ -227,9 +197,9 @@ def blocks(x: Tensor) -> Iterator[slice]:
 # to 16 bits loses most of a small update.
 
 
-def folding_pays(tokens: int, width: int, dtype: torch.dtype, dense: Callable | None) -> bool:
-    """Whether x (W + s B A)^T is cheaper than two products, for `tokens` rows summed over `width`."""
-    return dtype in (torch.float32, torch.float64) and tokens > width * (1.5 if dense else 2)
+def folding_pays(x: Tensor, width: int, dense: Callable | None) -> bool:
+    """Whether x (W + s B A)^T is cheaper than two products, for x, (T, d), of full precision, and the `width` summed over."""
+    return x.dtype in (torch.float32, torch.float64) and len(x) > width * (1.5 if dense else 2)
 
 
 def fold(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dense: Callable[[Tensor], Tensor] | None) -> Tensor:

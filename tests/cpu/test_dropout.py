@@ -52,7 +52,7 @@ def test_a_mask_is_made_again_from_what_is_kept_of_it(shape, p):
     assert mask.shape == shape and mask.dtype == torch.uint8 and ((mask == 0) | (mask == 1)).all()
     assert source.nbytes == 32
     torch.rand(100)  # whatever is drawn in between
-    assert torch.equal(same_keep_mask(source, shape, p), mask)
+    assert torch.equal(same_keep_mask(source, shape, p, mask.device), mask)
 
 
 def test_use_fast_dropout_replaces_what_it_says():

@@ -263,7 +263,7 @@ def test_neither_x_nor_masks_are_kept_alive():
     gc.collect()
     assert gone() is None and not model.q.lora_masks.forwards
     source = torch.zeros(4, dtype=torch.int64)
-    mask = weakref.ref(same_shared_mask(source, (50, 10), 0.5))
+    mask = weakref.ref(same_shared_mask(source, (50, 10), 0.5, source.device))
     assert mask() is not None
     del source
     gc.collect()

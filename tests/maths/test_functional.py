@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lora_core.cpu import thin
 from lora_core.cpu.products import frozen_linear
+from lora_core.gpu import thin as gpu
 from lora_core.maths import lora as functional
 from lora_core.maths.lora import fold_, lora_linear
 from lora_core.methods.dora import dora_factor
@@ -77,6 +79,17 @@ def test_forward_and_gradients_follow_the_equation(shape, dtype, bias):
     assert set(gradients) == {"x", "A", "B"} | ({"b"} if bias else set())
 
 
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_gpus_products_follow_the_equation(shape, dtype, dropout, monkeypatch):
+    monkeypatch.setattr(functional, "thin", lambda x: gpu)
+    tensors, dy = make(shape, dtype)
+    mask, kept = recover_mask(shape, dropout, seed=5)
+    torch.manual_seed(5)
+    check_against_oracle(tensors, dy, dtype, dropout, mask=mask, kept=kept)
+
+
 @SHAPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("dense", [None, torch.clone], ids=["dense", "packed"])
@@ -89,9 +102,9 @@ def test_both_ways_to_multiply_follow_the_equation(shape, dtype, dense, way):
 @DTYPES
 @SHAPES
 @pytest.mark.parametrize("dense", [None, torch.clone], ids=["dense", "packed"])
-@pytest.mark.parametrize("block", [1, 3 * D_IN, functional.BLOCK], ids=["rows", "blocks", "whole"])
+@pytest.mark.parametrize("block", [1, 3 * D_IN, thin.BLOCK], ids=["rows", "blocks", "whole"])
 def test_dropout_uses_one_mask_in_forward_and_backward(shape, dtype, dense, block, monkeypatch):
-    monkeypatch.setattr(functional, "BLOCK", block)
+    monkeypatch.setattr(thin, "BLOCK", block)
     tensors, dy = make(shape, dtype)
     mask, kept = recover_mask(shape, 0.3, seed=5)
     torch.manual_seed(5)

@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "spec",
     "cpu",
+    "gpu",
     "maths",
     "bases",
     "methods",

@@ -52,6 +52,7 @@ class Case:
             file's tensors and the path of the layer.
         run: what the model computes.
         tolerance: how far float32 may be from float64, relative to the largest output: 64 sums of 1.2e-7 by default.
+        device: where the model is; what is worked out by hand is worked out on the CPU.
     """
 
     build: Callable[[], nn.Module]
@@ -65,14 +66,15 @@ class Case:
     update: Callable[[Mapping[str, Tensor], str], Tensor] | None = None
     run: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x)
     tolerance: float = 1e-5
+    device: str = "cpu"
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.build()
+        return self.build().to(self.device)
 
     def read(self) -> Tensor:
         torch.manual_seed(1)
-        return self.x()
+        return self.x().to(self.device)
 
     def config(self) -> LoraConfig:
         return self.kind(**{"r": 2, "lora_alpha": 3, "target_modules": list(self.targets), **self.settings})
@@ -87,7 +89,7 @@ class Case:
 
     def assert_near(self, found: Tensor, expected: Tensor) -> None:
         atol = self.tolerance * max(1, expected.abs().max().item())
-        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol)
+        torch.testing.assert_close(found.cpu().double(), expected.cpu().double(), rtol=0, atol=atol)
 
 
 def files_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -102,7 +104,7 @@ def files_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def equation(case: Case, model: nn.Module) -> Tensor:
     """What the adapted `model` computes, by hand: a plain float64 model whose weights have s B A added."""
     config, tensors = files_of(model)
-    plain, x = case.base().double(), case.read()
+    plain, x = case.base().cpu().double(), case.read().cpu()
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     for path in case.targets if case.update else ():
         upright = case.as_matrix.get(path, lambda W: W.view(len(W), -1))
@@ -139,7 +141,7 @@ def check_gradients(case: Case) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, path
         if not parameter.requires_grad:
             continue
-        way, step, sums = torch.sin(torch.arange(parameter.numel()).double()).view_as(parameter), 1e-5, []
+        way, step, sums = torch.sin(torch.arange(parameter.numel()).to(parameter)).view_as(parameter), 1e-5, []
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.add_(sign * step * way)

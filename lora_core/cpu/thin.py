@@ -1,0 +1,64 @@
+"""The thin products of LoRA on a CPU; `gpu/thin.py` has the same functions, and says what they compute.
+
+Masks are applied to blocks of rows that stay in a core's cache. What is wider than the base is cast once, as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .products import tall_product
+
+#: Elements of a block of rows that is masked at a time: 2 MiB of float32.
+BLOCK = 2**19
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def narrow(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:  # T d, r d -> T r
+    if keep is None:
+        return x.to(A.dtype) @ A.t()
+    h = A.new_empty(len(x), len(A))
+    for rows in blocks(x):
+        torch.mm(keep[rows].to(A.dtype).mul_(x[rows]), A.t(), out=h[rows])
+    return h
+
+
+def add(y: Tensor, h: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:  # T d, T r, d r -> T d
+    return y.to(B.dtype).addmm_(h, B.t(), alpha=s).to(dtype)
+
+
+def tall(x: Tensor, g: Tensor) -> Tensor:  # T d, T r -> d r
+    return tall_product(x.to(g.dtype), g)
+
+
+def gradients(
+    x: Tensor | None, dx: Tensor | None, g: Tensor, A: Tensor, keep: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = None if dx is None else dx.to(A.dtype)
+    if keep is None:
+        dA = None if x is None else tall(x, g).t()
+        dx = None if dx is None else dx.addmm_(g, A)
+    else:
+        sums = torch.promote_types(A.dtype, torch.float32)  # in 16 bits each block would be rounded
+        dA = None if x is None else A.new_zeros(A.shape[1], A.shape[0], dtype=sums)  # d r
+        for rows in blocks(keep):
+            mask = keep[rows].to(A.dtype)
+            if dx is not None:
+                dx[rows].addcmul_(g[rows] @ A, mask)
+            if dA is not None:
+                dA += tall_product(mask.mul_(x[rows]), g[rows])
+        dA = None if dA is None else dA.t().to(A.dtype)
+    return dA, None if dx is None else dx.to(dtype)
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x, (T, d), in blocks: so small that one stays in a core's cache, and costs little memory."""
+    T, d = x.shape
+    step = max(1, BLOCK // max(d, 1))
+    return (slice(start, start + step) for start in range(0, T, step))
