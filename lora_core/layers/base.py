@@ -91,14 +91,13 @@ class LoraLayer(Traits, FoldedLayer):
 
     def active_products(self) -> list[Product]:
         """What the forward must add. Adapters without dropout make one product of summed rank; each other has its own mask."""
+        if len(self.lora_active) == 1:
+            (name,) = self.lora_active
+            return [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name))]
         plain = [name for name in self.lora_active if not self._dropout_now(name)]
         dropped = [name for name in self.lora_active if name not in plain]
         products = [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name)) for name in dropped]
-        if len(plain) == 1:
-            products.append((*self.factors(plain[0]), self.lora_scaling[plain[0]], 0.0))
-        elif plain:
-            products.append((*self.joined_factors(plain), 1.0, 0.0))
-        return products
+        return [*products, (*self.joined_factors(plain), 1.0, 0.0)] if plain else products
 
     def _dropout_now(self, name: str) -> float:
         return self.lora_dropout[name] if self.training else 0.0
