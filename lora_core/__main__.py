@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
 from .cli.command_line import Parser, finite, run, tolerance
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -26,6 +27,7 @@ BASES = ("original", "nf4-dequantized", "nf4", "int8-dequantized", "int8")
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m lora_core", description=__doc__)
+    p.add_argument("--version", action="version", version=f"lora-core {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_subparser)
     _inspect(commands.add_parser("inspect", help="what an adapter is, and how much it changes on each layer"))
     _merge(commands.add_parser("merge", help="fold adapters into a base's files: a plain checkpoint for any library"))

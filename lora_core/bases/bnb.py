@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from ..errors import MissingDependencyError
@@ -15,8 +16,13 @@ def bitsandbytes() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of a kernel of another package, which would not be used here
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise MissingDependencyError(f"quantised weights need bitsandbytes ({error}); pip install bitsandbytes") from None
+        raise MissingDependencyError(f"quantised weights need bitsandbytes ({error}); pip install 'lora-core[nf4]'") from None
+    finally:
+        log.setLevel(level)
     return bnb

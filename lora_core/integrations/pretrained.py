@@ -48,7 +48,7 @@ def find_base(reference: str) -> Path:
         from huggingface_hub import constants, snapshot_download
     except ImportError:
         raise MissingDependencyError(
-            f"the base {reference!r} is no directory; to look it up on the Hub, pip install huggingface_hub"
+            f"the base {reference!r} is no directory; to look it up on the Hub, pip install 'lora-core[hf]'"
         ) from None
     try:
         return Path(snapshot_download(reference, local_files_only=True))
@@ -140,7 +140,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"to run a model, pip install transformers ({error})") from None
+        raise MissingDependencyError(f"to run a model, pip install 'lora-core[hf]' ({error})") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -337,7 +337,7 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     bitsandbytes.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     try:
-        with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+        with pytest.raises(MissingDependencyError, match="lora-core.nf4."):
             bitsandbytes()
     finally:
         bitsandbytes.cache_clear()

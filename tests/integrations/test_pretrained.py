@@ -82,10 +82,10 @@ def test_what_can_be_no_name_is_not_asked_for(hub, name):
 
 def test_libraries_that_are_not_there_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
+    with pytest.raises(MissingDependencyError, match="lora-core.hf."):
         find_base("owner/name")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingDependencyError, match="pip install transformers"):
+    with pytest.raises(MissingDependencyError, match="lora-core.hf."):
         load_model(tmp_path, None, torch.float32, strict=False)
 
 

@@ -26,8 +26,8 @@ ROOMS = (
     "integrations",
     "deploy",
     "cli",
-    "__main__",
     "",  # the package itself
+    "__main__",
 )
 FORBIDDEN_IN_ENGINE = {"transformers", "datasets", "peft", "experiments", "bench", "tests", "loralib", "accelerate"}
 ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}

@@ -3,10 +3,16 @@
 import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
 import setuptools
 
+import lora_core
+from lora_core.__main__ import main
 from tests.support import ROOT
 
 
@@ -32,7 +38,8 @@ def pins():
 def test_every_requirement_has_an_exact_version(package):
     pinned = {canonical(name) for name in pins()}
     extras = package["extras_require"]
-    assert set(extras) == {"offline", "test", "compare", "bench"}
+    assert set(extras) == {"nf4", "hf", "experiments", "offline", "compare", "test", "bench", "all"}
+    assert set(extras["all"]) == {r for group in extras.values() for r in group}
     for requirement in [*package["install_requires"], *(r for group in extras.values() for r in group)]:
         assert canonical(requirement) in pinned, f"{requirement} is not in constraints.txt"
 
@@ -42,14 +49,57 @@ def test_torch_is_pinned_so_that_a_cpu_build_will_do():
     assert not any("+" in version for version in pins().values())
 
 
-def test_the_packages_are_those_of_the_project(package):
-    assert package["name"] == "lora-core"
-    assert {name.split(".")[0] for name in package["packages"]} <= {"lora_core", "experiments", "bench"}
-    assert {"lora_core", "lora_core.layers", "experiments"} <= set(package["packages"])
+def test_the_wheel_is_the_engine_alone_and_asks_for_four_packages(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=tmp_path / "source", check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("lora_core-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name).decode("utf-8", "replace") for name in archive.namelist()}
+    (info,) = {name.split("/")[0] for name in files if not name.startswith("lora_core/")}
+    assert info == f"lora_core-{lora_core.__version__}.dist-info"
+    sources = {path for path in (ROOT / "lora_core").rglob("*") if path.suffix in (".py", ".typed", ".pyi")}
+    assert {name for name in files if name.startswith("lora_core/")} == {str(path.relative_to(ROOT)) for path in sources}
+    metadata = [line for line in files[f"{info}/METADATA"].splitlines() if line.startswith("Requires-Dist")]
+    needed = {canonical(line.partition(": ")[2]) for line in metadata if "extra ==" not in line}
+    assert needed == {"torch", "numpy", "safetensors", "tqdm"}
+    assert "lora-core = lora_core.__main__:main" in files[f"{info}/entry_points.txt"]
+    assert any(name.endswith("LICENSE") for name in files)
 
 
-def test_the_engine_is_installed_without_the_tools_of_its_tests(package):
-    assert not {"peft", "loralib", "pytest"} & {canonical(r) for r in package["install_requires"]}
+ALONE = """
+import sys
+for name in ("transformers", "accelerate", "bitsandbytes", "huggingface_hub", "peft", "pyarrow", "scipy", "sklearn", "pandas"):
+    sys.modules[name] = None  # as if it were not installed
+import runpy
+runpy.run_path("examples/adapt_your_model.py", run_name="__main__")
+from torch import nn
+import lora_core
+try:
+    lora_core.quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
+except lora_core.LoraError as error:
+    assert "pip install 'lora-core[nf4]'" in str(error)
+else:
+    raise AssertionError("quantised without bitsandbytes")
+"""
+
+
+def test_the_engine_works_with_what_it_requires_alone():
+    run = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "saved, loaded and merged" in run.stdout and not run.stderr
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_the_examples_run(example, capfd):
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    assert "kernels" not in capfd.readouterr().err
+
+
+def test_the_command_says_its_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"lora-core {lora_core.__version__}\n"
 
 
 def test_continuous_integration_runs_what_make_test_runs():
