@@ -1,7 +1,7 @@
 """`adapter_config.json`: a `LoraConfig` as PEFT writes it, both ways.
 
-PEFT has more fields than we do. Those that say nothing about the maths are skipped; one that would change what the adapter
-computes is an error that names it.
+PEFT has more fields than we do (`spec/peft_fields.py`). Those that say nothing about the maths are skipped; one that would
+change what the adapter computes, or that is unknown, is an error that names it. What a file leaves out has PEFT's default.
 """
 
 from __future__ import annotations
@@ -18,22 +18,15 @@ from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
+from ..spec.peft_fields import OF_A_START, OF_PEFT, is_empty
 
-#: Fields that PEFT writes and that say nothing about what an adapter with these tensors computes.
-NEUTRAL_FIELDS = frozenset(
-    {
-        "auto_mapping",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_weights",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-    }
-)
+#: Fields that say something in a call, and nothing of what an adapter computes once it is trained: whether it is trained
+#: further, where it started from, and what PEFT before 0.3 did with projections that are one weight (PEFT reads no such
+#: tensors any more; if it did, they would be of another shape here).
+OF_THE_PAST = frozenset({"inference_mode", "init_weights", "enable_lora", "init_lora_weights", "peft_type", *OF_A_START})
+
+#: Fields that may be missing, and not be empty.
+NUMBERS = ("r", "lora_alpha")
 
 #: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
 MAX_BYTES = 2**20
@@ -83,27 +76,24 @@ def config_from_json(path: Path) -> LoraConfig:
         readable = " and ".join(map(repr, classes))
         raise FileFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
     form = classes[kind]
-    known = {f.name for f in dataclasses.fields(form)}
-    on = {f.name for f in dataclasses.fields(form) if f.default is True and f.name != "init_lora_weights"}
-    # An empty value, of a field known or not, means that the field is not used; but for what is on if nothing is said.
-    empty = {key for key, v in fields.items() if v is None or v in ("", [], {}) or (v is False and key not in on)}
-    fields = {key: v for key, v in fields.items() if key not in empty}
-    unsupported = sorted(fields.keys() - known - NEUTRAL_FIELDS)
-    if unsupported:
-        listed = ", ".join(f"{key}={fields[key]!r}" for key in unsupported)
-        raise FileFormatError(f"{path} asks for {listed}, which is not supported; the adapter would compute something else")
-    init = fields.pop("init_lora_weights", True)
+    init = fields.get("init_lora_weights") or True
     if init not in HARMLESS_INITIALISERS:
         raise FileFormatError(
             f"{path}: init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was "
             "trained; convert it to plain LoRA first (peft: path_initial_model_for_weight_conversion)"
         )
-    if not fields.keys() >= set(form.needed):
-        raise FileFormatError(f"{path}: {', '.join(form.needed[:-1])} and {form.needed[-1]} must be set")
+    # An empty value, of a field known or not, means that the field is not used; but for what is on if nothing is said.
+    on = {f.name for f in dataclasses.fields(form) if f.default is True}
+    said = {key: v for key, v in fields.items() if not is_empty(v) or key in NUMBERS or (v is False and key in on)}
+    fields = {key: v for key, v in said.items() if key not in OF_THE_PAST}
+    if unknown := fields.keys() - {f.name for f in dataclasses.fields(form)} - OF_PEFT:
+        listed = ", ".join(f"{name}={fields[name]!r}" for name in sorted(unknown))
+        raise FileFormatError(
+            f"{path} has {listed}, unknown here and in peft 0.21; if it says nothing of what the adapter computes, take it out"
+        )
     _check_patterns(path, fields)
     try:
-        # What A and B started from does not matter any more.
-        return form(**{key: value for key, value in fields.items() if key in known and key != "init_lora_weights"})
+        return form(**fields)
     except ConfigError as error:
         raise FileFormatError(f"{path}: {error}") from None
 

@@ -10,6 +10,7 @@ written under a temporary name in the same directory, synced and renamed, the co
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNameError, ConfigError, FileFormatError, StateError
 from ..methods.registry import all_tables, method_of
+from ..model.defaults import settle_targets
 from ..model.inject import InjectionReport, attach, describe
 from ..model.notices import warn_of_untied
 from ..model.plan import Plan
@@ -106,6 +108,7 @@ def load_adapter(
     """
     refuse_sharded(model, "loading")
     config, tensors, mark = read_adapter(directory)
+    config, architecture = settle_targets(model, config)
     root, found = unwrap(model), plan_for_file(model, config, tensors)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
     if not exists:
@@ -137,7 +140,7 @@ def load_adapter(
             parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = tensors[copy_key(path, adapter.layers)].to(copy)
-    return report
+    return dataclasses.replace(report, architecture=architecture)
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class Method:
     """
 
     name = label = asked = besides = needs_base = ""
-    peft_type = "LORA"
+    peft_type = LoraConfig.peft_type
     config: type[LoraConfig] = LoraConfig
     tables: tuple[Table, ...] = ()
     mark: tuple[Any, ...] = ()

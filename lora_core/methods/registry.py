@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ..errors import ConfigError
 from ..spec.config import LoraConfig
+from ..spec.peft_fields import plain
 from .base import FORMS, METHODS, Method, Table
 from .bias import LoraWithBias
 from .dora import Dora
@@ -54,6 +56,25 @@ def method_of(config: LoraConfig) -> Method:
 def config_classes() -> dict[str, type[LoraConfig]]:
     """{peft_type of an adapter's file: the class of its configuration}."""
     return {method.peft_type: method.config for method in METHODS.values()}
+
+
+def configuration(settings: Any) -> LoraConfig:
+    """`settings` if it is a configuration, or what an object of PEFT's says, which is known by `peft_type` and `to_dict`.
+
+    Raises:
+        ConfigError: it is neither, or asks for what is not here.
+    """
+    if isinstance(settings, LoraConfig):
+        return settings
+    if isinstance(settings, dict):
+        raise ConfigError("config must be a LoraConfig, not dict; pass LoraConfig(**config)")
+    if not hasattr(settings, "peft_type") or not callable(getattr(settings, "to_dict", None)):
+        raise ConfigError(f"config must be a LoraConfig, not {type(settings).__name__}")
+    fields, classes = settings.to_dict(), config_classes()
+    kind = plain(fields.pop("peft_type", None))
+    if kind not in classes:
+        raise ConfigError(f"config is PEFT's, of the kind {kind!r}; only {' and '.join(map(repr, classes))} are here")
+    return classes[kind](**fields)
 
 
 def all_tables() -> dict[str, Table]:

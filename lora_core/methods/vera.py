@@ -48,7 +48,7 @@ class VeraConfig(LoraConfig):
     vera_dropout: float = 0.0
     d_initial: float = 0.1
 
-    needed: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    peft_type: ClassVar[str] = "VERA"
 
     def __post_init__(self) -> None:
         defaults = LoraConfig()
@@ -74,7 +74,7 @@ class Vera(Method):
 
     name, label, asked = "vera", "VeRA", "VeraConfig(...)"
     needs_base = "whose layers share A and B, so that only the base says how wide each is"
-    peft_type = "VERA"
+    peft_type = VeraConfig.peft_type
     config = VeraConfig
     mark = ("vera",)
     tables = (

@@ -21,9 +21,10 @@ from ..errors import ConfigError, StateError
 from ..layers import LoraLayer, lora_class
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
-from ..methods.registry import method_of
+from ..methods.registry import configuration, method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
 from .copies import CHILD, original_of
+from .defaults import settle_targets
 from .inject import attach
 from .notices import warn_of_untied
 from .plan import plan
@@ -84,6 +85,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
         StateError: adapters are folded into the base's weights, or a weight has NaN or infinite values.
     """
     root, source = unwrap(model), unwrap(tuned) if isinstance(tuned, nn.Module) else tuned
+    config = settle_targets(root, configuration(config)).config
     _check_arguments(root, source, config)
     check_new_name(root, adapter_name)
     found = plan(root, config)
@@ -106,7 +108,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     missed += _tensors(source).keys() - _tensors(root).keys()
 
     warn_of_untied(found)
-    attach(root, config, adapter_name, found)
+    attach(root, config, adapter_name, found, trainable=not config.inference_mode)
     adapter = find_adapter(root, adapter_name)
     for path, layer in adapter_layers(root, adapter):
         A, B = updates[path]
@@ -208,8 +210,6 @@ def _differs(base: nn.Module, tuned: Tuned, name: str, other: str) -> bool:
 
 
 def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")
     method = method_of(config)
     if not method.is_product:
         raise ConfigError(f"{method.asked}: a difference of weights is extracted as plain LoRA; leave it out")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers import LoraLayer, lora_class
 from ..layers.holder import share
-from ..methods.registry import method_of
+from ..methods.registry import configuration, method_of
 from ..spec.config import LoraConfig
 from .copies import copy_tensor, original_of, submodule
+from .defaults import settle_targets
 from .notices import warn_of_dropout, warn_of_left_out, warn_of_no_tie, warn_of_untied
 from .plan import Plan, plan
 from .registry import Adapter, adapter_parameters, check_new_name, has_adapters, register, registry_of, unwrap
@@ -37,6 +39,7 @@ class InjectionReport:
         trainable_parameters: number of values that the adapter trains.
         untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
         left_out: {path of what "all-linear" passed over: why}.
+        architecture: the `model_type` whose usual layers were taken; None: the configuration names its layers.
     """
 
     adapter_name: str
@@ -46,14 +49,16 @@ class InjectionReport:
     trainable_parameters: int
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    architecture: str | None = None
 
     def __str__(self) -> str:
         whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
         untied = f"; trained apart from what it is tied to: {', '.join(self.untied)}" if self.untied else ""
+        usual = f"; target_modules: {', '.join(self.hits)}, as usual for {self.architecture}" if self.architecture else ""
         left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
         return (
             f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
-            f"{self.trainable_parameters:,} trainable parameters{untied}{left}"
+            f"{self.trainable_parameters:,} trainable parameters{usual}{untied}{left}"
         )
 
 
@@ -67,7 +72,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
     Args:
         model: any module. It is changed, not wrapped.
-        config: the adapter's settings.
+        config: the adapter's settings; an object of PEFT's is taken for what it says.
         adapter_name: letters, digits, "_" and "-".
 
     Returns:
@@ -80,15 +85,15 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
         StateError: a thread is in a mixed batch, or in `disable_adapters`; the model is spread over processes, or a
             module to be trained whole is offloaded.
     """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}")
+    config, architecture = settle_targets(model, configuration(config))
     check_new_name(model, adapter_name)
     found = plan(model, config)
     warn_of_untied(found)
     warn_of_left_out(found)
     warn_of_dropout(model, config, found)
     warn_of_no_tie(config, found)
-    return attach(model, config, adapter_name, found)
+    report = attach(model, config, adapter_name, found, trainable=not config.inference_mode)
+    return dataclasses.replace(report, architecture=architecture)
 
 
 def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainable: bool = True) -> InjectionReport:

@@ -11,7 +11,6 @@ adapter adds to a weight W is (Hu et al., "LoRA", arXiv 2106.09685, section 4.1)
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
+from .peft_fields import TakesFieldsOfPeft
 
 #: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
 #: SVD of N iterations is "pissa_niter_N"). `methods/start.py` says what they are.
@@ -43,8 +43,10 @@ TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "s
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(metaclass=TakesFieldsOfPeft):
     """The settings of one adapter. Immutable; every value is checked when the object is made.
+
+    What else PEFT's `LoraConfig` takes is taken too, where it says nothing of the maths: see `spec/peft_fields.py`.
 
     Args:
         r: rank of the update, a positive integer.
@@ -53,7 +55,7 @@ class LoraConfig:
             draws its own mask, as in the paper and in PEFT; `share_dropout_masks` makes siblings share one.
         target_modules: which layers to adapt. A list of names: each matches the module of exactly that path or any
             path that ends in `.name`. A string: a regular expression that must match the whole path. `"all-linear"`:
-            every linear layer but the head.
+            every linear layer but the head. None: what `spec/architectures.py` names for the model's architecture.
         exclude_modules: the same patterns; what they match is left alone.
         bias: which biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` (those of adapted layers).
         modules_to_save: modules trained and saved whole. A module is meant when its path ends with an entry, as bare
@@ -72,6 +74,7 @@ class LoraConfig:
         ensure_weight_tying: train one copy for all the paths of a tied tensor in `modules_to_save` (a head that is the input
             embeddings); else each that is named is trained apart, and the others keep the base's.
         base_model_name_or_path: which base the adapter belongs to; written to its file, not used here.
+        inference_mode: whether `inject` adds the adapter without training it, as a file's is by `load_adapter`.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed; the message names field, value and what is.
@@ -95,19 +98,10 @@ class LoraConfig:
     task_type: str | None = None
     ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
+    inference_mode: bool = False
 
-    #: What a file must say.
-    needed: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
-
-    def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
-        # A dataclass answers an unknown field with a bare TypeError; a misspelt setting deserves a hint.
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name, value in fields.items():
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
-                raise ConfigError(f"{cls.__name__} has no field {name!r} (given {value!r}); {hint}")
-        return super().__new__(cls)
+    #: What `peft_type` says of such an adapter, in PEFT's objects and files.
+    peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         check_rank("r", self.r)
@@ -118,7 +112,7 @@ class LoraConfig:
         _check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
             _check_choice("task_type", self.task_type, TASK_TYPES)
-        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_start()

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, merge_and_unload, save_adapter, unmerge_adapter
-from lora_core.errors import FileFormatError, StateError
-from lora_core.files.config import NEUTRAL_FIELDS
+from lora_core.errors import ConfigError, FileFormatError, StateError
 from lora_core.files.storage import adapter_tensors, read_adapter
 from lora_core.layers import LoraLayer
+from lora_core.spec.peft_fields import OF_A_START, REASONS, WITHOUT_MEANING
 from tests.support import tiny
 
 peft = pytest.importorskip("peft")
@@ -276,9 +276,6 @@ REFUSED = {
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 1], [0, 2]],
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "corda_config": {"corda_method": "kpm"},
-    "loftq_config": {"loftq_bits": 4},
-    "lora_ga_config": {"scale": "stable"},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
     "velora_config": {"scale": 1.0},
@@ -292,8 +289,9 @@ REFUSED = {
 def test_every_field_of_peft_is_known_or_refused_by_name():
     """A field that a newer peft brings must be looked at, not skipped."""
     fields = set(peft.LoraConfig().to_dict())
-    known = {f.name for f in dataclasses.fields(LoraConfig)} | NEUTRAL_FIELDS
-    assert fields <= known | {name.split(" ")[0] for name in REFUSED}
+    known = {f.name for f in dataclasses.fields(LoraConfig)} | {"peft_type"}
+    assert fields <= known | WITHOUT_MEANING | OF_A_START.keys() | REASONS.keys()
+    assert REASONS.keys() - {"enable_lora"} <= {name.split(" ")[0] for name in REFUSED}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -317,6 +315,66 @@ def test_files_that_peft_wrote_with_them_are_refused_too(settings, tmp_path):
     made_by_peft("bert", r=2, target_modules=["query"], **settings).save_pretrained(tmp_path)
     with pytest.raises(FileFormatError, match=next(iter(settings))):
         load_adapter(tiny.build("bert"), tmp_path)
+
+
+LEFT_OVER = {
+    "corda_config": {"corda_method": "kpm"},
+    "eva_config": {"rho": 2.0},
+    "loftq_config": {"loftq_bits": 4},
+    "lora_ga_config": {"scale": "stable"},
+    "merge_weights": True,
+    "enable_lora": [True, False, True],
+    "revision": "main",
+}
+
+
+@pytest.mark.parametrize("field", LEFT_OVER)
+def test_what_is_left_over_in_a_file_and_says_nothing_any_more_is_passed_over(field, tmp_path):
+    made_by_peft("bert", r=2, target_modules=["query"]).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: LEFT_OVER[field]}))
+    theirs = peft.PeftModel.from_pretrained(tiny.build("bert"), tmp_path).eval()
+    ours = tiny.build("bert")
+    load_adapter(ours, tmp_path)
+    same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("left_out", [("r", "lora_alpha"), ("target_modules",)], ids=str)
+def test_what_a_file_leaves_out_has_pefts_default(left_out, tmp_path):
+    made_by_peft("bert", r=8, lora_alpha=8, target_modules=["query", "value"]).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in fields.items() if name not in left_out}))
+    theirs = peft.PeftModel.from_pretrained(tiny.build("bert"), tmp_path).eval()
+    ours = tiny.build("bert")
+    report = load_adapter(ours, tmp_path)
+    assert report.architecture == ("bert" if "target_modules" in left_out else None)
+    same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "t5"])
+def test_an_object_of_pefts_means_the_same_here(architecture):
+    """Also where it leaves the layers to the architecture."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, task_type=peft.TaskType.FEATURE_EXTRACTION, revision="main")
+    ours = tiny.build(architecture)
+    report = inject(ours, config)
+    theirs = peft.get_peft_model(tiny.build(architecture), config)
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in theirs.base_model.model.named_parameters() if ".lora_A." in name}
+    assert set(report.targets) == adapted and report.architecture == architecture
+    assert report.trainable_parameters == theirs.get_nb_trainable_parameters()[0]
+    assert f"as usual for {architecture}" in str(report)
+
+
+def test_an_object_of_pefts_in_inference_mode_is_not_trained():
+    config = peft.LoraConfig(target_modules=["query"], inference_mode=True)
+    ours, theirs = tiny.build("bert"), peft.get_peft_model(tiny.build("bert"), config)
+    inject(ours, config)
+    assert not any(p.requires_grad for p in theirs.parameters()) and not any(p.requires_grad for p in ours.parameters())
+
+
+def test_other_objects_of_pefts_are_refused_by_their_kind():
+    with pytest.raises(ConfigError, match="of the kind 'IA3'; only 'LORA' and 'VERA' are here"):
+        inject(tiny.build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

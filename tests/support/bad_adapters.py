@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from lora_core.errors import (
     FileFormatError,
     LoraError,
+    TargetError,
 )
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
 
@@ -119,8 +120,10 @@ BAD = {
     "config a list": (write_config("[]"), FileFormatError, "peft_type is 'list'"),
     "config of another method": (lambda d: edit_config(d, peft_type="IA3"), FileFormatError, "peft_type is 'IA3'"),
     "no method": (lambda d: edit_config(d, peft_type="REMOVED"), FileFormatError, "peft_type is None"),
-    "no rank": (lambda d: edit_config(d, r="REMOVED"), FileFormatError, "r, lora_alpha and target_modules"),
-    "no targets": (lambda d: edit_config(d, target_modules=None), FileFormatError, "target_modules must be set"),
+    "no rank, and not the usual one": (lambda d: edit_config(d, r="REMOVED"), FileFormatError, r"\(4, 64\), not \(8, 64\)"),
+    "an empty rank": (lambda d: edit_config(d, r=None), FileFormatError, "r must be a positive integer, not None"),
+    "an empty alpha": (lambda d: edit_config(d, lora_alpha=""), FileFormatError, "lora_alpha must be a positive number"),
+    "no targets": (lambda d: edit_config(d, target_modules=None), TargetError, "target_modules is not set.*no architecture"),
     "rank zero": (lambda d: edit_config(d, r=0), FileFormatError, "r "),
     "rank as text": (lambda d: edit_config(d, r="4"), FileFormatError, "r must be a positive integer, not '4'"),
     "rank true": (lambda d: edit_config(d, r=True), FileFormatError, "r must be a positive integer"),
@@ -135,7 +138,7 @@ BAD = {
     "DoRA": (lambda d: edit_config(d, use_dora=True), FileFormatError, r"4 missing tensors \(.*lora_magnitude_vector"),
     "bias on B": (lambda d: edit_config(d, lora_bias=True), FileFormatError, r"4 missing tensors \(.*lora_B\.bias"),
     "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), FileFormatError, "target_parameters"),
-    "a new field": (lambda d: edit_config(d, use_magic=1), FileFormatError, "use_magic=1"),
+    "a new field": (lambda d: edit_config(d, use_magic=1), FileFormatError, "has use_magic=1, unknown here"),
     "PiSSA": (
         lambda d: edit_config(d, init_lora_weights="pissa_niter_4"),
         FileFormatError,
