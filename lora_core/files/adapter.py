@@ -18,6 +18,7 @@ from ..errors import FileFormatError
 from ..spec.config import LoraConfig
 from .config import config_from_json
 from .disk import is_directory, read_safetensors
+from .keys import unwrapped_key
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -63,6 +64,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
         mark = json.loads(metadata.get(FINGERPRINT, "null"))
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: its fingerprint is not JSON: {error}") from None
+    tensors = {unwrapped_key(key): tensor for key, tensor in tensors.items()}
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
     tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     return AdapterFiles(config, tensors, mark)

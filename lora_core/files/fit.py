@@ -56,11 +56,22 @@ def fitting_tensors(
     return tensors
 
 
-def check_base(source: object, stored: Any, model: nn.Module, config: LoraConfig, found: Plan, strict: bool) -> None:
-    """Raises, or warns, if the stored fingerprint is that of another base."""
+def check_base(
+    source: object, stored: Any, model: nn.Module, config: LoraConfig, names: Mapping[str, str], strict: bool
+) -> None:
+    """Raises, or warns, if the stored fingerprint is that of another base.
+
+    Args:
+        source: the file, for messages.
+        stored: its fingerprint; None if it has none.
+        model: the module at the root.
+        config: the settings, as the file has them.
+        names: {path of an adapted layer: what the file calls it}.
+        strict: whether to raise.
+    """
     if stored is None:
         return
-    layers = [(path, model.get_submodule(path)) for path in found.layers.paths]
+    layers = [(old, model.get_submodule(path)) for path, old in names.items()]
     try:
         differs = difference(stored, fingerprint(layers, config))
     except ValueError as error:

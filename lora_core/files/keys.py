@@ -72,3 +72,13 @@ def parse_key(key: str) -> Parsed | None:
         return Parsed(path, None)
     name = ends[match["end"]]
     return Parsed(match["path"], name, match["end"] == all_tables()[name].embedding_key)
+
+
+def with_path(key: str, old: str, new: str) -> str:
+    """The key of a tensor of the module `new` that has the key `key` where that module is called `old`."""
+    return f"{PREFIX}{new}{key.removeprefix(f'{PREFIX}{old}')}"
+
+
+def unwrapped_key(key: str) -> str:
+    """The key without what DistributedDataParallel and torch.compile put before the names of what they wrap."""
+    return re.sub(rf"^((module|_orig_mod)\.)+(?={re.escape(ROOT)})", "", key)

@@ -36,6 +36,7 @@ from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
 from .keys import copy_key, layer_keys, shared_keys
+from .moved import follow_names, warn_of_moved
 
 
 def save_adapter(
@@ -107,9 +108,11 @@ def load_adapter(
             of another shape or not finite. The message lists them, and the model is as it was.
     """
     refuse_sharded(model, "loading")
-    config, tensors, mark = read_adapter(directory)
-    config, architecture = settle_targets(model, config)
-    root, found = unwrap(model), plan_for_file(model, config, tensors)
+    files, root = read_adapter(directory), unwrap(model)
+    settled, architecture = settle_targets(model, files.config)
+    moved = follow_names(root, settled, files.tensors, directory)
+    config, tensors = moved.config, moved.tensors
+    found = plan_for_file(model, config, tensors)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
     if not exists:
         check_new_name(model, adapter_name)
@@ -123,11 +126,13 @@ def load_adapter(
     if not found.layers.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     tensors = fitting_tensors(root, config, tensors, found, directory)
-    check_base(directory, mark, root, config, found, strict)
+    names = {path: moved.names.get(path, path) for path in found.layers.paths}
+    check_base(directory, files.fingerprint, root, settled, names, strict)
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
     if unmatched:
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
 
+    warn_of_moved(directory, moved)
     if exists:
         report = describe(root, adapter_name, found)
     else:
@@ -140,7 +145,8 @@ def load_adapter(
             parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = tensors[copy_key(path, adapter.layers)].to(copy)
-    return dataclasses.replace(report, architecture=architecture)
+    absent = dict.fromkeys(moved.absent, "the file has no tensors for it")
+    return dataclasses.replace(report, architecture=architecture, moved=moved.names, left_out={**report.left_out, **absent})
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,6 +28,30 @@ def kept_in_float32(model: nn.Module) -> set[str]:
             inner = (path for path, _ in module.named_modules(remove_duplicate=False) if named.search(path))
             found.update(f"{outer}.{path}" if outer else path for path in inner)
     return found
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """What models of this class call a module that files of older versions call by the path that is given.
+
+    transformers has a table for that, by which it reads such files; before version 5 it is an attribute of the model. What is
+    there split, joined or permuted besides is not renamed alone, and is left as it is.
+    """
+    table = getattr(model, "_checkpoint_conversion_mapping", None)
+    if isinstance(table, dict) and table:
+        renamings = [lambda key, old=old, new=new: re.sub(old, new, key) for old, new in table.items()]
+    elif (library := sys.modules.get("transformers.conversion_mapping")) and hasattr(model, "base_model_prefix"):
+        steps = [step for step in library.get_model_conversion_mapping(model) if not hasattr(step, "operations")]
+        renamings = [lambda key, step=step: step.rename_source_key(key)[0] for step in steps]
+    else:
+        renamings = []
+
+    def renamed(path: str) -> str:
+        key = f"{path}.weight"  # the table is for tensors
+        for step in renamings:
+            key = step(key)
+        return key.removesuffix(".weight")
+
+    return renamed
 
 
 def configs(root: nn.Module) -> list[Any]:

@@ -38,8 +38,9 @@ class InjectionReport:
         modules_to_save: paths of the modules that are trained whole.
         trainable_parameters: number of values that the adapter trains.
         untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
-        left_out: {path of what "all-linear" passed over: why}.
+        left_out: {path of what "all-linear" passed over, or of what a file has no tensors for: why}.
         architecture: the `model_type` whose usual layers were taken; None: the configuration names its layers.
+        moved: {path of a module: what the file that was loaded calls it}, where that is another name.
     """
 
     adapter_name: str
@@ -50,15 +51,17 @@ class InjectionReport:
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     architecture: str | None = None
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
         untied = f"; trained apart from what it is tied to: {', '.join(self.untied)}" if self.untied else ""
         usual = f"; target_modules: {', '.join(self.hits)}, as usual for {self.architecture}" if self.architecture else ""
+        moved = f"; {len(self.moved)} modules have other names in the file" if self.moved else ""
         left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
         return (
             f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
-            f"{self.trainable_parameters:,} trainable parameters{usual}{untied}{left}"
+            f"{self.trainable_parameters:,} trainable parameters{usual}{moved}{untied}{left}"
         )
 
 

@@ -209,8 +209,12 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def scaling_for(self, path: str) -> float:
         """The factor before B A for the layer at `path`, after both patterns."""
-        r, alpha = self.rank_for(path), self._first_match("alpha_pattern", path, self.lora_alpha)
+        r, alpha = self.rank_for(path), self.alpha_for(path)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def alpha_for(self, path: str) -> float:
+        """The numerator of that factor, after `alpha_pattern`."""
+        return self._first_match("alpha_pattern", path, self.lora_alpha)
 
     def _first_match(self, name: str, path: str, default: Any) -> Any:
         if (name, path) not in self._found:  # asked for often, and there may be a pattern for each layer

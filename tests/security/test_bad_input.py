@@ -33,7 +33,7 @@ from lora_core.errors import (
 )
 from lora_core.files.storage import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
 from tests.support import tiny
-from tests.support.bad_adapters import BAD
+from tests.support.bad_adapters import BAD, edit_tensors
 from tests.support.bad_checkpoints import FAULTS, LIES
 from tests.support.bad_settings import REFUSED
 
@@ -141,6 +141,11 @@ def mark(value):
 def text(content):
     """The configuration file is this."""
     return lambda d: (d / CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def prefixed(key):
+    """The key where the model has this long name before all of its paths."""
+    return key.replace("base_model.model.", f"base_model.model.{'a' * 200}.")
 
 
 def fields(**changes):
@@ -337,6 +342,7 @@ def test_a_bad_adapter_is_one_line_and_changes_nothing(case, good, tmp_path):
     model = tiny.classifier()
     if case == "hang: slow ones, many":  # long paths, as in a large model
         model = torch.nn.ModuleDict({"a" * 200: model})
+        edit_tensors(directory, lambda t: [t.update({prefixed(key): t.pop(key)}) for key in list(t)])
     before, files = tiny.snapshot(model), listing(tmp_path)
     assert_refused(error, says, lambda: load_adapter(model, directory))
     assert tiny.snapshot(model) == before and listing(tmp_path) == files
