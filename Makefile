@@ -5,6 +5,7 @@
 # make test-slow the tests that take minutes or gigabytes
 # make coverage  which lines and branches of the engine its tests run; fails below 95 %
 # make bench   the same, and measure speed and memory against other libraries
+# make docs    the pages under docs/ as a site, in build/site
 # make clean   remove the virtual environment and what the tools left
 #
 # Each installs into .venv with the exact versions of constraints.txt, and again only when those change.
@@ -17,7 +18,7 @@ CORE := project/architecture spec/config spec/targets maths/functional layers/la
 	methods/vera model/inject model/adapters model/merge files/storage files/fingerprint
 PINS := constraints.txt setup.py pyproject.toml
 
-.PHONY: sst2 compare test test-quick test-slow coverage bench clean
+.PHONY: sst2 compare test test-quick test-slow coverage bench docs clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
@@ -42,6 +43,9 @@ coverage: .venv/.installed-all
 bench: .venv/.installed-all
 	$(BIN)/python -m bench $(ARGS)
 
+docs: .venv/.installed-all
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 .venv/.created:
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
@@ -52,7 +56,7 @@ bench: .venv/.installed-all
 	touch $@
 
 .venv/.installed-all: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline,compare,test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline,compare,test,bench,docs]'
 	touch $@ .venv/.installed
 
 clean:

@@ -19,6 +19,7 @@ EXTRAS = {
     "compare": ["matplotlib"],
     "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn"],
     "bench": ["peft", "loralib", "matplotlib"],
+    "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"],
 }
 
 setup(

@@ -66,8 +66,9 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         init_lora_weights: where A and B start. True: A Kaiming-uniform and B zero; False: B random too, so that the
             adapter changes the model from the start (of use in tests); or "gaussian", "orthogonal", "pissa",
             "pissa_niter_N", "olora" (see `methods/start.py`).
-        rank_pattern, alpha_pattern: {pattern: value}, an r or lora_alpha of its own for some layers. A pattern
-            matches a path that it ends, after a dot or from the start, as a regular expression; the first hit wins.
+        rank_pattern: {pattern: value}, an r of its own for some layers. A pattern matches a path that it ends, after a dot or
+            from the start, as a regular expression; the first hit wins.
+        alpha_pattern: the same for lora_alpha.
         layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
         layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
         task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
