@@ -68,11 +68,11 @@ def save_probe(
     Raises:
         ConfigError: the model gives no logits, or the number of texts is another than that of inputs.
     """
-    directory = Path(directory)
+    root, directory = unwrap(model), Path(directory)
     if texts is not None and len(texts) != len(inputs["input_ids"]):
         raise ConfigError(f"{len(texts)} texts are given for {len(inputs['input_ids'])} inputs; give one for each, or none")
     logits = run_probe(model, inputs)
-    modules = unwrap(model).named_modules()
+    modules = root.named_modules()
     about = {
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
         "quantized": [path for path, module in modules if is_packed(module)],

@@ -38,7 +38,9 @@ class RowAdapters:
 def check_rows(x: Tensor, index: Tensor) -> None:
     """Raises a StateError unless the first dimension of x is the rows of the batch."""
     if x.shape[:1] != index.shape:
+        several = x.dim() > 0 and len(x) > len(index) and not len(x) % len(index)
+        beams = f"; with num_beams or num_return_sequences name each row {len(x) // len(index)} times on end" if several else ""
         raise StateError(
             f"a mixed batch of {len(index)} rows reached a layer with an input of {tuple(x.shape)}, whose first dimension "
-            "must be the rows"
+            f"must be the rows{beams}"
         )

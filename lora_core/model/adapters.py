@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .registry import (
     unwrap,
 )
 from .verbs import changes_adapters, check_changeable
+from .wrappers import check_model
 
 
 def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
@@ -222,8 +224,16 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require gradients: what to give to the optimiser."""
-    return [p for p in model.parameters() if p.requires_grad]
+    """The parameters that require gradients: what to give to the optimiser. Warns if there are none but of idle adapters."""
+    check_model(model)
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found and has_adapters(model) and (active := registry_of(model).active):
+        warnings.warn(
+            f"nothing is trained: {' and '.join(map(repr, active))} came to be used as it is; "
+            "load_adapter(..., trainable=True) trains one further",
+            stacklevel=2,
+        )
+    return found
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
@@ -237,6 +247,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
     Raises:
         ConfigError: lr or ratio is not a positive number, or an active adapter has no B of its own (VeRA).
     """
+    check_model(model)
     for name, value in (("lr", lr), ("ratio", ratio)):
         check_alpha(name, value)
     for name in registry_of(model).active if has_adapters(model) else ():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..cpu.masks import MaskGroup
+from .wrappers import check_model
 
 T = TypeVar("T")
 
@@ -146,6 +147,7 @@ def all_or_nothing(verb: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(verb)
     def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+        check_model(model)
         return attempt(model, lambda _: verb(model, *args, **kwargs))
 
     return whole

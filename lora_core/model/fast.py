@@ -11,6 +11,7 @@ from torch import nn
 from ..bases.forwards import change_class, is_hidden
 from ..cpu.dropout import FastDropout
 from ..cpu.products import FastLinear
+from .wrappers import check_model
 
 
 def use_fast_linear(model: nn.Module) -> int:
@@ -19,6 +20,7 @@ def use_fast_linear(model: nn.Module) -> int:
     Those that carry adapters already, and 4-bit ones, which multiply by `product` anyway, are left alone: call it first. So is
     one with a forward of its own on the instance, which would hide the new one.
     """
+    check_model(model)
     layers = [m for m in model.modules() if type(m) is nn.Linear and not is_hidden(m)]
     for layer in layers:
         change_class(layer, FastLinear)
@@ -30,6 +32,7 @@ def use_fast_dropout(model: nn.Module) -> int:
 
     One with a forward of its own on the instance, which would hide the new one, is left alone.
     """
+    check_model(model)
     layers = [m for m in model.modules() if type(m) is nn.Dropout and not is_hidden(m)]
     for layer in layers:
         change_class(layer, FastDropout)

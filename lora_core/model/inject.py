@@ -20,8 +20,9 @@ from ..spec.config import LoraConfig
 from .copies import copy_tensor, original_of, submodule
 from .defaults import settle_targets
 from .notices import warn_of_dropout, warn_of_left_out, warn_of_no_tie, warn_of_untied
+from .optimizers import watch_optimizers
 from .plan import Plan, plan
-from .registry import Adapter, adapter_parameters, check_new_name, has_adapters, register, registry_of, unwrap
+from .registry import Adapter, adapter_parameters, check_new_name, find_adapter, has_adapters, register, registry_of, unwrap
 from .sharding import refuse_sharded
 from .verbs import changes_adapters
 from .wide import SIXTEEN_BITS
@@ -37,6 +38,7 @@ class InjectionReport:
         hits: {pattern of target_modules: number of modules it matched, before exclusions}.
         modules_to_save: paths of the modules that are trained whole.
         trainable_parameters: number of values that the adapter trains.
+        trained: whether it does; else they wait (`load_adapter` without `trainable=True`, `inference_mode`).
         untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
         left_out: {path of what "all-linear" passed over, or of what a file has no tensors for: why}.
         architecture: the `model_type` whose usual layers were taken; None: the configuration names its layers.
@@ -52,16 +54,18 @@ class InjectionReport:
     left_out: Mapping[str, str] = field(default_factory=dict)
     architecture: str | None = None
     moved: Mapping[str, str] = field(default_factory=dict)
+    trained: bool = True
 
     def __str__(self) -> str:
         whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
         untied = f"; trained apart from what it is tied to: {', '.join(self.untied)}" if self.untied else ""
         usual = f"; target_modules: {', '.join(self.hits)}, as usual for {self.architecture}" if self.architecture else ""
         moved = f"; {len(self.moved)} modules have other names in the file" if self.moved else ""
+        what = "trainable parameters" if self.trained else "parameters, which are not trained (trainable=True trains them)"
         left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
         return (
             f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
-            f"{self.trainable_parameters:,} trainable parameters{usual}{moved}{untied}{left}"
+            f"{self.trainable_parameters:,} {what}{usual}{moved}{untied}{left}"
         )
 
 
@@ -121,6 +125,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
         )
     adapter = Adapter(config, found.layers.paths, found.saved_modules, tuple(found.copies), tuple(found.untied), trainable)
     register(model, name, adapter, _copies(model, found))
+    if trainable:
+        watch_optimizers(model)
     return describe(model, name, found)
 
 
@@ -128,7 +134,8 @@ def describe(model: nn.Module, name: str, found: Plan) -> InjectionReport:
     """The report on an adapter that is on the model, by the plan that it has."""
     size = sum(p.numel() for p in adapter_parameters(model, name))
     layers = found.layers
-    return InjectionReport(name, layers.paths, layers.hits, found.saved_modules, size, found.untied, found.left_out)
+    report = InjectionReport(name, layers.paths, layers.hits, found.saved_modules, size, found.untied, found.left_out)
+    return dataclasses.replace(report, trained=find_adapter(model, name).trainable)
 
 
 def _copies(model: nn.Module, found: Plan) -> dict[str, Tensor]:

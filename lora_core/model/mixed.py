@@ -83,7 +83,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
                 undo.callback(layer.lora_rows.pop, thread, None)
                 layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
             for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
-                hook = _row_hook(root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
+                hook = _row_hook(path, root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
                 undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
             yield
         finally:
@@ -135,7 +135,7 @@ def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Seque
     return stacked
 
 
-def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thread: int) -> Callable:
+def _row_hook(path: str, module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thread: int) -> Callable:
     """A forward hook that runs `module` on each row with that row's tensors, in the thread that asked for it."""
     # A copy, since its tensors are replaced, and that must not show in other threads. They register and remove hooks of
     # their own meanwhile: deepcopy takes what the memo has for those tables, and does not walk through them.
@@ -155,6 +155,14 @@ def _row_hook(module: nn.Module, stacked: dict[str, Tensor], index: Tensor, thre
                 check_rows(x, index)
         own = {key: tensor[index.to(tensor.device)] for key, tensor in stacked.items()}
         batched = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (own, args, kwargs))
-        return torch.func.vmap(run_row, in_dims=batched)(own, args, kwargs)
+        try:
+            return torch.func.vmap(run_row, in_dims=batched)(own, args, kwargs)
+        except (StateError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # recurrent layers, a branch that depends on values
+            raise StateError(
+                f"{path} ({type(module).__name__}) can't run with weights of its own for each row, as torch says "
+                f"({str(error).partition('. ')[0]}); run the rows of each adapter by themselves"
+            ) from error
 
     return hook

@@ -23,6 +23,7 @@ from .copies import BASE, submodule
 from .sharding import is_spread
 from .untie import Broken, forget_ties, tie_again
 from .wide import restore_class
+from .wrappers import unwrap
 
 _ATTRIBUTE = "lora_registry"
 
@@ -76,17 +77,6 @@ class Registry(Record):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"disabled": {}, "mixing": set()}  # a copy of the model is in nobody's hands
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of torch.compile and DistributedDataParallel, which rename every path."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
 
 
 def registry_of(model: nn.Module) -> Registry:

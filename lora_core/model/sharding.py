@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from ..bases import base_of_weight
 from ..errors import StateError
 from ..layers.holder import SharedTable
+from .wrappers import check_model
 
 
 def packed_parameters(model: nn.Module) -> set[nn.Parameter]:
     """What `fully_shard` must be given as `ignored_params`: the packed weights of `model`, and what all layers of an adapter
     share (VeRA's A and B). Empty where there are none."""
+    check_model(model)
     packed = {parameter for parameter in model.parameters() if base_of_weight(parameter).packed}
     return packed.union(*(module.values() for module in model.modules() if isinstance(module, SharedTable)))
 

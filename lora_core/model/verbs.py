@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ConfigError, StateError
+from ..errors import StateError
 from .atomic import LastSteps, attempt
 from .conventions import configs
 from .registry import has_adapters, registry_of, unwrap
@@ -45,8 +45,6 @@ def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
 
 def change_adapters(model: nn.Module, change: Callable[[LastSteps], T]) -> T:
     """`atomic.attempt` on a model and its configuration, refused where `check_changeable` does."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    check_changeable(model)
     root = unwrap(model)
+    check_changeable(model)
     return attempt(root, change, configs(root))

@@ -113,8 +113,7 @@ def match_patterns(
         hits = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
     for pattern, found in hits.items():
         if strict and not found:
-            named = isinstance(patterns, str) and any(p == pattern or p.endswith(f".{pattern}") for p in paths)
-            hint = f"; a string is an expression for the whole path, a name goes in a list: [{pattern!r}]" if named else ""
+            hint = _as_names(pattern, paths) if isinstance(patterns, str) else ""
             raise TargetError(f"{field}: {pattern!r} matched no module{hint or _closest(pattern, paths)}")
     return hits
 
@@ -160,6 +159,16 @@ def is_head(path: str) -> bool:
 def is_embedding(path: str) -> bool:
     """Whether a module of this path is an embedding, by the names that transformers gives them."""
     return any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in path.split("."))
+
+
+def _as_names(expression: str, paths: Sequence[str]) -> str:
+    """What to write where an expression matches no whole path, and means names; "" if it does not."""
+    names = [name for name in re.split(r"[,|\s]+", expression.strip("()[]")) if name]
+    if names and all(any(p == name or p.endswith(f".{name}") for p in paths) for name in names):
+        return f"; a string is an expression for the whole path, names go in a list: {names}"
+    if any(matches(expression, p, END) for p in paths):
+        return f"; a string is an expression for the whole path: {f'.*({expression})'!r} matches what ends so"
+    return ""
 
 
 def _closest(pattern: str, paths: Sequence[str]) -> str:
