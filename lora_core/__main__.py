@@ -121,13 +121,14 @@ nearest update of the given rank. Says how much of the difference it keeps. Need
 def _convert(p: Parser) -> None:
     p.description = """Write an adapter anew: as plain LoRA, which every library reads (--plain), or in another dtype
 (--dtype). Rank-stabilised scaling becomes plain exactly. DoRA becomes the nearest plain LoRA, for
-which its base is needed; the share of the update that is kept is printed. PEFT's PiSSA and OLoRA
-become plain exactly, with the adapter as it was before training."""
+which its base is needed; the share of the update that is kept is printed. PEFT's PiSSA, OLoRA, CorDA
+and LoRA-GA become plain exactly, with the adapter as it was before training; PiSSA and OLoRA with the
+base as well."""
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory with adapter_config.json")
     _output(p)
     p.add_argument("--plain", action="store_true", help="make it plain LoRA")
     p.add_argument("--dtype", choices=DTYPES, help="what to cast its tensors to")
-    p.add_argument("--base", metavar="DIR_OR_ID", help="for DoRA: the base")
+    p.add_argument("--base", metavar="DIR_OR_ID", help="for DoRA, PiSSA and OLoRA: the base")
     p.add_argument("--rank", type=int, metavar="R", help="for DoRA: the rank of the result; that of the adapter if not given")
     p.add_argument("--initial", type=Path, metavar="DIR", help="for PiSSA and OLoRA of PEFT: the adapter before training")
 

@@ -30,7 +30,8 @@ from ..files.shards import new_directory
 from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
 from ..methods.registry import all_tables, method_of
-from ..spec.config import ALL_LINEAR, LoraConfig, check_rank
+from ..methods.start import start
+from ..spec.config import ALL_LINEAR, LoraConfig, check_rank, starts_from_weight
 from .basis import settings
 from .placement import place
 from .updates import AdapterUpdates, carrier, read_updates
@@ -79,7 +80,7 @@ def convert_adapter(
         output: directory to make.
         plain: whether to make it plain LoRA.
         dtype: what to cast floating-point tensors to; None: as they are.
-        base: directory of the base; needed for DoRA, and what else is not plain LoRA.
+        base: directory of the base; needed for DoRA, and what else is not plain LoRA; of PiSSA and OLoRA instead of `initial`.
         r: for those, the rank of the new one; None: that of the old.
         initial: for an adapter of PEFT that moved a part of the base into A and B when it started (PiSSA, OLoRA, CorDA):
             directory of the adapter as it was before training.
@@ -95,7 +96,7 @@ def convert_adapter(
     energy: dict[str, float] = {}
     fields = _fields(directory)
     if plain and (fields.get("init_lora_weights") or True) not in HARMLESS_INITIALISERS:
-        tensors, fields = _without_start(directory, fields, initial)
+        tensors, fields = _without_start(directory, fields, initial, base)
         metadata = {"format": "pt"}
     else:
         updates = read_updates(directory)
@@ -171,16 +172,18 @@ def _approximated(
 
 
 def _without_start(
-    directory: Path, fields: dict[str, Any], initial: str | Path | None
+    directory: Path, fields: dict[str, Any], initial: str | Path | None, base: str | Path | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """B A - B0 A0 as one product of rank 2r, for the base that the start was taken from."""
     kind = fields["init_lora_weights"]
-    if initial is None:
+    again = base is not None and starts_from_weight(kind)
+    if initial is None and not again:
+        or_base = ", or the base with --base" if starts_from_weight(kind) else ""
         raise ConfigError(
-            f"{directory} started as {kind!r}, which changed the base; name the adapter as it was then with --initial"
+            f"{directory} started as {kind!r}, which changed the base; name the adapter as it was then with --initial{or_base}"
         )
     now, _ = read_safetensors(directory / WEIGHTS_FILE)
-    then, _ = read_safetensors(Path(initial) / WEIGHTS_FILE)
+    then = _start_again(directory, base) if initial is None else read_safetensors(Path(initial) / WEIGHTS_FILE)[0]
     tensors, tables = dict(now), {key: parsed.table for key in now if (parsed := parse_key(key))}
     if fields.get("use_rslora") or any(table and all_tables()[table].form == "scale" for table in tables.values()):
         raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
@@ -195,3 +198,18 @@ def _without_start(
         "r": 2 * fields["r"],
         "lora_alpha": 2 * fields["lora_alpha"],
     }
+
+
+def _start_again(directory: Path, base: str | Path) -> dict[str, Tensor]:
+    """A and B as they started from the weights of the base."""
+    updates, checkpoint = read_updates(directory, started=True), open_checkpoint(Path(base))
+    placement, init = place(checkpoint, [updates]), updates.config.init_lora_weights
+    then = {}
+    for path, update in updates.layers.items():
+        weight = checkpoint.tensors[placement.names[f"{path}.weight"]].read()
+        layer = carrier(update.plain_layer(weight, updates.transposed))
+        W = layer.as_matrix(layer.dense_weight())
+        A, B, _ = start(init, W.new_empty(0), layer.matrix_shape(layer), update.rank, update.scaling, lambda W=W: W)
+        keys, shapes = layer_keys_of(path, update.embedding, PLAIN), layer.file_shapes(layer, update.rank)
+        then |= {keys["lora_A"]: A.reshape(shapes["A"]), keys["lora_B"]: B.reshape(shapes["B"])}
+    return then

@@ -25,11 +25,12 @@ from ..bases.base import Format
 from ..bases.dense import DenseFormat
 from ..errors import ConfigError, FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
+from ..files.config import other_base
 from ..files.keys import PREFIX, parse_key
 from ..layers import LoraLayer, lora_class
 from ..methods.base import Method
 from ..methods.registry import all_tables, method_of
-from ..spec.config import MAX_FACTOR, LoraConfig
+from ..spec.config import MAX_FACTOR, LoraConfig, starts_from_weight
 from ..spec.patterns import limited
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -166,17 +167,20 @@ class AdapterUpdates:
         return form.dtype if isinstance(form, DenseFormat) and form.dtype in FLOAT_DTYPES else None
 
 
-def read_updates(directory: Path, *, finite: bool = True) -> AdapterUpdates:
+def read_updates(directory: Path, *, finite: bool = True, started: bool = False) -> AdapterUpdates:
     """Reads an adapter directory; each tensor must have its place, its pair and its rank.
 
     Args:
         directory: with the two files.
         finite: whether NaN and infinite values are refused.
+        started: whether A and B may hold a start that was taken off the base.
 
     Raises:
         FileFormatError: it is not there, or is broken.
     """
     config, tensors, mark = read_adapter(directory)
+    if starts_from_weight(config.init_lora_weights) and not started:
+        raise FileFormatError(f"{directory}: {other_base(config.init_lora_weights)} --base BASE")
     by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
     embeddings, copies, shared = set(), {}, {}
     for key, tensor in tensors.items():

@@ -83,6 +83,9 @@ def load_adapter(
 ) -> InjectionReport:
     """Reads an adapter that `save_adapter` or PEFT wrote.
 
+    One that started from the weight (PiSSA, OLoRA) subtracts that start, worked out again from this base; PEFT takes it off
+    the base.
+
     A model without an adapter of that name gets one, as the file's configuration says; one that has it, with the same
     settings, gets its values. The first adapter of a model becomes active. A and B keep the file's dtype. Tensors that
     the base ties and the file has apart stay apart, as in PEFT: the tie is gone while the adapter is active, and a warning says
@@ -133,6 +136,12 @@ def load_adapter(
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
 
     warn_of_moved(directory, moved)
+    if str(config.init_lora_weights).startswith("pissa_niter"):
+        warnings.warn(
+            f"{directory}: its start ({config.init_lora_weights}) was drawn at random, and is drawn again, as in PEFT: it "
+            "computes something near to what was trained; convert --plain with --initial is exact",
+            stacklevel=6,
+        )
     if exists:
         report = describe(root, adapter_name, found)
     else:

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..spec.config import FROM_WEIGHT
+from ..spec.config import starts_from_weight
 
 
 def check_rank_fits(init: bool | str, path: str, shape: tuple[int, int], r: int) -> None:
     """Raises a ConfigError if no adapter of rank r can start so on the layer at `path`, of shape (d_in, d_out)."""
     if init == "orthogonal" and r % 2:
         raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {r} ({path})")
-    if isinstance(init, str) and FROM_WEIGHT.fullmatch(init) and r > min(shape):
+    if starts_from_weight(init) and r > min(shape):
         raise ConfigError(f"init_lora_weights={init!r} needs a rank of at most {min(shape)} on {path}, not {r}")
 
 
@@ -59,7 +59,7 @@ def start(
     """
     d_in, d_out = shape
     A, B = like.new_zeros(r, d_in), like.new_zeros(d_out, r)
-    if isinstance(init, str) and FROM_WEIGHT.fullmatch(init):
+    if starts_from_weight(init):
         A_start, B_start = _olora(weight(), r) if init == "olora" else _pissa(weight(), r, scaling, _iterations(init))
         return A.copy_(A_start), B.copy_(B_start), True
     if init == "orthogonal":

@@ -22,7 +22,7 @@ from ..layers import LoraLayer, lora_class
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import configuration, method_of
-from ..spec.config import FROM_WEIGHT, LoraConfig
+from ..spec.config import LoraConfig, starts_from_weight
 from .copies import CHILD, original_of
 from .defaults import settle_targets
 from .inject import attach
@@ -214,7 +214,7 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
     if not method.is_product:
         raise ConfigError(f"{method.asked}: a difference of weights is extracted as plain LoRA; leave it out")
     refuse_foreign_factors(method, "extract_adapter")
-    if isinstance(config.init_lora_weights, str) and FROM_WEIGHT.fullmatch(config.init_lora_weights):
+    if starts_from_weight(config.init_lora_weights):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} subtracts its start, and an extracted adapter has none; leave it"
         )

@@ -141,7 +141,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
-        if isinstance(init, bool) or init in INITIALIZERS or (isinstance(init, str) and FROM_WEIGHT.fullmatch(init)):
+        if isinstance(init, bool) or init in INITIALIZERS or starts_from_weight(init):
             return
         if isinstance(init, str) and init in AFTERWARDS:
             raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
@@ -192,7 +192,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def as_stored(self) -> LoraConfig:
         """What this adapter is in a file: one that subtracts its start is plain LoRA of rank 2r with the same scaling."""
-        if not (isinstance(self.init_lora_weights, str) and FROM_WEIGHT.fullmatch(self.init_lora_weights)):
+        if not starts_from_weight(self.init_lora_weights):
             return self
         alpha = math.sqrt(2) if self.use_rslora else 2
         return dataclasses.replace(
@@ -222,6 +222,11 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             hits = (value for pattern, value in getattr(self, name).items() if matches(pattern, path, END))
             self._found[name, path] = next(hits, default)
         return self._found[name, path]
+
+
+def starts_from_weight(init: Any) -> bool:
+    """Whether A and B start from the weight that they are for, and from nothing else."""
+    return isinstance(init, str) and FROM_WEIGHT.fullmatch(init) is not None
 
 
 def check_rank(name: str, value: Any) -> None:

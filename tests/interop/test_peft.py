@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_core import LoraConfig, inject, load_adapter, merge_adapter, merge_and_unload, save_adapter, unmerge_adapter
+from lora_core.deploy.convert import convert_adapter
+from lora_core.deploy.updates import read_updates
 from lora_core.errors import ConfigError, FileFormatError, StateError
 from lora_core.files.storage import adapter_tensors, read_adapter
 from lora_core.layers import LoraLayer
@@ -282,7 +284,7 @@ REFUSED = {
     "monteclora_config": {"num_samples": 4},
     "kasa_config": {"beta": 0.1},
     "use_qalora": True,
-    **{f"init_lora_weights {init}": init for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")},
+    **{f"init_lora_weights {init}": init for init in ("corda", "loftq", "lora_ga")},
 }
 
 
@@ -310,7 +312,7 @@ def test_what_is_not_supported_is_refused_by_name(case, tmp_path):
     assert tiny.snapshot(ours) == before
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"trainable_token_indices": [1, 2]}], ids=str)
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": [1, 2]}], ids=str)
 def test_files_that_peft_wrote_with_them_are_refused_too(settings, tmp_path):
     made_by_peft("bert", r=2, target_modules=["query"], **settings).save_pretrained(tmp_path)
     with pytest.raises(FileFormatError, match=next(iter(settings))):
@@ -405,7 +407,7 @@ def test_the_copy_of_an_embedding_in_a_file_must_be_this_bases(tmp_path):
     assert tiny.snapshot(ours) == before
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
 def test_initialisers_that_leave_the_base_alone_load(init, tmp_path):
     theirs = made_by_peft("bert", r=2, target_modules=["query"], init_lora_weights=init)
     theirs.save_pretrained(tmp_path)
@@ -537,6 +539,68 @@ def test_an_adapter_that_peft_converted_is_loaded(init, variant, tmp_path):
     load_adapter(ours, tmp_path / "trained")
     torch.testing.assert_close(tiny.logits(ours), expected, rtol=0, atol=1e-5)
     assert (tiny.logits(tiny.build("llama")) - expected).abs().max() > 1e-3
+
+
+STARTED = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "patterns": {"init_lora_weights": "olora", "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    "dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "head": {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]},
+}
+
+
+def started(directory, **settings):
+    """PEFT's files, which load there with the start taken off the base again, and its logits then."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings}
+    made_by_peft("llama", **settings).save_pretrained(directory)
+    return tiny.logits(peft.PeftModel.from_pretrained(tiny.build("llama"), directory).eval())
+
+
+@pytest.mark.filterwarnings("ignore:the base ties:UserWarning")
+@pytest.mark.parametrize("case", STARTED)
+def test_a_start_is_worked_out_again_from_the_base(case, tmp_path):
+    expected = started(tmp_path / "theirs", **STARTED[case])
+    ours = tiny.build("llama")
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(tiny.logits(ours), expected, rtol=0, atol=1e-5)
+    assert (tiny.logits(tiny.build("llama")) - expected).abs().max() > 1e-3
+    if case != "dora":  # and is plain LoRA of twice the rank from then on
+        save_adapter(ours, tmp_path / "ours")
+        plain = peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "ours").eval()
+        torch.testing.assert_close(tiny.logits(plain), expected, rtol=0, atol=1e-5)
+
+
+def test_a_start_that_was_drawn_is_drawn_again_and_that_is_told(tmp_path):
+    """As near to what one reader of PEFT's computes as another one is."""
+    torch.manual_seed(1)
+    expected = started(tmp_path, init_lora_weights="pissa_niter_4")
+    torch.manual_seed(2)
+    another = tiny.logits(peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval())
+    ours = tiny.build("llama")
+    with pytest.warns(UserWarning, match=r"its start \(pissa_niter_4\) was drawn at random, and is drawn again") as caught:
+        load_adapter(ours, tmp_path)
+    assert caught[0].filename == __file__
+    assert (tiny.logits(ours) - expected).abs().max() <= 3 * (another - expected).abs().max()
+    assert (tiny.logits(tiny.build("llama")) - expected).abs().max() > 3 * (another - expected).abs().max()
+
+
+def test_in_a_merge_over_files_a_start_has_no_base_to_be_worked_out_from(tmp_path):
+    started(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(FileFormatError, match=r"init_lora_weights='pissa' changed the base too.*convert --plain --base BASE"):
+        read_updates(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["pissa", "olora", "patterns", "head"])
+def test_a_start_is_made_plain_with_the_base(case, tmp_path):
+    expected = started(tmp_path / "theirs", **STARTED[case])
+    tiny.build("llama").save_pretrained(tmp_path / "base")
+    convert_adapter(tmp_path / "theirs", tmp_path / "plain", plain=True, base=tmp_path / "base")
+    fields = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert fields["r"] == 8 and fields["init_lora_weights"] is True
+    plain = peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "plain").eval()
+    torch.testing.assert_close(tiny.logits(plain), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -139,12 +139,8 @@ BAD = {
     "bias on B": (lambda d: edit_config(d, lora_bias=True), FileFormatError, r"4 missing tensors \(.*lora_B\.bias"),
     "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), FileFormatError, "target_parameters"),
     "a new field": (lambda d: edit_config(d, use_magic=1), FileFormatError, "has use_magic=1, unknown here"),
-    "PiSSA": (
-        lambda d: edit_config(d, init_lora_weights="pissa_niter_4"),
-        FileFormatError,
-        "pissa_niter_4.*changed the base",
-    ),
-    "OLoRA": (lambda d: edit_config(d, init_lora_weights="olora"), FileFormatError, "olora"),
+    "CorDA": (lambda d: edit_config(d, init_lora_weights="corda"), FileFormatError, "corda.*changed the base"),
+    "LoftQ": (lambda d: edit_config(d, init_lora_weights="loftq"), FileFormatError, "loftq"),
     "other layers": (lambda d: edit_config(d, layers_to_transform=[0]), FileFormatError, "without a home"),
     "another base": (
         lambda d: edit_config(d, target_modules=["q_proj"], rank_pattern={}),
