@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..errors import TargetError
 from .config import ALL_LINEAR, LoraConfig
-from .patterns import END, LAYERS, matches
+from .patterns import END, layer_of, matches, spending
 
 #: What the heads of pretrained models are called. They are trained whole or not at all; never quantised.
 HEAD_NAMES = ("classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "embed_out")
@@ -110,7 +110,10 @@ def match_patterns(
     if isinstance(patterns, str):
         hits = {patterns: [p for p in paths if matches(patterns, p)]}
     else:
-        hits = {name: [p for p in paths if p == name or p.endswith(f".{name}")] for name in patterns}
+        hits = {}
+        for name in patterns:
+            with spending(field):
+                hits[name] = [p for p in paths if p == name or p.endswith(f".{name}")]
     for pattern, found in hits.items():
         if strict and not found:
             hint = _as_names(pattern, paths) if isinstance(patterns, str) else ""
@@ -130,7 +133,8 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
     found: set[str] = set()
     optional = set(optional)
     for pattern in patterns:
-        hits = [p for p in paths if p.endswith(pattern)]
+        with spending("modules_to_save"):
+            hits = [p for p in paths if p.endswith(pattern)]
         if not hits and pattern not in optional:
             raise TargetError(f"modules_to_save: {pattern!r} matched no module{_closest(pattern, paths)}")
         found.update(hits)
@@ -143,12 +147,10 @@ def in_selected_layer(config: LoraConfig, path: str) -> bool:
         return True
     lists = config.layers_pattern
     if lists is None:
-        found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)]  # any list, but not one at the top of the model
-    else:
-        found = (matches(name, path, LAYERS) for name in ((lists,) if isinstance(lists, str) else lists))
+        lists = r"[^.]*\.[^.]*"  # any list, but not one at the top of the model
     # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
-    match = next(filter(None, found), None)
-    return match is not None and int(match["layer"]) in config.layers_to_transform
+    found = (layer_of(name, path) for name in ((lists,) if isinstance(lists, str) else lists))
+    return next((layer for layer in found if layer is not None), None) in config.layers_to_transform
 
 
 def is_head(path: str) -> bool:
