@@ -58,4 +58,9 @@ def one_line(message: str) -> str:
     line = " ".join(message.split())
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 5 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """A text in which whatever a terminal would obey, and what nobody would see, is written out: "\\x1b[2J"."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -7,7 +7,6 @@ change what the adapter computes, or that is unknown, is an error that names it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
 from ..spec.peft_fields import OF_A_START, OF_PEFT, is_empty
+from .reading import parse_json, read_bytes
 
 #: Fields that say something in a call, and nothing of what an adapter computes once it is trained: whether it is trained
 #: further, where it started from, and what PEFT before 0.3 did with projections that are one weight (PEFT reads no such
@@ -63,16 +63,10 @@ def config_from_json(path: Path) -> LoraConfig:
     Raises:
         FileFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
     """
+    data = read_bytes(path, MAX_BYTES)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise FileFormatError(f"{path} can't be read: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise FileFormatError(f"{path} is larger than {MAX_BYTES:,} bytes; an adapter's configuration is not")
-    try:
-        fields = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(data)
+    except ValueError as error:
         raise FileFormatError(f"{path} is not JSON: {error}") from None
     classes, kind = config_classes(), fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
     if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in classes:

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import ConfigError, FileFormatError, OutputError
-from .header import METADATA, encode_header, read_header
+from ..errors import ConfigError, OutputError
+from .header import METADATA, encode_header
+from .locks import clear_abandoned, own, temporary_name
+from .reading import open_file
+from .stored import stored_tensors
 
 #: Of a header; an adapter on the experts of the largest models has half of it.
 MAX_HEADER = 25_000_000
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all: a temporary one beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """Writes a file that is there whole or not at all: a temporary one beside it, synced, then renamed.
+
+    A file that is replaced keeps its mode. What a process that was killed left of the same file is removed.
+    """
+    clear_abandoned(path)
+    mode = _mode_of(path)
+    handle, temporary = _begin(path, 0o666 if mode is None else 0o600)
     try:
-        with open(temporary, "xb") as file:
+        with open(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if mode is not None:
+                os.fchmod(handle, mode)
+            os.fsync(handle)
+            os.replace(temporary, path)  # still open, and so still locked
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -68,11 +77,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FileFormatError: the file is broken.
     """
-    try:
-        _, metadata, _ = read_header(path, MAX_HEADER)  # which refuses what the library lets pass: a name that is there twice
-        return safetensors.torch.load_file(path), metadata
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from None
+    stored, metadata = stored_tensors(path, MAX_HEADER)
+    with open_file(path, buffering=0) as file:
+        return {name: tensor.read(file) for name, tensor in stored.items()}, metadata
 
 
 def is_directory(path: Path) -> bool:
@@ -97,6 +104,25 @@ def expanded(reference: str) -> Path:
         return Path(reference).expanduser()
     except RuntimeError:
         return Path(reference)
+
+
+def _begin(path: Path, mode: int) -> tuple[int, Path]:
+    """A temporary file for `path`, open for writing and held."""
+    while True:
+        temporary = temporary_name(path)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        if own(handle, temporary):
+            return handle, temporary
+        os.close(handle)
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of a regular file; None if there is none."""
+    try:
+        found = os.lstat(path).st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

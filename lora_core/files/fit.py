@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
-from ..errors import FileFormatError, StateError, TargetError, WrongBaseError
+from ..errors import FileFormatError, StateError, TargetError, WrongBaseError, one_line
 from ..layers import lora_class
 from ..methods.registry import all_tables, method_of
 from ..model.copies import original_of
@@ -81,7 +81,7 @@ def check_base(
     message = f"{source} was saved on another base: {differs}"
     if strict:
         raise WrongBaseError(f"{message}; load it onto its own base, quantised and cast alike, or pass strict=False")
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(one_line(message), stacklevel=3)
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str, outcome: str) -> None:

@@ -67,7 +67,7 @@ def parse_key(key: str) -> Parsed | None:
         return None
     path = key.removeprefix(PREFIX)
     ends = {end: table.name for table in tables if not table.shared for end in (table.key, table.embedding_key) if end}
-    match = re.fullmatch(rf"(?P<path>.+)\.(?P<end>{'|'.join(map(re.escape, ends))})", path)
+    match = re.fullmatch(rf"(?P<path>.+)\.(?P<end>{'|'.join(map(re.escape, ends))})", path, re.DOTALL)
     if match is None:
         return Parsed(path, None)
     name = ends[match["end"]]

@@ -3,8 +3,8 @@
     with new_directory(Path("merged")) as directory:      # ".merged.3f9c....tmp", renamed to "merged" at the end
         write_shard(directory / "model.safetensors", {"weight": Entry(torch.float32, (2, 3), make)})
 
-Whatever ends the block early leaves no "merged": an error removes what was written, and a process that is killed leaves a
-directory whose name says that it is nobody's.
+Whatever ends the block early leaves no "merged": an error removes what was written, and what a process that was killed has
+left is removed by the next one that writes there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-import uuid
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError, OutputError
-from .checkpoint import DTYPES, INDEX_FILE, StoredTensor
+from .checkpoint import INDEX_FILE
+from .disk import is_directory
 from .header import encode_header
+from .locks import clear_abandoned, own, temporary_name
+from .stored import DTYPES, StoredTensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -49,36 +52,73 @@ class Entry:
 def new_directory(output: Path) -> Iterator[Path]:
     """A directory beside `output` that is renamed to it, synced, when the block has ended well; else it is removed.
 
+    An empty directory at `output` is replaced, and its mode kept. What processes that were killed left of the same output is
+    removed.
+
     Raises:
-        OutputError: there is something at `output` already, or the disk is full or can't be written to.
+        OutputError: there is something at `output` already, another process is writing it, or the disk is full or can't be
+            written to.
     """
     check_free(output)
     output = Path(os.path.abspath(output))
-    staging = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        for path in staging.iterdir():
-            _sync(path)
-        _sync(staging)
-        os.rename(staging, output)
+        if clear_abandoned(output):
+            raise OutputError(f"{output} is being written by another process; wait for it, or choose another directory")
+        mode = stat.S_IMODE(output.stat().st_mode) if output.is_dir() else None
+        handle, staging = _begin(output, 0o777 if mode is None else 0o700)
+        try:
+            yield staging
+            for path in staging.iterdir():
+                _sync(path)
+            if mode is not None:
+                os.fchmod(handle, mode)
+            os.fsync(handle)
+            os.rename(staging, output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(handle)
         _sync(output.parent)
     except OSError as error:
         if isinstance(error, LoraError):
             raise
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{output} can't be written: {reason}; nothing was left there") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_free(output: Path) -> None:
-    """Raises an OutputError if something is at `output` already; an empty directory is nothing."""
-    if output.is_dir() and not any(output.iterdir()):
+    """Raises an OutputError unless a directory can be made at `output`; an empty one there is replaced."""
+    if os.path.islink(output):
+        raise OutputError(f"{output} is a link, which can't be replaced; name the directory that is meant")
+    if is_directory(output) and not any(output.iterdir()):
+        if _is_mounted(output):
+            raise OutputError(f"{output} is where a file system is mounted, and can't be replaced; choose a directory in it")
         return
-    if output.exists() or output.is_symlink():
+    if os.path.lexists(output):
         raise OutputError(f"{output} exists already; remove it or choose another directory")
+
+
+def _is_mounted(directory: Path) -> bool:
+    """Whether a file system, or a directory of another place, is mounted there."""
+    if os.path.ismount(directory):
+        return True
+    try:  # the kernel writes a space as \\040 and the like
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        path = os.path.realpath(directory)
+        return any(line.split(b" ")[4].decode("unicode_escape").encode("latin-1") == os.fsencode(path) for line in mounts)
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _begin(output: Path, mode: int) -> tuple[int, Path]:
+    """A temporary directory for `output`, open and held."""
+    while True:
+        staging = temporary_name(output)
+        staging.mkdir(mode)
+        handle = os.open(staging, os.O_RDONLY)
+        if own(handle, staging):
+            return handle, staging
+        os.close(handle)
 
 
 def write_shard(path: Path, entries: Mapping[str, Entry], done: Callable[[int], object] = lambda nbytes: None) -> None:

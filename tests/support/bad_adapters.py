@@ -52,11 +52,6 @@ def write_config(text):
     return lambda d: (d / CONFIG_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def legacy(directory):
-    torch.save(load_file(directory / WEIGHTS_FILE), directory / "adapter_model.bin")
-    (directory / WEIGHTS_FILE).unlink()
-
-
 BAD = {
     "a tensor is missing": (drop(KEY), FileFormatError, f"1 missing tensors \\({KEY}"),
     "a head's tensor is missing": (
@@ -105,9 +100,8 @@ BAD = {
     "weights are a directory": (
         lambda d: ((d / WEIGHTS_FILE).unlink(), (d / WEIGHTS_FILE).mkdir()),
         FileFormatError,
-        "is not there",
+        "is a directory",
     ),
-    "a pickle": (legacy, FileFormatError, "adapter_model.bin, a pickle"),
     "config missing": (
         lambda d: (d / CONFIG_FILE).unlink(),
         FileFormatError,

@@ -82,7 +82,7 @@ FAULTS = {
         "'model.norm.weight', which the index does not place there",
     ),
     "no map": (lambda base: (base / INDEX_FILE).write_text("{}"), "no weight_map"),
-    "an index that is not JSON": (lambda base: (base / INDEX_FILE).write_text("{"), "can't be read as JSON"),
+    "an index that is not JSON": (lambda base: (base / INDEX_FILE).write_text("{"), "is not JSON"),
     "no index": (lose_the_index, "holds neither model.safetensors nor"),
     "a pickle": (pickled, "pickle"),
     "no configuration": (lambda base: (base / "config.json").unlink(), "config.json is not there"),
