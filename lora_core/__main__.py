@@ -123,7 +123,8 @@ def _convert(p: Parser) -> None:
 (--dtype). Rank-stabilised scaling becomes plain exactly. DoRA becomes the nearest plain LoRA, for
 which its base is needed; the share of the update that is kept is printed. PEFT's PiSSA, OLoRA, CorDA
 and LoRA-GA become plain exactly, with the adapter as it was before training; PiSSA and OLoRA with the
-base as well."""
+base as well. An adapter_model.bin, which older versions of PEFT wrote, becomes safetensors with or
+without these flags; no code in it is run."""
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory with adapter_config.json")
     _output(p)
     p.add_argument("--plain", action="store_true", help="make it plain LoRA")

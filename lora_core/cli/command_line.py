@@ -11,7 +11,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import CheckFailedError, LoraError
+from ..errors import CheckFailedError, LoraError, printable
 
 DONE, CHECK_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -54,6 +54,9 @@ def tolerance(text: str) -> float:
 
 def run(command: Callable[[], int]) -> int:
     """Runs the body of a command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # whatever the locale, a name that it has no letters for is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except CheckFailedError as error:
@@ -68,14 +71,15 @@ def run(command: Callable[[], int]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
 def show(result: Any, as_json: bool) -> None:
     """Prints a result: its text, or its fields as one JSON object; what is no number there is null."""
     if not as_json:
-        print(result if not isinstance(result, dict) else "\n".join(f"{key}: {value}" for key, value in result.items()))
+        text = str(result) if not isinstance(result, dict) else "\n".join(f"{key}: {value}" for key, value in result.items())
+        print("\n".join(map(printable, text.split("\n"))))  # much of it may be out of somebody's file
         return
     print(json.dumps(_plain(result), allow_nan=False))
 

@@ -11,7 +11,6 @@ of low rank: the report says what share of it is kept.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +20,25 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError
-from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
+from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE, read_weights, weights_path
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.config import HARMLESS_INITIALISERS
-from ..files.disk import read_safetensors, to_safetensors, write_whole
+from ..files.config import HARMLESS_INITIALISERS, MAX_BYTES
+from ..files.disk import is_directory, to_safetensors, write_whole
 from ..files.keys import copy_key, layer_keys_of, parse_key
+from ..files.reading import parse_json, read_object
 from ..files.shards import new_directory
 from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
 from ..methods.registry import all_tables, method_of
 from ..methods.start import start
-from ..spec.config import ALL_LINEAR, LoraConfig, check_rank, starts_from_weight
+from ..spec.config import ALL_LINEAR, LoraConfig, check_alpha, check_rank, starts_from_weight
 from .basis import settings
+from .companions import companions, copy_companions
 from .placement import place
 from .updates import AdapterUpdates, carrier, read_updates
 
-#: The files that go along with an adapter.
-BESIDE = (".json", ".txt", ".md", ".model", ".spm", ".jinja")
+#: The files that go along with an adapter: the tokenizer and the like. A probe's logits would be another adapter's.
+BESIDE = ("*.json", "*.txt", "*.md", "*.model", "*.spm", "*.jinja")
 PLAIN = LoraConfig(target_modules=ALL_LINEAR)  # what decides the keys of plain LoRA
 
 
@@ -73,7 +74,7 @@ def convert_adapter(
     r: int | None = None,
     initial: str | Path | None = None,
 ) -> ConversionReport:
-    """Writes an adapter anew, in the directory `output`.
+    """Writes an adapter anew, in the directory `output`; as safetensors, also one that torch has pickled.
 
     Args:
         adapter: directory of the adapter.
@@ -89,7 +90,8 @@ def convert_adapter(
         LoraError: the files are broken, or there is nothing to convert, or something that it takes is not given.
     """
     directory = Path(adapter)
-    if not plain and dtype is None:
+    pickled = is_directory(directory) and weights_path(directory).name != WEIGHTS_FILE  # to be written as safetensors
+    if not plain and dtype is None and not pickled:
         raise ConfigError("say what to convert to: --plain, --dtype, or both")
     if r is not None:
         check_rank("r", r)
@@ -100,7 +102,7 @@ def convert_adapter(
         metadata = {"format": "pt"}
     else:
         updates = read_updates(directory)
-        tensors, metadata = read_safetensors(directory / WEIGHTS_FILE)
+        tensors, metadata = read_weights(directory)
         method = method_of(updates.config)
         if plain and not method.is_plain:
             if base is None:
@@ -108,12 +110,11 @@ def convert_adapter(
             tensors, fields, energy = _approximated(updates, open_checkpoint(Path(base)), tensors, fields, r)
         elif plain and updates.config.use_rslora:
             fields = _with_scalings(fields, updates)
-        elif plain and dtype is None:
+        elif plain and dtype is None and not pickled:
             raise ConfigError(f"{directory} is plain LoRA already")
+    beside = [path for path in companions(directory, BESIDE) if path.name != CONFIG_FILE]
     with new_directory(Path(output)) as new:
-        for path in directory.iterdir():  # the tokenizer and the like; a probe's logits would be another adapter's
-            if path.is_file() and path.suffix in BESIDE and path.name != CONFIG_FILE:
-                shutil.copyfile(path, new / path.name)
+        copy_companions(beside, new)
         write_whole(new / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, {"format": "pt"}))
         made = read_updates(new)
@@ -121,7 +122,7 @@ def convert_adapter(
             stored = {copy_key(path, made.layers) for path in made.base_tensors}  # cast, they would be another base's
             cast_too = {key for key, t in tensors.items() if t.is_floating_point() and key not in stored}
             tensors = {key: cast(t, dtype, key) if key in cast_too else t for key, t in tensors.items()}
-        if mark := json.loads(metadata.get(FINGERPRINT, "null")):
+        if mark := parse_json(metadata.get(FINGERPRINT, "null"), once=False):
             mark["settings"] = settings(made.layers, made.config)
             metadata[FINGERPRINT] = json.dumps(mark)
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
@@ -130,13 +131,9 @@ def convert_adapter(
 
 
 def _fields(directory: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise FileFormatError(f"{directory} has no readable {CONFIG_FILE}; is it an adapter's directory?")
-    return fields
+    if not is_directory(directory):
+        raise FileFormatError(f"{directory} is not a directory; expected an adapter's, with {CONFIG_FILE} in it")
+    return read_object(directory / CONFIG_FILE, MAX_BYTES)
 
 
 def _with_scalings(fields: dict[str, Any], updates: AdapterUpdates) -> dict[str, Any]:
@@ -182,17 +179,23 @@ def _without_start(
         raise ConfigError(
             f"{directory} started as {kind!r}, which changed the base; name the adapter as it was then with --initial{or_base}"
         )
-    now, _ = read_safetensors(directory / WEIGHTS_FILE)
-    then = _start_again(directory, base) if initial is None else read_safetensors(Path(initial) / WEIGHTS_FILE)[0]
+    now, _ = read_weights(directory)
+    then = _start_again(directory, base) if initial is None else read_weights(Path(initial))[0]
     tensors, tables = dict(now), {key: parsed.table for key in now if (parsed := parse_key(key))}
     if fields.get("use_rslora") or any(table and all_tables()[table].form == "scale" for table in tables.values()):
         raise ConfigError(f"{directory} is DoRA or rank-stabilised besides {kind!r}; only plain {kind!r} is converted")
+    check_rank("r", fields.get("r"))
+    check_alpha("lora_alpha", fields.get("lora_alpha"))
     for key in (key for key, table in tables.items() if table in ("lora_A", "lora_B")):
-        if key not in then or then[key].shape != now[key].shape:
+        if key not in then or then[key].shape != now[key].shape or now[key].dim() < 2:
             raise FileFormatError(f"{initial} has no {key} of the same shape; it is not the start of {directory}")
         is_A = tables[key] == "lora_A"
         tensors[key] = torch.cat([now[key], then[key]]) if is_A else torch.cat([now[key], -then[key]], dim=1)
-    doubled = {name: {k: 2 * v for k, v in (fields.get(name) or {}).items()} for name in ("rank_pattern", "alpha_pattern")}
+    patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        for value in pattern.values() if isinstance(pattern, dict) else [pattern]:
+            check_alpha(name, value)
+    doubled = {name: {k: 2 * v for k, v in pattern.items()} for name, pattern in patterns.items()}
     return tensors, fields | doubled | {
         "init_lora_weights": True,
         "r": 2 * fields["r"],

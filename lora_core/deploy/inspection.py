@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..files.storage import WEIGHTS_FILE
+from ..errors import one_line, printable
+from ..files.adapter import weights_path
 from ..methods.registry import method_of
 from .updates import AdapterUpdates, LayerUpdate, read_updates
 
@@ -82,12 +83,13 @@ class Inspection:
             "whole": ", ".join(self.whole) or "nothing",
             "fingerprint": f"{self.fingerprint}, of a base in {self.trained_on}" if self.fingerprint else "none",
         }
-        width = max(len(layer.path) for layer in self.layers)
+        paths = [printable(layer.path) for layer in self.layers]
+        width = max(map(len, paths))
         table = [f"{'layer':<{width}}  rank  scaling       |D|  effective rank"]
-        for v in self.layers:
-            table.append(f"{v.path:<{width}}  {v.rank:4d}  {v.scaling:7.4g}  {v.norm:8.4g}  {v.effective_rank:14.2f}")
-        lines = [f"{name:<12} {value}" for name, value in facts.items()]
-        return "\n".join([*lines, "", *table, *(f"warning: {text}" for text in self.warnings)])
+        for path, v in zip(paths, self.layers, strict=True):
+            table.append(f"{path:<{width}}  {v.rank:4d}  {v.scaling:7.4g}  {v.norm:8.4g}  {v.effective_rank:14.2f}")
+        lines = [f"{name:<12} {one_line(value)}" for name, value in facts.items()]  # what is not its own is of the file
+        return "\n".join([*lines, "", *table, *(f"warning: {one_line(text)}" for text in self.warnings)])
 
 
 def inspect_adapter(directory: str | Path) -> Inspection:
@@ -114,7 +116,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         parameters=sum(tensor.numel() for tensor in tensors),
         layer_parameters=sum(tensor.numel() for tensor in own),
-        nbytes=(Path(directory) / WEIGHTS_FILE).stat().st_size,
+        nbytes=weights_path(Path(directory)).stat().st_size,
         whole=tuple(sorted(updates.copies)),
         fingerprint=hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest() if mark else None,
         trained_on=updates.trained_on,

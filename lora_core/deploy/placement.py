@@ -157,14 +157,15 @@ def _common_root(layers: Sequence[str]) -> str | None:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or [""])[0])
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _config(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> dict[str, Any]:
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     for adapter in adapters:
-        suffix, classes = CLASSES.get(adapter.config.task_type or ""), config.get("architectures")
-        if suffix and classes and (match := _CLASS.fullmatch(str(classes[0]))) and match[2] != suffix:
+        suffix = CLASSES.get(adapter.config.task_type or "")
+        if suffix and (match := _CLASS.fullmatch(_architecture(config))) and match[2] != suffix:
             config["architectures"] = [match[1] + suffix]
         rows = label_rows([adapter])
         if suffix and rows and rows != _label_count(config):

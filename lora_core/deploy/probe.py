@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..bases import is_packed, libraries
 from ..errors import ConfigError, FileFormatError
+from ..files.adapter import weights_path
 from ..files.disk import read_safetensors, to_safetensors, write_whole
-from ..files.storage import WEIGHTS_FILE
+from ..files.reading import open_file, parse_json
 from ..model.registry import unwrap
 
 PROBE_FILE = "probe.safetensors"
@@ -92,24 +93,24 @@ def read_probe(directory: Path) -> Probe:
         FileFormatError: it has none; the file is broken.
     """
     path = directory / PROBE_FILE
-    if not path.is_file():
+    if not path.exists():
         raise FileFormatError(f"{path} is not there: this adapter was saved without probe inputs")
     tensors, metadata = read_safetensors(path)
     try:
-        about = json.loads(metadata[ABOUT])
+        about = parse_json(metadata[ABOUT], once=False)
         inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
         if tensors["logits"].shape[:1] != inputs["input_ids"].shape[:1] or not isinstance(about["versions"], dict):
             raise ValueError
         texts = None if about["texts"] is None else tuple(map(str, about["texts"]))
         quantized = tuple(map(str, about["quantized"]))
         return Probe(inputs, tensors["logits"], str(about["dtype"]), quantized, texts, about["versions"], str(about["weights"]))
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         raise FileFormatError(f"{path} is not as written here; save the adapter and its probe again") from None
 
 
 def quantized_layers(directory: Path) -> tuple[str, ...] | None:
     """Paths of the layers that were in 4 bits when the adapter in `directory` was saved; None if no probe says so."""
-    return (read_probe(directory).quantized or None) if (directory / PROBE_FILE).is_file() else None
+    return (read_probe(directory).quantized or None) if (directory / PROBE_FILE).exists() else None
 
 
 @torch.no_grad()
@@ -137,7 +138,8 @@ def run_probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def weights_hash(directory: Path) -> str:
     """A hash of the adapter's weights file."""
-    return hashlib.blake2b((directory / WEIGHTS_FILE).read_bytes(), digest_size=16).hexdigest()
+    with open_file(weights_path(directory)) as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def versions() -> dict[str, str]:

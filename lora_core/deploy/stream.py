@@ -27,8 +27,9 @@ from ..bases import base_for, base_of, dense_weight
 from ..bases.base import Format
 from ..errors import ConfigError, FileFormatError, StateError
 from ..files.adapter import FLOAT_DTYPES
-from ..files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.shards import Entry, new_directory, write_index, write_shard
+from ..files.stored import StoredTensor
 from ..integrations.model_class import ModelClass, known_class
 from ..layers import LoraLayer
 from ..maths.loss import Cost, cast, cost, cost_of_cast, refuse_loss
@@ -36,7 +37,7 @@ from ..methods.registry import method_of
 from ..model.merge import MergeReport
 from ..spec.targets import is_embedding, is_head
 from .basis import Basis, check_base, check_stored, find_basis
-from .companions import Result, write_companions
+from .companions import Result, companions_of_merge, write_companions
 from .placement import place
 from .probe import quantized_layers
 from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
@@ -94,6 +95,7 @@ class StreamMerge:
                 raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
         self.base, self.adapters, self.recipe = base, adapters, recipe
         self.placement = place(base, adapters)
+        companions_of_merge(base, adapters)  # so that an error of theirs comes now
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
         self.updates: dict[str, dict[str, tuple[LayerUpdate, float]]] = {}  # {path: {adapter: (update, weight)}}
         for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
@@ -230,10 +232,8 @@ class StreamMerge:
         W = self._read(path)
         check_base(self.basis, self.adapters, path, W)
         updates = self.updates[path]
-        if form:
-            base = replace(self.basis, form=form).pack(W)
-        else:
-            base = next(iter(updates.values()))[0].plain_layer(W, self.transposed)
+        first = next(iter(updates.values()))[0]
+        base = replace(self.basis, form=form).pack(W) if form else first.plain_layer(W, self.transposed)
         layer = carrier(base)
         for name, (update, weight) in updates.items():
             update.put_on(layer, name, weight)

@@ -10,7 +10,6 @@ names; only a square weight leaves it open whether it is stored transposed (GPT-
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -25,13 +24,17 @@ from ..bases.base import Format
 from ..bases.dense import DenseFormat
 from ..errors import ConfigError, FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
-from ..files.config import other_base
+from ..files.config import MAX_BYTES, other_base
 from ..files.keys import PREFIX, parse_key
+from ..files.reading import read_object
 from ..layers import LoraLayer, lora_class
 from ..methods.base import Method
 from ..methods.registry import all_tables, method_of
 from ..spec.config import MAX_FACTOR, LoraConfig, starts_from_weight
-from ..spec.patterns import limited
+from ..spec.patterns import limited, spending
+
+#: What a tensor that was trained whole may be stored in besides: buffers are, with the module that has them.
+COPIED_DTYPES = (*FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -187,13 +190,13 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
         parsed = parse_key(key)
         if parsed is None:
             raise FileFormatError(f"{directory}: the tensor {key!r} does not start with {PREFIX!r}, as PEFT's do")
+        if tensor.dtype not in (FLOAT_DTYPES if parsed.table else COPIED_DTYPES):
+            raise FileFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
         if finite and not tensor.isfinite().all():
             raise FileFormatError(f"{directory} has NaN or infinite values ({key})")
         if parsed.table is None:
             copies[parsed.path] = tensor
             continue
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise FileFormatError(f"{directory}: {key} is {tensor.dtype}, which has no place there")
         if not parsed.path:
             shared[parsed.table] = tensor
             continue
@@ -202,9 +205,9 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
             embeddings.add(parsed.path)
     if not by_path:
         raise FileFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
-    copies, base_tensors = _apart(copies, by_path, config)
     method = method_of(config)
     with limited():
+        copies, base_tensors = _apart(copies, by_path, config)
         layers = {
             path: LayerUpdate(path, parts | shared, config.scaling_for(path), path in embeddings, method, config.rank_for(path))
             for path, parts in by_path.items()
@@ -212,7 +215,7 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
     for update in layers.values():
         _check(update, config, directory)
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
-    fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    fields = read_object(directory / CONFIG_FILE, MAX_BYTES)
     return AdapterUpdates(directory, config, layers, copies, base_tensors, fields.get("fan_in_fan_out") is True, mark)
 
 
@@ -235,10 +238,10 @@ def _apart(
 
 def _is_saved(path: str, config: LoraConfig) -> bool:
     """Whether a module is trained whole: it, or one around it, ends with an entry of `modules_to_save`, or is tied to such."""
-    parts = path.split(".")
-    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    saved = config.saved_module_patterns
-    return (config.ensure_weight_tying and bool(saved)) or any(p.endswith(entry) for p in around for entry in saved)
+    saved = tuple(config.saved_module_patterns)
+    ends = [i for i, letter in enumerate(path) if letter == "."] + [len(path)]
+    with spending("modules_to_save"):
+        return (config.ensure_weight_tying and bool(saved)) or any(path.endswith(saved, 0, end) for end in ends)
 
 
 def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:

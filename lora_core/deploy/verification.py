@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, FileFormatError, WrongBaseError
+from ..errors import ConfigError, FileFormatError, WrongBaseError, one_line
 from ..files.storage import load_adapter
 from ..integrations.pretrained import tokenize
 from ..spec.config import check_tolerance
@@ -54,7 +54,7 @@ class Verification:
         lines = [
             f"{self.inputs} inputs: largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit, "
             f"tolerance {self.tolerance:g}), {self.changed:.1%} of labels changed",
-            *(f"{name}: {how}" for name, how in self.drifted.items()),
+            *(f"{name}: {one_line(how)}" for name, how in self.drifted.items()),
             "verified" if self.passed else "NOT the model that was saved",
         ]
         return "\n".join(lines)

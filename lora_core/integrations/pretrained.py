@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..bases import adopt_layers
 from ..errors import FileFormatError, MissingDependencyError
-from ..files.checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, read_object
+from ..files.checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, read_config
 from ..files.disk import expanded, is_directory
+from ..files.reading import check_directory
 from .model_class import LOCAL
 
 WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
@@ -87,7 +88,8 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
         FileFormatError: it can't be loaded, or not exactly.
     """
     library = _transformers()
-    named = read_object(directory / "config.json").get("architectures")
+    named = read_config(directory).get("architectures")
+    check_directory(directory, WANTED)
     name = AUTO_CLASSES.get(task or "") or (named[0] if isinstance(named, list) and named else "AutoModel")
     kind = getattr(library, str(name), None)
     if not hasattr(kind, "from_pretrained"):
@@ -126,6 +128,7 @@ def tokenize(directories: Sequence[Path], texts: Sequence[str], max_length: int 
     directory = next((d for d in directories if (d / TOKENIZER_CONFIG).is_file()), None)
     if directory is None:
         raise FileFormatError(f"neither of {', '.join(map(str, directories))} has a tokenizer ({TOKENIZER_CONFIG})")
+    check_directory(directory, TOKENIZER_FILES)
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(directory, **LOCAL)
     except Exception as error:  # of many kinds

@@ -15,7 +15,6 @@ import time
 import warnings
 
 import pytest
-import torch
 from huggingface_hub import constants
 
 from experiments import data, hub, predict, sst2
@@ -33,11 +32,11 @@ from lora_core.errors import (
 )
 from lora_core.files.storage import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE
 from tests.support import tiny
-from tests.support.bad_adapters import BAD, edit_tensors
+from tests.support.bad_adapters import BAD
 from tests.support.bad_checkpoints import FAULTS, LIES
 from tests.support.bad_settings import REFUSED
 
-SECONDS = 5.0
+SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -143,11 +142,6 @@ def text(content):
     return lambda d: (d / CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def prefixed(key):
-    """The key where the model has this long name before all of its paths."""
-    return key.replace("base_model.model.", f"base_model.model.{'a' * 200}.")
-
-
 def fields(**changes):
     """The configuration says this."""
 
@@ -182,7 +176,7 @@ FORMAT, BROKEN = FileFormatError, "not a whole safetensors file"
 RANKS = [f"m{i}.q" for i in range(20_000)]
 HALF = RANKS[:10_000]
 LAYERS = {"layers_to_transform": [0, 1]}
-SLOW, TOO_MANY = "(\\w+\\.?)+x", "too many ways to match"
+SLOW = "(\\w+\\.?)+x"
 STAY = {"base": {}, "settings": ""}
 
 
@@ -230,12 +224,12 @@ ADAPTERS = {
     "tensor: a negative shape": (entry(shape=[-4, -64]), FORMAT, BROKEN),
     "tensor: an unknown dtype": (entry(dtype="F128"), FORMAT, BROKEN),
     "tensor: a dtype of half bytes": (entry(dtype="F4"), FORMAT, BROKEN),
-    "tensor: complex": (entry(dtype="C64", shape=[4, 32]), FORMAT, "complex64"),
+    "tensor: complex": (entry(dtype="C64", shape=[4, 32]), FORMAT, "'C64', which is not known here"),
     "tensor: other bits of the same size": (entry(dtype="I32"), FORMAT, "int32"),
     "tensor: 8-bit floats": (entry(dtype="F8_E5M2", shape=[4, 256]), FORMAT, "float8_e5m2"),
-    "tensor: exponents alone": (entry(dtype="F8_E8M0", shape=[4, 256]), FORMAT, "float8_e8m0fnu"),
+    "tensor: exponents alone": (entry(dtype="F8_E8M0", shape=[4, 256]), FORMAT, "'F8_E8M0', which is not known here"),
     "tensor: a name with a line break": (renamed("a\nb\x1b[31m"), FORMAT, "a b\\x1b[31m"),
-    "tensor: a name of a megabyte": (renamed("a" * 10**6), FORMAT, "without a home"),
+    "tensor: a name of a megabyte": (renamed("a" * 10**6), FORMAT, "1,000,000 characters, and 1,000 are allowed"),
     "tensor: a name that leads outside": (renamed("../../etc/passwd"), FORMAT, "without a home"),
     # the fingerprint of the base
     "fingerprint: not JSON": (mark("{"), FORMAT, "its fingerprint is not JSON"),
@@ -255,9 +249,9 @@ ADAPTERS = {
     "config: too deep inside": (appended(f'"x": {"[" * 100_000}'), FORMAT, "is not JSON"),
     "config: larger than a megabyte": (appended(f'"x": "{"a" * 2**20}"'), FORMAT, "is larger than 1,048,576 bytes"),
     "config: two objects": (lambda d: (d / CONFIG_FILE).open("a").write("{}"), FORMAT, "is not JSON"),
-    "config: a directory": (in_the_way, FORMAT, "is not there"),
+    "config: a directory": (in_the_way, FORMAT, "is a directory; a regular file"),
     "config: a link to itself": (loop, FORMAT, "is not there"),
-    "weights: a pipe": (fifo, FORMAT, "is not there"),
+    "weights: a pipe": (fifo, FORMAT, "is a pipe; a regular file"),
     # its fields
     "field: method in a list": (fields(peft_type=["LORA"]), FORMAT, "peft_type is ['LORA']"),
     "field: a name with a line break": (fields(**{"x\ny": 1}), FORMAT, "has x y=1, unknown"),
@@ -268,7 +262,7 @@ ADAPTERS = {
     "field: r of 2^62": (fields(r=2**62), FORMAT, "up to 1,048,576"),
     "field: r of 2^20, not in the tensors": (fields(r=2**20), FORMAT, "wrong shapes"),
     "field: r negative": (fields(r=-4), FORMAT, "r must be a positive integer, not -4"),
-    "field: r infinite": (appended('"r": 1e999'), FORMAT, "not inf"),
+    "field: r infinite": (fields(r=float("inf")), FORMAT, "not inf"),
     "field: r not a number": (fields(r=float("nan")), FORMAT, "r must be a positive integer, not nan"),
     "field: r a list": (fields(r=[4]), FORMAT, "r must be a positive integer, not [4]"),
     "field: alpha of 400 digits": (fields(lora_alpha=10**400), FORMAT, "lora_alpha must be a positive number"),
@@ -312,24 +306,20 @@ ADAPTERS = {
     "pattern: a rank of 31 digits": (fields(rank_pattern={"q": 10**30}), FORMAT, "up to 1,048,576"),
     "pattern: an alpha of 400 digits": (fields(alpha_pattern={"q": 10**400}), FORMAT, "must be a positive number"),
     "pattern: a list of layers, unclosed": (fields(**LAYERS, layers_pattern=["("]), FORMAT, "is not a regular expression"),
-    "pattern: a group of our name": (fields(**LAYERS, layers_pattern="(?P<layer>x)"), FORMAT, "is not a regular expression"),
+    "pattern: a group of our name": (fields(**LAYERS, layers_pattern="(?P<layer>x)"), FORMAT, "match no layer"),
     "pattern: 10,000 for nothing": (fields(rank_pattern=dict.fromkeys(HALF, 5), target_modules="x"), FORMAT, "match no layer"),
     "pattern: 20,000 ranks": (fields(rank_pattern=dict.fromkeys(RANKS, 5)), FORMAT, "20,000 entries"),
-    "hang: nested repeats": (fields(target_modules=SLOW), FORMAT, TOO_MANY),
-    "hang: nested stars": (fields(target_modules="(.*)*x"), FORMAT, TOO_MANY),
-    "hang: the same twice over": (fields(target_modules="(a|a)*x"), FORMAT, TOO_MANY),
-    "hang: choices in a row": (fields(target_modules="(.|.)" * 60 + "x"), FORMAT, TOO_MANY),
-    "hang: options in a row": (fields(target_modules=".?" * 60 + "x"), FORMAT, TOO_MANY),
-    "hang: stars in a row": (fields(target_modules=".*" * 12 + "x"), FORMAT, TOO_MANY),
-    "hang: a counted option": (fields(target_modules="(.?){60}x"), FORMAT, TOO_MANY),
-    "hang: empty, a trillion times": (fields(target_modules="((){10000}){10000}q"), FORMAT, TOO_MANY),
-    "hang: inside a lookahead": (fields(target_modules=f"(?=.*{SLOW})q"), FORMAT, TOO_MANY),
-    "hang: inside a condition": (fields(target_modules=f"(a)?(?(1){SLOW}|q)"), FORMAT, TOO_MANY),
-    "hang: exclusions": (fields(exclude_modules=r"(\w|\w)+!"), FORMAT, TOO_MANY),
-    "hang: ranks": (fields(rank_pattern={SLOW: 4}), FORMAT, TOO_MANY),
-    "hang: alphas": (fields(alpha_pattern={".*" * 12 + "x": 4}), FORMAT, TOO_MANY),
-    "hang: layers": (fields(**LAYERS, layers_pattern=[SLOW]), FORMAT, TOO_MANY),
-    "hang: slow ones, many": (fields(rank_pattern={f".*?.*?.*?{c}!": 4 for c in range(300)}), TargetError, "takes too long"),
+    "hang: nested repeats": (fields(target_modules=SLOW), FORMAT, "match no layer"),
+    "hang: nested stars": (fields(target_modules="(.*)*x"), FORMAT, "match no layer"),
+    "hang: the same twice over": (fields(target_modules="(a|a)*x"), FORMAT, "match no layer"),
+    "hang: choices in a row": (fields(target_modules="(.|.)" * 60 + "x"), FORMAT, "match no layer"),
+    "hang: options in a row": (fields(target_modules=".?" * 60 + "x"), FORMAT, "match no layer"),
+    "hang: stars in a row": (fields(target_modules=".*" * 12 + "x"), FORMAT, "match no layer"),
+    "hang: a counted option": (fields(target_modules="(.?){60}x"), FORMAT, "match no layer"),
+    "hang: empty, a trillion times": (fields(target_modules="((){10000}){10000}q"), FORMAT, "match no layer"),
+    "hang: inside a lookahead": (fields(target_modules=f"(?=.*{SLOW})q"), FORMAT, "match no layer"),
+    "hang: inside a condition": (fields(target_modules=f"(a)?(?(1){SLOW}|q)"), FORMAT, "refers back"),
+    "hang: layers": (fields(**LAYERS, layers_pattern=[SLOW]), FORMAT, "match no layer"),
     "hang: expressions, many": (fields(rank_pattern={f".*{c}": 4 for c in range(1001)}), FORMAT, "more than 1,000"),
 }  # fmt: skip
 
@@ -340,12 +330,27 @@ def test_a_bad_adapter_is_one_line_and_changes_nothing(case, good, tmp_path):
     directory = shutil.copytree(good, tmp_path / "adapter")
     spoil(directory)
     model = tiny.classifier()
-    if case == "hang: slow ones, many":  # long paths, as in a large model
-        model = torch.nn.ModuleDict({"a" * 200: model})
-        edit_tensors(directory, lambda t: [t.update({prefixed(key): t.pop(key)}) for key in list(t)])
     before, files = tiny.snapshot(model), listing(tmp_path)
     assert_refused(error, says, lambda: load_adapter(model, directory))
     assert tiny.snapshot(model) == before and listing(tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exclude_modules": r"(\w|\w)+!"},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {".*" * 12 + "x": 4}},
+        {"rank_pattern": {f".*?.*?.*?{c}!": 4 for c in range(300)}},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_patterns_that_would_keep_re_busy_for_ever_change_nothing(changes, good, tmp_path):
+    """They match no layer, which is no error in a file, as in PEFT."""
+    directory = shutil.copytree(good, tmp_path / "adapter")
+    fields(**changes)(directory)
+    with within():
+        load_adapter(tiny.classifier(), directory)
 
 
 @pytest.mark.parametrize("case", [c for c in ADAPTERS if not c.startswith("fingerprint")])

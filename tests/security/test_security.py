@@ -35,7 +35,11 @@ def calls(path):
 @EVERY_SOURCE
 def test_nothing_is_unpickled_or_evaluated(path):
     tree = ast.parse(path.read_text())
-    assert not {ast.unparse(call.func) for call in calls(path)} & RUNNING
+    running = [call for call in calls(path) if ast.unparse(call.func) in RUNNING]
+    if path.name == "pickled.py":  # the one that may, and only so
+        assert [ast.unparse(call) for call in running] == ["torch.load(file, map_location='cpu', weights_only=True)"]
+        running = []
+    assert not running
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in imported} & MODULES
