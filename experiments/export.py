@@ -10,12 +10,13 @@ arguments are (batch, length) int64. AOTInductor compiles the same file for C++.
 
 from __future__ import annotations
 
-import os
+import io
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lora_core.files.disk import write_whole
 
 from .command import Parser, run
 from .errors import ExperimentError
@@ -66,22 +67,20 @@ def export(directory: Path) -> float:
     except Exception as error:  # of many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExperimentError(f"--merged: {str(directory)!r} can't be exported: {reason[0]}") from None
-    temporary = directory / f".{PROGRAM}.{uuid.uuid4().hex}.pt2"
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded, worst = torch.export.load(io.BytesIO(file.getvalue())).module(), 0.0
+    with torch.no_grad():
+        for size, length in CHECKED_SHAPES:
+            arguments = batch(size, length)
+            expected = classifier(*arguments)
+            worst = max(worst, ((loaded(*arguments) - expected).abs().max() / expected.abs().max()).item())
+    if not worst <= TOLERANCE:
+        raise ExperimentError(f"the exported program's logits are off by {worst:.2g}, and at most {TOLERANCE} is rounding")
     try:
-        torch.export.save(program, temporary)
-        loaded, worst = torch.export.load(temporary).module(), 0.0
-        with torch.no_grad():
-            for size, length in CHECKED_SHAPES:
-                arguments = batch(size, length)
-                expected = classifier(*arguments)
-                worst = max(worst, ((loaded(*arguments) - expected).abs().max() / expected.abs().max()).item())
-        if not worst <= TOLERANCE:
-            raise ExperimentError(f"the exported program's logits are off by {worst:.2g}, and at most {TOLERANCE} is rounding")
-        os.replace(temporary, directory / PROGRAM)
+        write_whole(directory / PROGRAM, file.getvalue())
     except OSError as error:
         raise ExperimentError(f"{directory / PROGRAM} can't be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return worst
 
 

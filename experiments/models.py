@@ -13,14 +13,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_core.errors import FileFormatError
+from lora_core.files.checkpoint import read_config
 from lora_core.files.disk import expanded, is_directory
+from lora_core.files.reading import check_directory
 from lora_core.spec.targets import is_head
 
 from . import hub
@@ -74,21 +76,18 @@ class BaseModel:
         """A hash of the weights, the configuration and the tokenizer, which tells this base from others in the same place; 16
         digits. Every byte counts: a base into which an adapter was merged differs from its own in a few tensors only."""
         digest = hashlib.sha256()
-        for path in sorted({path for pattern in READ for path in self.directory.glob(pattern) if path.is_file()}):
-            try:
-                digest.update(f"{path.name} {file_hash(path)}\n".encode())
-            except OSError as error:
-                raise ExperimentError(f"model {self.name}: {path} can't be read: {error.strerror or error}") from None
+        for path in sorted({path for pattern in READ for path in self.directory.glob(pattern)}):
+            digest.update(f"{path.name} {file_hash(path)}\n".encode())
         return digest.hexdigest()[:16]
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's own config.json."""
         try:
-            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ExperimentError(f"model {self.name}: config.json can't be read ({error})") from None
-        if not isinstance(config, dict) or "model_type" not in config:
+            config = read_config(self.directory)
+        except FileFormatError as error:
+            raise ExperimentError(f"model {self.name}: {error}") from None
+        if "model_type" not in config:
             raise ExperimentError(f"model {self.name}: config.json names no model_type; is this a transformers model?")
         return config
 
@@ -195,6 +194,7 @@ def load_classifier(base: BaseModel) -> Classifier:
 
     logging.set_verbosity_error()  # it would list the new head as a fault; `Classifier.new` says the same
     logging.disable_progress_bar()
+    check_directory(base.directory, READ)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.directory, **LOCAL)
         model, loading = AutoModelForSequenceClassification.from_pretrained(

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_core.errors import FileFormatError
 from lora_core.files.disk import write_whole
+from lora_core.files.reading import open_file, read_object
 
 from .errors import ExperimentError
 from .methods import QUANTIZE
@@ -77,18 +79,19 @@ def read_json(path: Path) -> dict[str, Any]:
         ExperimentError: the file can't be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExperimentError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ExperimentError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
-    return content
+        return read_object(path, once=False)
+    except FileFormatError as error:
+        raise ExperimentError(str(error)) from None
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        FileFormatError: it is no regular file, or can't be read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

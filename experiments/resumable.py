@@ -182,7 +182,7 @@ class ResumableTrainer(Trainer):
     def _as_written(self) -> Iterator[None]:
         try:
             yield
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             if isinstance(error, ExperimentError):
                 raise
             raise ExperimentError(f"--resume: {self.last} is not as written here ({error!r}); remove it") from None

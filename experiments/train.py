@@ -33,6 +33,7 @@ from lora_core import (
     use_fast_linear,
 )
 from lora_core.cpu.heap import keep_few_shapes
+from lora_core.files.locks import alone
 from lora_core.spec.config import ALL_LINEAR
 from lora_core.spec.targets import is_head
 
@@ -280,14 +281,16 @@ def _check_length(classifier: Classifier, max_length: int) -> None:
 
 @contextmanager
 def _directory(path: Path):
-    """`path` as an existing directory; what of it had to be made is gone again if the block fails and leaves it empty."""
+    """`path` as an existing directory, for this run alone; what of it had to be made is gone again if the block fails and
+    leaves it empty."""
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExperimentError(f"--output-dir: {str(path)!r} can't be made: {error.strerror or error}") from None
     try:
-        yield
+        with alone(path):
+            yield
     except BaseException:
         for directory in made:
             if any(directory.iterdir()):

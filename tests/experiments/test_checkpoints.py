@@ -15,6 +15,7 @@ from experiments.checkpoints import Saving
 from experiments.errors import ExperimentError
 from experiments.random_states import random_states, set_random_states
 from lora_core import LoraConfig, LoraError, inject
+from lora_core.files.locks import alone
 from tests.support import tiny
 from tests.support.processes import metrics_of, small_base, whole_run
 
@@ -301,3 +302,14 @@ def test_the_settings_of_a_checkpoint_are_those_of_the_run(stopped, small_data):
     settings = json.loads((stopped / "step-00000004" / "checkpoint.json").read_text())["settings"]
     assert (settings["processes"], settings["device"], settings["seed"]) == (1, "cpu", 0)
     assert settings["hyperparameters"]["r"] == 16 and len(settings["data"]["sha256"]) == 16
+
+
+def test_a_second_run_in_one_output_directory_is_told_so_and_the_first_is_left_alone(call, tmp_path):
+    """It would remove what the first is writing."""
+    begun = tmp_path / "out" / checkpoints.CHECKPOINTS / ".step-00000001.0123.tmp"
+    begun.mkdir(parents=True)
+    with alone(tmp_path / "out"):
+        code, _, err = call()
+    assert code == 2 and f"error: {tmp_path / 'out'} is in use: another process writes there" in err and err.count("\n") == 1
+    assert begun.is_dir()
+    assert call("--max-steps", "1")[0] == 0 and not begun.exists()

@@ -97,7 +97,7 @@ def of_another_rank(directory):
     [
         (truncated, "adapter_model.safetensors"),
         (nameless, "does not name its base model; name it with --model"),
-        (broken_config, "adapter_config.json can't be read as JSON"),
+        (broken_config, "adapter_config.json is not JSON"),
         (of_another_rank, "shape"),
         (shutil.rmtree, "has no adapter_config.json; give the adapter/ directory of a run"),
     ],
