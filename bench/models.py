@@ -20,7 +20,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 from experiments.batches import POOL_BATCHES, TokenisedTexts, batches
 from experiments.data import load
-from experiments.models import Classifier, load_classifier, resolve
+from experiments.models import Loaded, load_classifier, resolve
 from lora_core import LoraConfig, inject, quantize_nf4
 
 from .peers import adapt_with_peft, freeze, quantize_for_peft, randomize
@@ -34,7 +34,7 @@ DROPOUT = 0.1
 
 
 @functools.cache
-def packaged() -> Classifier:
+def packaged() -> Loaded:
     """The packaged model and its tokenizer, loaded once."""
     torch.manual_seed(0)
     return load_classifier(resolve("packaged"))

@@ -88,7 +88,7 @@ def planned(args: argparse.Namespace, directory: Path) -> list[Planned]:
     sentences, base = data.load(args.data), models.resolve(args.model)
     print(f"base model: {base}; data: {sentences}", flush=True)
 
-    from .train import Job, choose_device
+    from .job import Job, choose_device
 
     device = choose_device(args.device)
     runs = []

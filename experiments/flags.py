@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from .errors import ExperimentError
-from .methods import METHODS, Method, Schedule
+from .methods import METHODS, QUANTIZE, Method, Schedule
 
 #: What --resume means without a value.
 AUTO = "auto"
+ADAPTER_FLAGS = ("--quantize", "--rank", "--alpha", "--dropout", "--target-modules", "--bias", "--lora-plus")
 #: Every part of a `Schedule`: (field, type, help).
 SCHEDULE = (
     ("epochs", int, "times that each sentence is seen"),
@@ -27,15 +29,61 @@ SCHEDULE = (
 )
 
 
-def source_flags(parser: argparse._ActionsContainer) -> None:
-    """--model, --data, --device."""
-    parser.add_argument(
-        "--model", default="auto", help="auto (distilbert-base-uncased, else packaged), packaged, a Hub name or a directory"
-    )
-    parser.add_argument(
-        "--data", default="auto", help="auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
-    )
+MODEL = "auto (distilbert-base-uncased, else packaged), packaged, packaged-lm (SmolLM2-135M), a Hub name or a directory"
+DATA = "auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
+
+
+def source_flags(parser: argparse._ActionsContainer, model: str = MODEL, data: str = DATA) -> None:
+    """--model, --data, --device. What is said of the first two begins with their defaults."""
+    for name, text in (("--model", model), ("--data", data)):
+        parser.add_argument(name, default=text.split()[0], help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one")
+
+
+def output_flags(parser: argparse._ActionsContainer) -> None:
+    """--output-dir, --overwrite, --report-to."""
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where the results go; one of its own under runs/ if not given"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output directory")
+    parser.add_argument(
+        "--report-to", type=names, default=(), metavar="NAMES", help="loggers of the Trainer, such as tensorboard or wandb"
+    )
+
+
+def adapter_flags(parser: argparse._ActionsContainer) -> None:
+    """Those of `ADAPTER_FLAGS`."""
+    parser.add_argument("--quantize", choices=QUANTIZE, help="how the base's linear layers are held in training")
+    parser.add_argument("--rank", type=int, metavar="R", help="rank of each update")
+    parser.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank")
+    parser.add_argument("--dropout", type=float, metavar="P", help="chance that an adapter's input is zeroed in training")
+    parser.add_argument(
+        "--target-modules", type=names, metavar="NAMES", help="layers to adapt, comma-separated: query,value; or all-linear"
+    )
+    parser.add_argument("--bias", choices=("none", "lora_only", "all"), help="which of the base's biases are trained too")
+    parser.add_argument("--lora-plus", type=float, metavar="RATIO", help="B's learning rate over A's; 1 for plain LoRA")
+
+
+def chosen_method(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> Method:
+    """The method that is named, with the settings that were given in place of its own.
+
+    Raises:
+        ExperimentError: settings of an adapter are given, and the method has none.
+    """
+    given = {
+        "r": args.rank,
+        "lora_alpha": args.alpha,
+        "lora_dropout": args.dropout,
+        "target_modules": args.target_modules,
+        "bias": args.bias,
+        "lora_plus_ratio": args.lora_plus,
+        "quantize": None if args.quantize is None else QUANTIZE[args.quantize],
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    method = methods[args.method]
+    if changes and not method.adapts:
+        raise ExperimentError(f"--method {method.name} has no adapter; leave out {', '.join(ADAPTER_FLAGS)}")
+    return replace(method, **changes)
 
 
 def schedule_flags(parser: argparse._ActionsContainer, without: Sequence[str] = (), **defaults: Any) -> None:

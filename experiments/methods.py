@@ -95,6 +95,20 @@ METHODS = {
     )
 }
 
+_LANGUAGE = {"learning_rate": 1e-3, "lora_dropout": 0.05, "target_modules": ("all-linear",)}
+#: For language models.
+LANGUAGE_METHODS = {
+    method.name: method
+    for method in (
+        Method("base", "no training: the model as it is", trains=NOTHING),
+        Method("full", "full fine-tuning: every parameter is trained", trains=EVERYTHING, learning_rate=5e-5),
+        Method("lora", "LoRA of rank 16 on every linear layer but the head", **_LANGUAGE),
+        Method("qlora", "the same on a base in 4-bit NF4", quantize=True, **_LANGUAGE),
+        Method("rslora", "LoRA scaled by alpha / sqrt(rank)", use_rslora=True, **_LANGUAGE),
+        Method("dora", "LoRA with a trained magnitude for each output", use_dora=True, **_LANGUAGE),
+    )
+}
+
 
 @dataclass(frozen=True)
 class Schedule:

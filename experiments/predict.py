@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_core.files.disk import is_file
-
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 
@@ -82,7 +80,10 @@ class Predictor:
             self.model, self.tokenizer, self.max_length, self.device = load_merged(merged, self.device)
             return
         if adapter is not None:
-            self._load(adapter, model)
+            from .adapted import load_adapted
+
+            loaded, note = load_adapted(adapter, model, models.load_classifier)
+            self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, note.max_length
         elif model is None:
             raise ExperimentError(
                 "give --adapter, the adapter/ directory of a run, or --model, its model/ directory, or --merged"
@@ -95,30 +96,6 @@ class Predictor:
             self.model, self.tokenizer = classifier.model, classifier.tokenizer
             self.max_length = record.AdapterNote.read(base.directory).max_length
         self.model.to(self.device).eval()
-
-    def _load(self, adapter: Path, model: str | None) -> None:
-        from transformers import AutoTokenizer
-
-        from lora_core import load_adapter, quantize_int8, quantize_nf4
-
-        from . import models, record
-
-        if not is_file(adapter / "adapter_config.json"):
-            raise ExperimentError(
-                f"--adapter: {str(adapter)!r} has no adapter_config.json; give the adapter/ directory of a run"
-            )
-        note = record.AdapterNote.read(adapter)
-        reference = model or record.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if not reference:
-            raise ExperimentError(f"--adapter: {str(adapter)!r} does not name its base model; name it with --model")
-        classifier = models.load_classifier(models.resolve(reference))
-        self.model, self.tokenizer, self.max_length = classifier.model, classifier.tokenizer, note.max_length
-        if note.quantize:
-            pack = quantize_int8 if note.quantize == "int8" else quantize_nf4
-            pack(self.model, skip=classifier.keep)
-        load_adapter(self.model, adapter)
-        if (adapter / "tokenizer_config.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(adapter, **models.LOCAL)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
         """The label of each text and its probability."""

@@ -207,10 +207,13 @@ class ResumableTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.gather_function = lambda tensor: tensor  # every process evaluates everything
         output = super().evaluation_loop(*args, **kwargs)
-        loss = output.metrics.get("eval_loss", 0.0)
+        self.check_loss(output.metrics.get("eval_loss", 0.0))
+        return output
+
+    def check_loss(self, loss: float) -> None:
+        """Raises an ExperimentError if a validation loss is no number."""
         if not math.isfinite(loss):
             raise self.diverged(f"the validation loss is {loss}")
-        return output
 
     def diverged(self, what: str, step: int | None = None) -> ExperimentError:
         """The error for a run whose numbers have gone wrong."""

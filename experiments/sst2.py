@@ -15,22 +15,17 @@ not done twice. One that is stopped goes on with --resume as if it had not been:
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, default_output
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
-from .flags import AUTO, checkpoint_flags, names, schedule_flags, schedule_of, source_flags
-from .methods import METHODS, NOTHING, QUANTIZE, Method
+from .flags import adapter_flags, checkpoint_flags, chosen_method, output_flags, schedule_flags, schedule_of, source_flags
+from .methods import METHODS, NOTHING
 from .parallel import Processes, first_prints
 from .stopping import Stopped
-
-ADAPTER_FLAGS = ("--quantize", "--rank", "--alpha", "--dropout", "--target-modules", "--bias", "--lora-plus")
 
 
 def parser() -> Parser:
@@ -41,84 +36,12 @@ def parser() -> Parser:
 
     what = p.add_argument_group("what to train on what")
     source_flags(what)
-    what.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="where the results go; one of its own under runs/ if not given"
-    )
-    what.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in the output directory")
-    what.add_argument(
-        "--report-to", type=names, default=(), metavar="NAMES", help="loggers of the Trainer, such as tensorboard or wandb"
-    )
+    output_flags(what)
 
-    adapter = p.add_argument_group("the adapter; what is not given, the method decides")
-    adapter.add_argument("--quantize", choices=QUANTIZE, help="how the base's linear layers are held in training")
-    adapter.add_argument("--rank", type=int, metavar="R", help="rank of each update")
-    adapter.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank")
-    adapter.add_argument("--dropout", type=float, metavar="P", help="chance that an adapter's input is zeroed in training")
-    adapter.add_argument(
-        "--target-modules", type=names, metavar="NAMES", help="layers to adapt, comma-separated: query,value; or all-linear"
-    )
-    adapter.add_argument("--bias", choices=("none", "lora_only", "all"), help="which of the base's biases are trained too")
-    adapter.add_argument("--lora-plus", type=float, metavar="RATIO", help="B's learning rate over A's; 1 for plain LoRA")
-
+    adapter_flags(p.add_argument_group("the adapter; what is not given, the method decides"))
     schedule_flags(p.add_argument_group("the schedule"))
     checkpoint_flags(p.add_argument_group("stopping and going on"))
     return p
-
-
-def chosen_method(args: argparse.Namespace) -> Method:
-    """The method that is named, with the settings that were given in place of its own."""
-    given = {
-        "r": args.rank,
-        "lora_alpha": args.alpha,
-        "lora_dropout": args.dropout,
-        "target_modules": args.target_modules,
-        "bias": args.bias,
-        "lora_plus_ratio": args.lora_plus,
-        "quantize": None if args.quantize is None else QUANTIZE[args.quantize],
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    method = METHODS[args.method]
-    if changes and not method.adapts:
-        raise ExperimentError(f"--method {method.name} has no adapter; leave out {', '.join(ADAPTER_FLAGS)}")
-    return dataclasses.replace(method, **changes)
-
-
-def default_output(plan: dict[str, Any]) -> Path:
-    """runs/METHOD-DATA-MODEL-seedN: readable, and the same for the same choices."""
-    parts = (plan["method"], plan["data"]["name"], Path(plan["base_model"]["name"]).name, f"seed{plan['seed']}")
-    return Path("runs", re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower())
-
-
-#: What `beginning` says besides the step to go on from.
-FINISHED, ANEW = 0, 1
-
-
-def beginning(args: argparse.Namespace, output: Path, plan: dict[str, Any], settings: dict[str, Any]) -> int:
-    """FINISHED, ANEW, or ANEW plus the step of the checkpoint to go on from; prints what it is to be.
-
-    Raises:
-        ExperimentError: the output directory holds another run, or the checkpoint is of one.
-    """
-    from . import checkpoints, record
-
-    directory = output / checkpoints.CHECKPOINTS
-    if args.resume:
-        found = checkpoints.newest(directory) if args.resume == AUTO else checkpoints.read(Path(args.resume))
-        if found:
-            checkpoints.check_same(found, settings)
-            print(f"going on from step {found.step}: {found.path}", flush=True)
-            return ANEW + found.step
-    if not args.overwrite and (metrics := record.finished(output, plan)):
-        print(f"{output} holds this very run already: accuracy {metrics['accuracy']:.1%}; pass --overwrite to do it again")
-        return FINISHED
-    if args.resume:
-        print("no checkpoint to go on from: starting anew")
-    elif not args.overwrite and checkpoints.any_in(directory):
-        raise ExperimentError(
-            f"--output-dir: {str(output)!r} holds checkpoints of a run that was not finished; pass --resume to go on, or "
-            "--overwrite to start anew"
-        )
-    return ANEW
 
 
 def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[str]) -> int:
@@ -134,7 +57,8 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
     print(f"base model: {base}; data: {sentences}", flush=True)
 
     from . import checkpoints, record
-    from .train import Job, choose_device, train
+    from .job import Job, choose_device
+    from .train import train
 
     saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
     job = Job(method, schedule, base, sentences, choose_device(args.device), args.report_to, processes)
@@ -142,13 +66,10 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
     output = args.output_dir or default_output(plan)
     processes.join(job.device)
     processes.agree({**settings, "output": str(output)})
-    begin = processes.first_decides(lambda: beginning(args, output, plan, settings))
+    begin = processes.first_decides(lambda: beginning(args, output, plan, settings, "accuracy"))
     if begin == FINISHED:
         return 0
-    resume = None
-    if begin > ANEW:
-        place = checkpoints.place(output / checkpoints.CHECKPOINTS, begin - ANEW)
-        resume = checkpoints.read(place if args.resume == AUTO else Path(args.resume))
+    resume = checkpoint_of(args, output, begin)
     try:
         metrics = train(job, output, saving, resume)
     except Stopped as stop:
@@ -161,18 +82,6 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
         trained = f"--adapter {output / record.ADAPTER}" if method.adapts else f"--model {output / record.MODEL}"
         print(f'try it: python -m experiments.predict {trained} "I absolutely loved this product!"')
     return 0
-
-
-def command_to_go_on(argv: Sequence[str], output: Path, processes: Processes) -> str:
-    """The command that goes on with the run of `argv`: the same, in its output directory, with --resume."""
-    text = "\0".join(["", *argv, ""])
-    kept = re.sub(r"\0--(overwrite|resume(=[^\0]*|\0[^\0-][^\0]*)?)(?=\0)", "", text).split("\0")[1:-1]
-    launcher = "python"
-    if processes.count > 1:
-        launcher = f"torchrun --nproc-per-node {processes.local_count}"
-        launcher += f" --nnodes {processes.count // processes.local_count}" if processes.count > processes.local_count else ""
-    where = [] if any(a.partition("=")[0] == "--output-dir" for a in kept) else ["--output-dir", str(output)]
-    return f"{launcher} -m experiments.sst2 {shlex.join([*kept, *where, '--resume'])}"
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -180,7 +180,8 @@ def sweep(args: argparse.Namespace) -> int:
     base = models.resolve(args.model)
     print(f"base model: {base}; data: {sentences}", flush=True)
 
-    from .train import Job, choose_device, train
+    from .job import Job, choose_device
+    from .train import train
 
     rows: list[dict[str, Any]] = []
     for number, (setting, schedule) in enumerate(zip(settings, schedules, strict=True), start=1):

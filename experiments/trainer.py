@@ -27,9 +27,9 @@ LOSS_POINTS = 100
 
 
 def training_arguments(
-    schedule: Schedule, examples: int, output: Path, device: str, bf16: bool, report_to: tuple[str, ...]
+    schedule: Schedule, examples: int, output: Path, device: str, bf16: bool, report_to: tuple[str, ...], **others: Any
 ) -> TrainingArguments:
-    """The Trainer's settings for `schedule` on this many training examples."""
+    """The Trainer's settings for `schedule` on this many training examples, and `others` by their own names."""
     steps = schedule.epochs * math.ceil(examples / schedule.batch_size)
     steps = min(steps, schedule.max_steps or steps)
     arguments = TrainingArguments(
@@ -58,13 +58,14 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
+        **others,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise it would spread each batch over all GPUs of the machine
     return arguments
 
 
-class SentimentTrainer(ResumableTrainer):
-    """A Trainer for two-label sentences. `run` trains (or only evaluates) and returns the numbers."""
+class BatchTrainer(ResumableTrainer):
+    """A Trainer on batches of like length, each shared among the processes. What is learned from one, a subclass says."""
 
     def __init__(
         self,
@@ -75,17 +76,17 @@ class SentimentTrainer(ResumableTrainer):
         title: str,
         course: Course,
         lora_plus_ratio: float = 1.0,
+        **settings: Any,
     ) -> None:
-        data = {"train_dataset": train, "eval_dataset": validation, "compute_metrics": accuracy_and_f1}
         try:
-            super().__init__(model, arguments, course=course, **data)
+            super().__init__(model, arguments, course=course, train_dataset=train, eval_dataset=validation, **settings)
         except (ValueError, RuntimeError, ImportError) as error:
             if not arguments.report_to:
                 raise
             # a logger's name or its package; anything else would fail without loggers too
             raise ExperimentError(f"--report-to: {error}") from None
         self.remove_callback(PrinterCallback)
-        self.progress = Progress(title, len(train), shown=course.processes.first)
+        self.progress = Progress(title, len(train), self, shown=course.processes.first)
         self.add_callback(self.progress)
         self.heap, self.weight, self.lora_plus_ratio = GiveBack(), 1.0, lora_plus_ratio
         self.add_callback(self.heap)
@@ -116,9 +117,21 @@ class SentimentTrainer(ResumableTrainer):
         return batches(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        inputs, self.weight = self.course.processes.share(inputs)
+        inputs, self.weight = self.share(inputs)
         self.heap.before_batch(inputs["input_ids"].numel())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def share(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """This process's part of a batch, and the weight of its loss, a mean over the rows."""
+        return self.course.processes.share(inputs)
+
+    def in_words(self, metrics: dict[str, Any]) -> str:
+        """What an evaluation found, for the line that is printed."""
+        raise NotImplementedError
+
+    def status(self, logs: dict[str, Any]) -> dict[str, str]:
+        """What stands beside the progress bar."""
+        return {"loss": f"{logs['loss']:.3f}"}
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, *args, **kwargs)
@@ -126,6 +139,34 @@ class SentimentTrainer(ResumableTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the estimate walks over every parameter at every step, and nothing here reads it
+
+    def learn(self) -> float:
+        """Trains, and evaluates as it goes; returns the seconds that it took, without the evaluations.
+
+        Raises:
+            Stopped, ExperimentError: as `fit`.
+        """
+        try:
+            self.fit()
+        finally:
+            self.progress.close()
+        return self.seconds
+
+    @property
+    def loss_history(self) -> list[list[float]]:
+        """[step, mean training loss since the last point] of each point."""
+        return [[entry["step"], round(entry["loss"], 4)] for entry in self.state.log_history if "loss" in entry]
+
+
+class SentimentTrainer(BatchTrainer):
+    """A Trainer for two-label sentences. `run` trains (or only evaluates) and returns the numbers."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, compute_metrics=accuracy_and_f1, **settings)
+
+    def in_words(self, metrics: dict[str, Any]) -> str:
+        accuracy, f1, loss = (metrics[f"eval_{name}"] for name in ("accuracy", "f1", "loss"))
+        return f"accuracy {accuracy:.1%}, F1 {f1:.3f}, loss {loss:.3f}"
 
     def run(self, learn: bool = True) -> dict[str, Any]:
         """Train and evaluate each epoch; with `learn` False, only evaluate.
@@ -137,16 +178,10 @@ class SentimentTrainer(ResumableTrainer):
         Raises:
             Stopped, ExperimentError: as `fit`.
         """
-        try:
-            if learn:
-                self.fit()
-            else:
-                self.evaluate()
-        finally:
-            self.progress.close()
-        history = self.state.log_history
-        evaluations = [entry for entry in history if "eval_loss" in entry]
-        seconds = self.seconds if learn else 0.0
+        seconds = self.learn() if learn else 0.0
+        if not learn:
+            self.evaluate()
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         seen = (self.state.epoch or 0) * len(self.train_dataset)
         last = evaluations[-1]
         return {
@@ -156,7 +191,7 @@ class SentimentTrainer(ResumableTrainer):
             "accuracy_by_epoch": [round(entry["eval_accuracy"], 6) for entry in evaluations] if learn else [],
             "train_seconds": round(seconds, 2),
             "examples_per_second": round(seen / seconds, 1) if learn else None,
-            "loss_history": [[entry["step"], round(entry["loss"], 4)] for entry in history if "loss" in entry],
+            "loss_history": self.loss_history,
             **self.peaks,
         }
 
@@ -172,8 +207,8 @@ def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
 class Progress(TrainerCallback):
     """One bar over the whole run, in examples, with the training loss; a line after each evaluation."""
 
-    def __init__(self, title: str, examples: int, shown: bool = True) -> None:
-        self.title, self.examples, self.shown, self.bar = title, examples, shown, None
+    def __init__(self, title: str, examples: int, trainer: BatchTrainer, shown: bool = True) -> None:
+        self.title, self.examples, self.trainer, self.shown, self.bar = title, examples, trainer, shown, None
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         self.examples_per_step = self.examples / len(train_dataloader)
@@ -188,12 +223,11 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.set_postfix(self.trainer.status(logs), refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        when = f"epoch {state.epoch:.4g} of {args.num_train_epochs:g}" if self.bar is not None else "untrained"
-        numbers = {name: metrics[f"eval_{name}"] for name in ("accuracy", "f1", "loss")}
-        tqdm.write(f"{when}: accuracy {numbers['accuracy']:.1%}, F1 {numbers['f1']:.3f}, loss {numbers['loss']:.3f}")
+        when = f"epoch {state.epoch:.4g} of {args.num_train_epochs:g}" if state.global_step else "untrained"
+        tqdm.write(f"{when}: {self.trainer.in_words(metrics)}")
 
     def close(self) -> None:
         """End the bar's line, so that what is printed next has one of its own."""

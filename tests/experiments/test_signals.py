@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,12 +59,12 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on(
     ],
 )
 def test_the_command_to_go_on(argv, words):
-    said = sst2.command_to_go_on(argv, sst2.Path("o"), Processes())
+    said = sst2.command_to_go_on(argv, Path("o"), Processes())
     assert shlex.split(said) == ["python", "-m", "experiments.sst2", *words]
 
 
 def test_the_command_to_go_on_with_several_processes():
-    said = sst2.command_to_go_on([], sst2.Path("o"), Processes(8, 0, 4, 0))
+    said = sst2.command_to_go_on([], Path("o"), Processes(8, 0, 4, 0))
     assert said == "torchrun --nproc-per-node 4 --nnodes 2 -m experiments.sst2 --output-dir o --resume"
 
 

@@ -12,8 +12,8 @@ import lora_core
 from tests.support import ROOT
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-#: Their snippets are run by tests of their own, from outside of the package.
-RUN_ELSEWHERE = {"extend"}
+#: Their snippets are run by tests of their own.
+RUN_ELSEWHERE = {"extend", "llm"}
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 SOURCE = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "lora_core").rglob("*.py")))
@@ -29,12 +29,14 @@ def split_at_module(line):
 def test_the_commands_parse(line):
     (program, *options), (module, *arguments) = split_at_module(line)
     assert program in ("python", "torchrun", "accelerate") and (program != "python" or not options)
+    module = "lora_core.__main__" if module == "lora_core" else module
+    module = "lora_core.__main__" if module == "lora_core" else module
     __import__(module, fromlist=["parser"]).parser().parse_args(arguments)
 
 
 def test_every_command_of_the_study_is_shown():
     shown = {split_at_module(line)[1][0].removeprefix("experiments.") for line in LINES}
-    assert {"sst2", "predict", "compare", "report", "sweep"} <= shown
+    assert {"sst2", "predict", "compare", "report", "sweep", "sft", "chat"} <= shown
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - RUN_ELSEWHERE))

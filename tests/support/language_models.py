@@ -1,5 +1,8 @@
 """Small language models, tied and not, whose heads and embeddings adapters may be on."""
 
+import json
+
+import tokenizers
 import torch
 import transformers
 
@@ -43,3 +46,47 @@ def reloaded(name, directory):
 
 def close(found, expected, relative=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=relative * expected.abs().max().item())
+
+
+#: A turn each, as chat templates of real models have them.
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def small_tokenizer(template=TEMPLATE):
+    """A token a byte, and one for each special word."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = tokenizers.decoders.ByteLevel()
+    tokens.add_special_tokens(list(SPECIAL))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def small_llama(directory, template=TEMPLATE, **settings):
+    """A directory with a Llama of two layers and width 64, random weights, and a tokenizer of bytes."""
+    tokenizer = small_tokenizer(template)
+    shape = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    shape |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | settings)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def questions(path, size=24):
+    """A file of `size` rows of either form; the answer to a letter is the letter, doubled."""
+    letters = [chr(ord("a") + i % 4) for i in range(size)]
+    rows = [
+        {"prompt": letter * (1 + i % 3), "completion": letter * 2}
+        if i % 2
+        else {"messages": [{"role": "user", "content": letter * (1 + i % 3)}, {"role": "assistant", "content": letter * 2}]}
+        for i, letter in enumerate(letters)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -47,9 +47,8 @@ def digest(output):
 
 def whole_run(output):
     """What two runs that did the same have in common: their tensors, and their metrics but for time and memory."""
-    metrics = metrics_of(output)
-    keys = ("accuracy", "f1", "loss", "accuracy_by_epoch", "loss_history", "hyperparameters")
-    return digest(output), {key: metrics[key] for key in keys}
+    measured = ("train_seconds", "examples_per_second", "tokens_per_second", "peak_rss_mb", "peak_cuda_mb", "device")
+    return digest(output), {key: value for key, value in metrics_of(output).items() if key not in measured}
 
 
 def start(*argv, count=1, module="experiments.sst2"):
