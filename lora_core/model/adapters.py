@@ -23,7 +23,6 @@ from .registry import (
     activate,
     adapter_layers,
     adapter_parameters,
-    as_names,
     check_new_name,
     find_adapter,
     forget_replaced,
@@ -35,7 +34,7 @@ from .registry import (
     unfold_all,
     unwrap,
 )
-from .verbs import changes_adapters, check_changeable
+from .verbs import as_names, changes_adapters, check_changeable
 from .wrappers import check_model
 
 

@@ -9,6 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import StateError
+
+#: What a transformers model is saved by.
+SAVING = ("save_pretrained", "push_to_hub")
+
 
 def output_layer(model: object) -> object | None:
     """What a model of transformers calls its output embeddings: the head of a language model, whatever its name."""
@@ -68,3 +73,52 @@ def forget_quantization(root: nn.Module) -> None:
         del vars(root)[flag]
     if hasattr(getattr(root, "config", None), "quantization_config"):
         del root.config.quantization_config
+
+
+def hold_back(model: nn.Module) -> dict[str, Any]:
+    """Keeps a transformers model from two mistakes while it holds adapters; returns what it was like, for `let_go`.
+
+    Its Trainer refuses a model that says it is quantised, unless it believes that adapters of another library are attached;
+    nothing else reads that flag of a loaded model but `half()` and `float()`. And the model would be saved as its base, with
+    the adapters' tensors under names that nobody reads.
+    """
+    own = vars(model)
+    before = {name: own[name] for name in ("is_quantized", *SAVING) if name in own}
+    if own.get("is_quantized"):
+        model.is_quantized = False
+    refuse_saving(model)
+    return before
+
+
+def let_go(model: nn.Module, before: dict[str, Any]) -> None:
+    """What `hold_back` did, undone; but a model that was made dense since does not say again that it is quantised."""
+    allow_saving(model, before)
+    if "is_quantized" in before and "is_quantized" in vars(model):
+        model.is_quantized = before["is_quantized"]
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Makes a transformers model raise an error when it is told to save itself; `unfold_all` calls it too."""
+    for name in SAVING:
+        if callable(getattr(model, name, None)):
+            setattr(model, name, refuse_to_save)
+
+
+def allow_saving(model: nn.Module, before: dict[str, Any]) -> None:
+    """Lets it save itself again: its adapters are gone, or folded in, so that what is saved loads as it computes."""
+    for name in SAVING:
+        vars(model).pop(name, None)
+    vars(model).update({name: before[name] for name in SAVING if name in before})
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Stands in for those of `SAVING`.
+
+    Raises:
+        StateError: always; it says what to call instead.
+    """
+    raise StateError(
+        "a model with adapters would be saved as its base, with tensors that nobody reads; "
+        "call save_adapter(model, directory), or merge_and_unload(model) first for a merged model; "
+        "in transformers' Trainer, add the callback lora_core.integrations.trainer.AdapterCheckpoint"
+    )

@@ -22,12 +22,12 @@ from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from . import copies
 from .adapters import remove_all
 from .atomic import LastSteps
-from .conventions import forget_quantization
+from .conventions import allow_saving, forget_quantization
 from .copies import submodule
-from .registry import Registry, activate, adapter_layers, as_names, find_adapter, registry_of, unfold_all, unwrap
+from .registry import Registry, activate, adapter_layers, find_adapter, registry_of, unfold_all, unwrap
 from .sharding import refuse_sharded
 from .untie import ties, untie
-from .verbs import change_adapters, changes_adapters
+from .verbs import as_names, change_adapters, changes_adapters
 
 #: What helps where the weights' own precision is too coarse for an update.
 _REMEDY = "merge with dtype=torch.float32"
@@ -101,6 +101,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
     _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, _layers(root, names)))
+    allow_saving(root, registry.held_back)
 
 
 @changes_adapters

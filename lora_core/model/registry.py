@@ -19,6 +19,7 @@ from ..layers.base import LoraLayer
 from ..spec.config import LoraConfig
 from . import copies
 from .atomic import Before, Record, insist
+from .conventions import hold_back, let_go, refuse_saving
 from .copies import BASE, submodule
 from .sharding import is_spread
 from .untie import Broken, forget_ties, tie_again
@@ -59,6 +60,7 @@ class Registry(Record):
         disabled: {of each `disable_adapters` that is open: the thread that it is in}.
         suspended: names of the adapters that are active again when the last of these is closed.
         trainable_before: paths of the parameters that required gradients before the first adapter froze the base.
+        held_back: what the model's own library is not to do meanwhile; see `conventions.hold_back`.
         adopted: other libraries' layers whose forward is ours while there are adapters, and what holds their weights.
         mixing: threads that are in a mixed batch.
         folded_ties: what ties the base's weights again, once adapters that are folded in are unfolded.
@@ -70,6 +72,7 @@ class Registry(Record):
     disabled: dict[object, int] = field(default_factory=dict)
     suspended: tuple[str, ...] = ()
     trainable_before: frozenset[str] = frozenset()
+    held_back: dict[str, Any] = field(default_factory=dict)
     adopted: list[tuple[Base, nn.Module]] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
     folded_ties: Broken | None = None
@@ -152,7 +155,8 @@ def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str
     model = unwrap(model)
     if not has_adapters(model):
         trainable = frozenset(path for path, p in model.named_parameters() if p.requires_grad)
-        setattr(model, _ATTRIBUTE, Registry(trainable_before=trainable, adopted=adopt_layers(model)))
+        registry = Registry(trainable_before=trainable, held_back=hold_back(model), adopted=adopt_layers(model))
+        setattr(model, _ATTRIBUTE, registry)
         model.requires_grad_(False)
     registry = registry_of(model)
     copies.add(model, name, tensors, adapter.saved_modules)
@@ -184,6 +188,7 @@ def remove(model: nn.Module, name: str) -> None:
         registry.ties = None
     if not registry.adapters:
         delattr(model, _ATTRIBUTE)
+        let_go(model, registry.held_back)
         release_layers(registry.adopted)
         for path, p in model.named_parameters():
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
@@ -201,6 +206,7 @@ def unfold_all(model: nn.Module) -> None:
             submodule(unwrap(model), path).unfold()
         except StateError as error:
             raise StateError(f"{path}: {error}; nothing was changed") from None
+    refuse_saving(unwrap(model))
     if registry.folded_ties is not None:
         tie_again(unwrap(model), registry.folded_ties)
         registry.folded_ties = None
@@ -282,8 +288,3 @@ def _before_switching(
 def _set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
-
-
-def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple without repeats."""
-    return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -48,3 +48,8 @@ def change_adapters(model: nn.Module, change: Callable[[LastSteps], T]) -> T:
     root = unwrap(model)
     check_changeable(model)
     return attempt(root, change, configs(root))
+
+
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple without repeats."""
+    return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))

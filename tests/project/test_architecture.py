@@ -35,6 +35,7 @@ ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}
 ALSO_ALLOWED = {
     "integrations.pretrained": {"transformers", "huggingface_hub"},
     "integrations.model_class": {"transformers"},
+    "integrations.trainer": {"transformers"},
     "cli.commands": {"tqdm"},
 }
 MAX_LINES = 300

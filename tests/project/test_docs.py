@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lora_core
 from tests.support import ROOT
+from tests.support.language_models import small_llama
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 #: Their snippets are run by tests of their own.
@@ -29,7 +31,6 @@ def split_at_module(line):
 def test_the_commands_parse(line):
     (program, *options), (module, *arguments) = split_at_module(line)
     assert program in ("python", "torchrun", "accelerate") and (program != "python" or not options)
-    module = "lora_core.__main__" if module == "lora_core" else module
     module = "lora_core.__main__" if module == "lora_core" else module
     __import__(module, fromlist=["parser"]).parser().parse_args(arguments)
 
@@ -97,3 +98,18 @@ def test_the_site_builds_without_a_warning(tmp_path):
     run = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
     assert {f"{page}.html" for page in PAGES} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_examples_of_the_trainers_run(tmp_path, monkeypatch):
+    """Each after the ones before it; those of trl where it is installed."""
+    monkeypatch.chdir(tmp_path)
+    names = {"BASE": small_llama(tmp_path / "base"), "ROWS": [{k: torch.arange(9, 21) for k in ("input_ids", "labels")}] * 8}
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["llm"], re.DOTALL)
+    assert len(blocks) == 3
+    for code in blocks:
+        if "trl" in code:
+            pytest.importorskip("trl", reason="trl is not installed, so the examples of trl were not run")
+        exec(compile(code, "llm.md", "exec"), names)
+        if code is blocks[0]:
+            assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+            assert not (tmp_path / "out" / "checkpoint-4" / "model.safetensors").exists()
