@@ -131,6 +131,16 @@ LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
+#: SmolLM2-135M's, with 6 of its 30 layers.
+SMOLLM: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 LLAMA_TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -10,6 +10,8 @@ own. With "ours, shared masks" the layers that read one tensor share one. "Ours,
 change besides: a cheaper draw for the base's own dropout layers and for the dropout in its attention, and on AMD's processors
 oneDNN for the products with its frozen weights.
 
+A language model is asked too: see `language.py`.
+
 The frozen base is the floor: its head is trained, and gradients flow down to where the lowest adapter would stand (see
 `peers.freeze`).
 """
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from experiments.attention import use_fast_attention
 from lora_core import share_dropout_masks, use_fast_dropout, use_fast_linear
 
+from . import language
 from .measure import Measure
 from .models import DROPOUT, R, classification_loss, classifier, sentences
 from .peers import check_models, trained
@@ -56,6 +59,7 @@ def run(settings: Settings) -> Iterator[Measure]:
     batches = sentences(4 if settings.quick else BATCH, 3 if settings.quick else BATCHES, settings.device)
     yield lora(settings, batches)
     yield qlora(settings, batches)
+    yield from language.steps(settings)
 
 
 def lora(settings: Settings, batches: Sequence[Mapping[str, Tensor]]) -> Measure:
