@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from ..layers import LoraLayer
+from ..methods.base import Table
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
 
@@ -60,18 +62,27 @@ def copy_key(path: str, layers: Collection[str]) -> str:
 
 def parse_key(key: str) -> Parsed | None:
     """What a key means; None if it does not start as PEFT's do."""
-    tables = [table for table in all_tables().values() if table.key]
-    if shared := next((table for table in tables if table.shared and key == f"{ROOT}{table.key}"), None):
-        return Parsed("", shared.name)
+    tables = all_tables()
+    shared, ends, layer = _forms(tuple(tables.values()))
+    if key in shared:
+        return Parsed("", shared[key])
     if not key.startswith(PREFIX):
         return None
     path = key.removeprefix(PREFIX)
-    ends = {end: table.name for table in tables if not table.shared for end in (table.key, table.embedding_key) if end}
-    match = re.fullmatch(rf"(?P<path>.+)\.(?P<end>{'|'.join(map(re.escape, ends))})", path, re.DOTALL)
+    match = layer.fullmatch(path)
     if match is None:
         return Parsed(path, None)
     name = ends[match["end"]]
-    return Parsed(match["path"], name, match["end"] == all_tables()[name].embedding_key)
+    return Parsed(match["path"], name, match["end"] == tables[name].embedding_key)
+
+
+@functools.lru_cache(maxsize=8)
+def _forms(tables: tuple[Table, ...]) -> tuple[dict[str, str], dict[str, str], re.Pattern[str]]:
+    """({key: name} of shared tables, {end of a key: name} of a layer's, the expression for "path.end"): asked for often."""
+    tables = tuple(table for table in tables if table.key)
+    shared = {f"{ROOT}{table.key}": table.name for table in tables if table.shared}
+    ends = {end: table.name for table in tables if not table.shared for end in (table.key, table.embedding_key) if end}
+    return shared, ends, re.compile(rf"(?P<path>.+)\.(?P<end>{'|'.join(map(re.escape, ends))})", re.DOTALL)
 
 
 def with_path(key: str, old: str, new: str) -> str:

@@ -54,10 +54,12 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
         FileFormatError: a name could be either of two modules, or two are one module by now.
     """
     modules = base_modules(model)
-    kinds = {path: kind for path, module in modules.items() if (kind := lora_class(module)) is not None}
-    here = {path: path for path in modules} | {kind.file_path(path): path for path, kind in kinds.items()}
     parsed = {key: found for key in tensors if (found := parse_key(key)) is not None and found.path}
     paths = list(dict.fromkeys(_module_of(found) for found in parsed.values()))
+    if all(path in modules for path in paths if path):
+        return Moved(config, tensors)
+    kinds = {path: kind for path, module in modules.items() if (kind := lora_class(module)) is not None}
+    here = {path: path for path in modules} | {kind.file_path(path): path for path, kind in kinds.items()}
     lost = [path for path in paths if path and path not in here]
     if not lost:
         return Moved(config, tensors)
