@@ -573,17 +573,22 @@ def test_a_start_is_worked_out_again_from_the_base(case, tmp_path):
 
 
 def test_a_start_that_was_drawn_is_drawn_again_and_that_is_told(tmp_path):
-    """As near to what one reader of PEFT's computes as another one is."""
-    torch.manual_seed(1)
-    expected = started(tmp_path, init_lora_weights="pissa_niter_4")
-    torch.manual_seed(2)
-    another = tiny.logits(peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval())
+    """To within what it moves PEFT's own outputs from one reading to the next."""
+
+    def read(seed):
+        torch.manual_seed(seed)
+        return tiny.logits(peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval())
+
+    started(tmp_path, init_lora_weights="pissa_niter_4")
+    theirs = torch.stack([read(seed) for seed in range(5)])
+    spread = (theirs - theirs.mean(dim=0)).flatten(1).norm(dim=1).max()
+    torch.manual_seed(5)
     ours = tiny.build("llama")
     with pytest.warns(UserWarning, match=r"its start \(pissa_niter_4\) was drawn at random, and is drawn again") as caught:
         load_adapter(ours, tmp_path)
     assert caught[0].filename == __file__
-    assert (tiny.logits(ours) - expected).abs().max() <= 3 * (another - expected).abs().max()
-    assert (tiny.logits(tiny.build("llama")) - expected).abs().max() > 3 * (another - expected).abs().max()
+    assert (tiny.logits(ours) - theirs.mean(dim=0)).norm() <= 2 * spread
+    assert (tiny.logits(tiny.build("llama")) - theirs.mean(dim=0)).norm() > 2 * spread
 
 
 def test_in_a_merge_over_files_a_start_has_no_base_to_be_worked_out_from(tmp_path):
