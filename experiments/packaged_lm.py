@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_core.errors import OutputError
 from lora_core.files.shards import new_directory
+from lora_core.integrations.model_class import LOCAL
 
 from .errors import ExperimentError
 
@@ -81,7 +82,8 @@ def _read(source: Path) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place, **LOCAL)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **LOCAL)
     except Exception as error:  # of many kinds
         raise ExperimentError(f"model: {source} can't be read by this version of transformers: {error}") from None
