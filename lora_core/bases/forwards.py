@@ -40,12 +40,12 @@ def is_hidden(module: nn.Module) -> bool:
     return False
 
 
-def refuse_hidden_forward(path: str, module: nn.Module) -> None:
+def refuse_hidden_forward(path: str, module: nn.Module, field: str = "target_modules") -> None:
     """Raises a TargetError if the forward of the class of `module` is hidden by one that can't be seen through."""
     try:
         _slot(module)
     except TargetError as error:
-        raise TargetError(f"target_modules: {path!r} {error}") from None
+        raise TargetError(f"{field}: {path!r} {error}") from None
 
 
 def _slot(module: nn.Module) -> str | None:
@@ -110,6 +110,11 @@ def refuse_offloaded(path: str, module: nn.Module, what: str) -> None:
     """Raises an StateError if accelerate keeps weights of `module` elsewhere, where `what` would not reach them."""
     if any(_offloading(m) for m in module.modules()):
         raise StateError(f"{path}: accelerate offloads its weights, and {what} would not reach them; load the model whole")
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's own weights elsewhere between two calls."""
+    return bool(_offloading(module))
 
 
 def _offloading(module: nn.Module) -> list:

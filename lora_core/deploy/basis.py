@@ -73,19 +73,25 @@ def find_basis(adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> Basi
 def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: Tensor) -> None:
     """Raises a WrongBaseError if W, as the file holds it, is not the weight that an adapter at `path` was trained on."""
     for adapter in adapters:
-        mark = adapter.fingerprint
-        if mark is None or path not in adapter.layers:
+        update = adapter.layers.get(path)
+        if adapter.fingerprint is None or update is None or path in adapter.split:  # parts: `parameters.py` has checked them
             continue
-        try:
-            if adapter.packed_form:
-                line = describe_layer(basis.pack(W))
-            else:
-                line = describe_dense(W.to(adapter.dense_dtype or W.dtype))
-            differs = difference(mark, {"base": {path: line}, "settings": settings(adapter.layers, adapter.config)})
-        except ValueError as error:
-            raise FileFormatError(f"{adapter.directory}: {error}; save the adapter again") from None
-        if differs:
-            raise WrongBaseError(f"{adapter.directory} was saved on another base: {differs}; merge it into its own")
+        if adapter.packed_form and not update.is_parameter:
+            line = describe_layer(basis.pack(W))
+        else:
+            line = describe_dense(W.to(adapter.dtype_of(path) or W.dtype))
+        check_line(adapter, path, line)
+
+
+def check_line(adapter: AdapterUpdates, path: str, line: str) -> None:
+    """Raises a WrongBaseError if the weight at `path`, which `line` describes, is not what the adapter was trained on."""
+    found = {"base": {path: line}, "settings": settings(adapter.paths, adapter.config)}
+    try:
+        differs = difference(adapter.fingerprint, found)
+    except ValueError as error:
+        raise FileFormatError(f"{adapter.directory}: {error}; save the adapter again") from None
+    if differs:
+        raise WrongBaseError(f"{adapter.directory} was saved on another base: {differs}; merge it into its own")
 
 
 def check_stored(adapters: Sequence[AdapterUpdates], placement: Placement, base: Checkpoint) -> None:

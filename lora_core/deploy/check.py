@@ -23,6 +23,7 @@ from ..errors import CheckFailedError, LoraError, one_line
 from ..files.storage import load_adapter
 from ..integrations.pretrained import in_float32, load_model, tokenize
 from ..model.adapters import set_adapter
+from ..model.copies import submodule
 from ..model.registry import adapter_layers, find_adapter, registry_of
 from ..spec.config import check_tolerance
 from .basis import load_base
@@ -171,7 +172,7 @@ def _deviation(
     for name in names:
         for path, layer in adapter_layers(adapted, find_adapter(adapted, name)):
             if path not in errors:
-                module = merged.get_submodule(path)
+                module = submodule(merged, path)
                 W = dense_weight(module) if is_packed(module) else module.weight.detach().float()
                 here = [n for n in names if n in layer.lora_scaling]
                 update = layer.update_norm(here)

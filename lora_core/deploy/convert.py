@@ -34,8 +34,9 @@ from ..methods.start import start
 from ..spec.config import ALL_LINEAR, LoraConfig, check_alpha, check_rank, starts_from_weight
 from .basis import settings
 from .companions import companions, copy_companions
+from .layer_update import carrier
 from .placement import place
-from .updates import AdapterUpdates, carrier, read_updates
+from .updates import AdapterUpdates, read_updates
 
 #: The files that go along with an adapter: the tokenizer and the like. A probe's logits would be another adapter's.
 BESIDE = ("*.json", "*.txt", "*.md", "*.model", "*.spm", "*.jinja")

@@ -20,7 +20,8 @@ import torch
 from ..errors import one_line, printable
 from ..files.adapter import weights_path
 from ..methods.registry import method_of
-from .updates import AdapterUpdates, LayerUpdate, read_updates
+from .layer_update import LayerUpdate
+from .updates import AdapterUpdates, read_updates
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         base=config.base_model_name_or_path,
         task=config.task_type,
         variants=tuple(name for name, used in kinds.items() if name and used),
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        targets=((targets,) if isinstance(targets, str) else tuple(targets or ())) + (config.target_parameters or ()),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         parameters=sum(tensor.numel() for tensor in tensors),
         layer_parameters=sum(tensor.numel() for tensor in own),
@@ -130,14 +131,14 @@ def _view(update: LayerUpdate) -> LayerView:
         return LayerView(update.path, update.rank, update.scaling, float("nan"), float("nan"))
     A, B = (t.double() for t in factors)
     if A.isfinite().all() and B.isfinite().all():
-        left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.t()).R  # D = s Q_B (R_B R_A^T) Q_A^T
-        sigma = torch.linalg.svdvals(left @ right.t()) * update.scaling
-        norm, total = sigma.norm().item(), sigma.sum()
-        share = sigma / total if total > 0 else sigma
-        effective = torch.special.entr(share).sum().exp().item() if total > 0 else 0.0
+        left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R  # D = s Q_B (R_B R_A^T) Q_A^T
+        sigma = torch.linalg.svdvals(left @ right.mT) * update.scaling  # of E matrices, (E, r)
+        norm, total = sigma.norm().item(), sigma.sum(-1, keepdim=True)
+        share = sigma / total.where(total > 0, torch.ones_like(total))
+        effective = torch.special.entr(share).sum(-1).exp().mul(total[..., 0] > 0).mean().item()
     else:
         norm = effective = float("nan")
-    return LayerView(update.path, len(A), update.scaling, norm, effective)
+    return LayerView(update.path, update.rank, update.scaling, norm, effective)
 
 
 def _warnings(updates: AdapterUpdates, layers: tuple[LayerView, ...]) -> list[str]:

@@ -78,8 +78,9 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
             f"{inside.partition('.base_layer.')[0]} is an nn.MultiheadAttention, whose adapter is merged in memory: "
             "load_adapter, then merge_and_unload"
         )
+    weights = {path: update.weight for adapter in adapters for path, update in adapter.layers.items()}
     copies = _copies(adapters)
-    touched = {f"{path}.weight" for path in layers} | copies.keys()
+    touched = {*weights.values(), *copies}
     config = _config(base, adapters)
     # Numbered blocks are never tied, nor are heads of labels; for the rest it is worth the seconds that transformers takes.
     named = touched | {name for adapter in adapters for name in adapter.base_tensors}
@@ -87,7 +88,7 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     known = known_class(base.directory, _architecture(config)) if ask else None
     groups = known.tied if known else ()
     tied = {name for group in groups for name in group}
-    sure = [path for path in layers if f"{path}.weight" not in tied and not may_be_tied(f"{path}.weight")]  # to be in the files
+    sure = [name for name in weights.values() if name not in tied and not may_be_tied(name)]  # to be in the files
     names, backbone = _prefixed(base, sure, adapters), _common_root(sure)
     same_class = config.get("architectures") == base.config.get("architectures")
     if not same_class and backbone:
@@ -97,7 +98,7 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
         names, config = _untied(names, config, touched, base, adapters, known)
     if same_class and known is not None:
         _check_renamed(names, copies, base, known)
-    missing = [path for path in layers if f"{path}.weight" not in names]
+    missing = [path for path in layers if weights[path] not in names]
     if missing:
         raise WrongBaseError(
             f"{base.directory} has no weight for {missing[0]!r} and {len(missing) - 1} more of the adapter's {len(layers)} "
@@ -128,25 +129,25 @@ def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
 def _prefixed(base: Checkpoint, known: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
     """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off.
 
-    `known` are paths of layers that must be in the files.
+    `known` are names of tensors that must be in the files.
     """
-    if all(f"{path}.weight" in base.tensors for path in known):
+    if all(name in base.tensors for name in known):
         return {name: name for name in base.tensors}
     first = known[0]
     for at in (i for i, letter in enumerate(first) if letter == "."):
         prefix = first[: at + 1]
-        if all(p.startswith(prefix) and f"{p.removeprefix(prefix)}.weight" in base.tensors for p in known):
+        if all(n.startswith(prefix) and n.removeprefix(prefix) in base.tensors for n in known):
             return {f"{prefix}{name}": name for name in base.tensors}
     for name in base.tensors:
-        if name.endswith(f".{first}.weight"):
-            prefix = name.removesuffix(f"{first}.weight")
-            if all(f"{prefix}{path}.weight" in base.tensors for path in known):
+        if name.endswith(f".{first}"):
+            prefix = name.removesuffix(first)
+            if all(f"{prefix}{other}" in base.tensors for other in known):
                 return {n.removeprefix(prefix): n for n in base.tensors if n.startswith(prefix)}
-    missing = next(path for path in known if f"{path}.weight" not in base.tensors)
+    missing = next(name for name in known if name not in base.tensors)
     raise WrongBaseError(
-        f"{base.directory} has no weight for the layer {missing!r} of {adapters[0].directory}, with or without a prefix; "
-        f"its tensors are called like {max(base.tensors, key=len, default='')!r}; use the base it was trained on, and for a "
-        "model whose tensors transformers renames as it loads them, merge_and_unload"
+        f"{base.directory} has no weight for the layer {missing.removesuffix('.weight')!r} of {adapters[0].directory}, with "
+        f"or without a prefix; its tensors are called like {max(base.tensors, key=len, default='')!r}; use the base it was "
+        "trained on, and for a model whose tensors transformers renames as it loads them, merge_and_unload"
     )
 
 
@@ -246,8 +247,9 @@ def _check_complete(placement: Placement, base: Checkpoint, adapter: AdapterUpda
     above = {".".join(path.split(".")[:n]) for path in modules for n in range(1, path.count(".") + 2)}
     saved = match_saved_modules(adapter.config.saved_module_patterns, adapter.config.saved_module_patterns, sorted(above))
     wide = [path for path in modules if len(_shape(placement, base, f"{path}.weight")) > 1]
-    targets = select_targets(adapter.config, wide, wide, saved, strict=False)
-    if absent := [path for path in targets.paths if path not in adapter.layers]:
+    matrices = [name for name in placement.names if len(_shape(placement, base, name)) > 1]
+    targets = select_targets(adapter.config, wide, wide, saved, strict=False, parameters=matrices)
+    if absent := [path for path in targets.paths if not {path, path.removesuffix(".weight")} & adapter.layers.keys()]:
         raise WrongBaseError(
             f"{adapter.directory} has nothing for {absent[0]!r} and {len(absent) - 1} more of the base's layers, which its "
             "target_modules mean; use the base it was trained on"

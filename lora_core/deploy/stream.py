@@ -38,10 +38,12 @@ from ..model.merge import MergeReport
 from ..spec.targets import is_embedding, is_head
 from .basis import Basis, check_base, check_stored, find_basis
 from .companions import Result, companions_of_merge, write_companions
+from .layer_update import LayerUpdate, carrier
+from .parameters import first_layer, onto
 from .placement import place
 from .probe import quantized_layers
 from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
-from .updates import AdapterUpdates, LayerUpdate, carrier, read_updates
+from .updates import AdapterUpdates, read_updates
 
 
 def merge_checkpoint(
@@ -93,7 +95,7 @@ class StreamMerge:
         for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
             if weight != 1 and not method.is_product:
                 raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
-        self.base, self.adapters, self.recipe = base, adapters, recipe
+        self.base, self.recipe, self.adapters = base, recipe, (adapters := [onto(base, adapter) for adapter in adapters])
         self.placement = place(base, adapters)
         companions_of_merge(base, adapters)  # so that an error of theirs comes now
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
@@ -101,10 +103,11 @@ class StreamMerge:
         for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
             for path, update in adapter.layers.items():
                 self.updates.setdefault(path, {})[f"adapter{i}"] = (update, weight)
+        self.weights = {path: next(iter(held.values()))[0].weight for path, held in self.updates.items()}
+        self.paths = {name: path for path, name in self.weights.items()}
         self.transposed = any(adapter.transposed for adapter in adapters)
         self.spent: dict[str, Cost] = {}
-        first = next(iter(self.updates))
-        self.basis = find_basis(adapters, first, self._read(first))
+        self.basis = find_basis(adapters, first := first_layer(adapters), self._read(first))
         check_stored(adapters, self.placement, base)
         trained = f"{base_for(self.basis.form).name}{DEQUANTIZED}" if self.basis.trained_on_packed else ORIGINAL
         self.base_as = recipe.base_as or trained
@@ -164,17 +167,16 @@ class StreamMerge:
                 )
             dtype = self._result_dtype((source or own).dtype)
             return {name: Entry(dtype, tuple(own.shape), lambda: self._trained(name, own, dtype))}
-        dtype, path = self._result_dtype(source.dtype), name.removesuffix(".weight")
-        if name == path:  # a bias, a buffer
-            if self._added_biases(path):
-                return {name: Entry(dtype, source.shape, lambda: self._with_biases(path, source, dtype))}
-        elif path in self.quantized and self.repacks:
+        dtype, path = self._result_dtype(source.dtype), self.paths.get(name, name.removesuffix(".weight"))
+        if self._added_biases(path):
+            return {name: Entry(dtype, source.shape, lambda: self._with_biases(path, source, dtype))}
+        if path in self.quantized and self.repacks:
             layer = self._packed(path, source)
             parts = base_of(layer).state(layer)
             return {f"{path}.{part}": Entry(t.dtype, tuple(t.shape), partial(Tensor.cpu, t)) for part, t in parts.items()}
-        elif path in self.updates:
+        if path in self.updates:
             return {name: Entry(dtype, source.shape, lambda: self._folded(path, source, dtype))}
-        elif path in self.quantized:
+        if path in self.quantized:
             return {name: Entry(dtype, source.shape, lambda: cast(dense_weight(self._pack(source.read())), dtype, name))}
         if dtype != source.dtype:
             return {name: Entry(dtype, source.shape, lambda: cast(source.read(), dtype, name))}
@@ -251,12 +253,12 @@ class StreamMerge:
     # --- the base's weights -------------------------------------------------------------------------------------------
 
     def _source(self, path: str) -> str:
-        return self.placement.names[f"{path}.weight"]
+        return self.placement.names[self.weights[path]]
 
     def _read(self, path: str) -> Tensor:
         source = self.base.tensors[self._source(path)]
         if source.dtype not in FLOAT_DTYPES:
-            raise FileFormatError(f"{source.file}: {path}.weight is {source.dtype}; adapters are folded into float weights")
+            raise FileFormatError(f"{source.file}: {path} is {source.dtype}; adapters are folded into float weights")
         return source.read()
 
     def _is_transposed(self, path: str, source: StoredTensor) -> bool:
@@ -273,8 +275,7 @@ class StreamMerge:
         }
 
     def trained_form(self) -> tuple[Basis, tuple[str, ...], torch.dtype]:
-        """What the adapters were trained on, as far as they say: the form of 4-bit weights, which layers had them, and the
-        dtype of the others."""
+        """The form of 4-bit weights that the adapters were trained on, which layers had them, and the dtype of the others."""
         layers = tuple(sorted(self.packed_layers())) if self.basis.trained_on_packed else ()
         return self.basis, layers, self.basis.loaded or self.adapters[0].dense_dtype or self.file_dtype
 
@@ -296,4 +297,4 @@ class StreamMerge:
                 raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
             return set(named)
         linear = matrices & self.known.linear if self.known else {path for path in matrices if not is_embedding(path)}
-        return {path for path in linear if not is_head(path)}
+        return {path for path in linear.difference(*(a.split for a in self.adapters)) if not is_head(path)}

@@ -1,8 +1,7 @@
 """An adapter without a model: what its files say about each weight of a base, by path.
 
     updates = read_updates("adapter/")
-    layer = updates.layers["encoder.layer.0.query"].layer(weight)      # a layer with the adapter on it; the base is not needed
-    layer.fold(["default"])
+    updates.layers["encoder.layer.0.query"]      # its A and B, its scaling; see `layer_update.py`
 
 The reverse of the keys that `files/storage.py` writes. What kind of layer a path is follows from the shapes and from the key
 names; only a square weight leaves it open whether it is stored transposed (GPT-2's), which the configuration says.
@@ -12,119 +11,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bases import base_for, parse_format
 from ..bases.base import Format
 from ..bases.dense import DenseFormat
-from ..errors import ConfigError, FileFormatError
+from ..errors import FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
 from ..files.config import MAX_BYTES, other_base
-from ..files.keys import PREFIX, parse_key
+from ..files.keys import PREFIX, parameter_paths, parse_key
 from ..files.reading import read_object
-from ..layers import LoraLayer, lora_class
-from ..methods.base import Method
-from ..methods.registry import all_tables, method_of
-from ..spec.config import MAX_FACTOR, LoraConfig, starts_from_weight
+from ..methods.registry import method_of
+from ..spec.config import LoraConfig, starts_from_weight
 from ..spec.patterns import limited, spending
+from .layer_update import LayerUpdate
 
 #: What a tensor that was trained whole may be stored in besides: buffers are, with the module that has them.
 COPIED_DTYPES = (*FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What an adapter has for one layer.
-
-    Attributes:
-        path: the layer's.
-        tensors: {table of a layer: as in the file}.
-        scaling: the factor before B A.
-        embedding: whether the layer is an embedding.
-        method: what the adapter adds.
-        rank: of the update.
-    """
-
-    path: str
-    tensors: dict[str, Tensor]
-    scaling: float
-    embedding: bool
-    method: Method
-    rank: int
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A, (r, d_in), and B, (d_out, r), float32 or wider, without the scaling; None if the file has no A and B."""
-        if not self.method.owns_factors:
-            return None
-        A, B = self.tensors["lora_A"].flatten(1), self.tensors["lora_B"].flatten(1)
-        return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
-
-    def put_on(self, layer: LoraLayer, name: str, weight: float = 1.0) -> None:
-        """Gives the adapted `layer` this update times `weight`, as the adapter `name`.
-
-        Raises:
-            FileFormatError: it is of other shapes.
-            ConfigError: `weight` makes the factor before B A larger than float32 holds.
-        """
-        shared = [table.name for table in self.method.tables if table.shared and table.name not in self.tensors]
-        if shared:
-            raise FileFormatError(
-                f"{self.path}: the file has no {' and '.join(shared)}, which the layers share; load it onto its model, and "
-                "save it with them (save_projection=True)"
-            )
-        if abs(weight * self.scaling) > MAX_FACTOR:
-            factor = f"{weight:g} times the scaling {self.scaling:g}"
-            raise ConfigError(f"weights: {factor} of {self.path} is more than float32 holds")
-        shapes = layer.file_shapes(layer, self.rank)
-        layer.add_tables(table.name for table in self.method.tables)
-        for table, tensor in self.tensors.items():
-            form = all_tables()[table].form
-            if form and tuple(tensor.shape) != shapes[form]:
-                raise FileFormatError(
-                    f"{self.path}: {table} is {tuple(tensor.shape)}, and on this base's weight of "
-                    f"{tuple(layer.weight.shape)} it would be {shapes[form]}; use the base it was trained on"
-                )
-            value = tensor.flatten(1) if form in ("A", "B", "") else tensor.flatten()
-            getattr(layer, table)[name] = nn.Parameter(value, requires_grad=False)
-        layer.put(name, self.method, weight * self.scaling, 0.0)
-
-    def bias(self) -> Tensor | None:
-        """s c, (d_out,), which the update adds to the layer's bias; None if it has none."""
-        return None if self.method.bias_table is None else self.tensors[self.method.bias_table] * self.scaling
-
-    def plain_layer(self, weight: Tensor, transposed: bool) -> nn.Module:
-        """The base layer that this update is for, with this weight and no bias. A transposed weight is seen upright."""
-        if self.embedding:
-            layer = nn.Embedding(*weight.shape, device="meta")
-        elif weight.dim() in _CONVOLUTIONS:
-            d_out, channels, *size = weight.shape
-            layer = _CONVOLUTIONS[weight.dim()](channels, d_out, tuple(size), bias=False, device="meta")
-        elif weight.dim() == 2:
-            weight = weight.t() if self.is_transposed(weight.shape, transposed) else weight
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        else:
-            raise FileFormatError(f"{self.path}: its weight has {weight.dim()} dimensions; no adapter goes on that")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        return layer
-
-    def is_transposed(self, shape: tuple[int, ...], otherwise: bool) -> bool:
-        """Whether a weight of this shape is stored as (d_in, d_out); `otherwise` decides for a square one."""
-        d_in, d_out = self.method.sizes(self.tensors)
-        if d_in is None:  # only d_out is known
-            return otherwise if shape[0] == shape[1] else shape[0] != d_out
-        return tuple(shape) == (d_in, d_out) if d_in != d_out else otherwise
-
-
-def carrier(layer: nn.Module) -> LoraLayer:
-    """`layer`, turned into one that carries adapters."""
-    return lora_class(layer).adopt(layer)
 
 
 @dataclass(frozen=True)
@@ -139,6 +47,7 @@ class AdapterUpdates:
         base_tensors: {path of a tensor of the base: the same}, which PEFT stores of some embeddings and heads, trained or not.
         transposed: whether the configuration says that weights are stored as (d_in, d_out).
         fingerprint: what the file says of the base; None if nothing.
+        split: {path in `layers`: the parameter that it is a part of}, where a base holds experts one by one.
     """
 
     directory: Path
@@ -148,6 +57,12 @@ class AdapterUpdates:
     base_tensors: dict[str, Tensor]
     transposed: bool
     fingerprint: Any
+    split: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the layers in the model that it was trained on."""
+        return list(dict.fromkeys(self.split.get(path, path) for path in self.layers))
 
     @property
     def trained_on(self) -> str | None:
@@ -156,6 +71,13 @@ class AdapterUpdates:
         if not isinstance(base, dict) or not all(isinstance(line, str) for line in base.values()):
             return None
         return next((line.split(" ")[0] for line in base.values()), None)
+
+    def dtype_of(self, path: str) -> torch.dtype | None:
+        """The dtype of the base's weight at `path`, if it was dense and the adapter has a fingerprint."""
+        base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None
+        line = base.get(path) if isinstance(base, dict) else None
+        form = parse_format(line.split(" ")[0]) if isinstance(line, str) else None
+        return form.dtype if isinstance(form, DenseFormat) and form.dtype in FLOAT_DTYPES else None
 
     @property
     def packed_form(self) -> Format | None:
@@ -206,12 +128,16 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
     if not by_path:
         raise FileFormatError(f"{directory} has no layer with A and B; is it a LoRA adapter?")
     method = method_of(config)
+    layers = {}
     with limited():
         copies, base_tensors = _apart(copies, by_path, config)
-        layers = {
-            path: LayerUpdate(path, parts | shared, config.scaling_for(path), path in embeddings, method, config.rank_for(path))
-            for path, parts in by_path.items()
-        }
+        parameters = parameter_paths(by_path, config, directory)
+        for key, parts in by_path.items():
+            path = parameters.get(key, key)
+            r = config.rank_for(path)
+            E = max(len(parts["lora_A"]) // r, 1) if key in parameters and "lora_A" in parts else 1
+            scaling = config.scaling_for(path)
+            layers[path] = LayerUpdate(path, parts | shared, scaling, key in embeddings, method, r, key in parameters, E)
     for update in layers.values():
         _check(update, config, directory)
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
@@ -260,7 +186,7 @@ def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
     ranked = {name: update.tensors[name] for name, table in wanted.items() if table.form in along}
     for name, tensor in ranked.items():
         form = wanted[name].form
-        if tensor.dim() < (1 if form == "rank" else 2) or tensor.shape[along[form]] != update.rank:
+        if tensor.dim() < (1 if form == "rank" else 2) or tensor.shape[along[form]] != update.rank * update.matrices:
             shapes = " and ".join(f"{n.removeprefix('lora_')} {tuple(t.shape)}" for n, t in ranked.items())
             raise FileFormatError(
                 f"{directory}: {update.path} has {shapes}, and its configuration says rank {update.rank}"

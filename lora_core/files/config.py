@@ -44,7 +44,12 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     config = adapter.config.as_stored()
     fields = method_of(config).fields(config)
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
-        fields["target_modules"] = adapter.layers
+        parameters = {path for path, layer in adapter_layers(model, adapter) if layer.weight_path(path) == path}
+        fields["target_modules"] = [path for path in adapter.layers if path not in parameters]
+    if config.target_parameters is None:
+        del fields["target_parameters"]  # PEFT before 0.17 does not know it
+    elif config.target_modules is None:  # an empty list: PEFT would take None for the architecture's default
+        fields["target_modules"] = []
     fields |= {
         "peft_type": method_of(config).peft_type,
         "inference_mode": True,
@@ -87,6 +92,8 @@ def config_from_json(path: Path) -> LoraConfig:
         raise FileFormatError(
             f"{path} has {listed}, unknown here and in peft 0.21; if it says nothing of what the adapter computes, take it out"
         )
+    if "target_parameters" in fields:
+        fields.setdefault("target_modules", [])  # none, and not the architecture's default
     _check_patterns(path, fields)
     try:
         return form(**fields)
@@ -105,7 +112,7 @@ def other_base(init: object) -> str:
 def _check_patterns(path: Path, fields: dict[str, Any]) -> None:
     """Raises for patterns that would take too long; `LoraConfig` sees to all else about them."""
     forms = {"target_modules": WHOLE, "exclude_modules": WHOLE, "layers_pattern": LAYERS}
-    forms |= {"rank_pattern": END, "alpha_pattern": END, "modules_to_save": WHOLE}
+    forms |= {"rank_pattern": END, "alpha_pattern": END, "modules_to_save": WHOLE, "target_parameters": WHOLE}
     for name, form in forms.items():
         value = fields.get(name)
         entries = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []

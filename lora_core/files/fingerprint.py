@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,16 @@ def describe_dense(weight: Tensor) -> str:
     return _line(DenseFormat(weight.dtype), weight.shape, [weight])
 
 
+def describe_parts(parts: Sequence[Callable[[], Tensor]], shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """The same of one of this shape whose values stand, one after the other, in several tensors, each read by a call."""
+    start, values, spread = 0, [], _spread(math.prod(shape))
+    for read in parts:
+        part = read().to(dtype).flatten()
+        values.append(part[spread[(spread >= start) & (spread < start + len(part))] - start])
+        start += len(part)
+    return _line(DenseFormat(dtype), shape, [torch.cat(values)])
+
+
 def _line(form: Format, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
     return f"{form} {'x'.join(map(str, shape))} {_hash(_sample(part) for part in parts)}"
 
@@ -112,10 +123,14 @@ def _compare(was: tuple[str, str, str] | None, now: tuple[str, str, str]) -> str
 
 
 def _sample(tensor: Tensor) -> bytes:
-    size = tensor.numel()
+    values = values_at(tensor.detach(), _spread(tensor.numel(), tensor.device))
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _spread(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The positions of the values that are sampled of `size`."""
     count = min(SAMPLES, size)
-    spread = torch.arange(count, device=tensor.device) * size // max(count, 1)
-    return values_at(tensor.detach(), spread).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return torch.arange(count, device=device) * size // max(count, 1)
 
 
 def _hash(parts: Iterable[bytes]) -> str:

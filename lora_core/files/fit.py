@@ -14,7 +14,7 @@ from ..bases.forwards import stored_weight
 from ..errors import FileFormatError, StateError, TargetError, WrongBaseError, one_line
 from ..layers import lora_class
 from ..methods.registry import all_tables, method_of
-from ..model.copies import original_of
+from ..model.copies import original_of, submodule
 from ..model.plan import Plan, plan
 from ..spec.config import LoraConfig
 from .adapter import FLOAT_DTYPES
@@ -46,7 +46,7 @@ def fitting_tensors(
         StateError: the model has no weights yet.
     """
     for path in found.layers.paths:
-        layer = model.get_submodule(path)
+        layer = submodule(model, path)
         stored_weight(layer, path, lora_class(layer).weight_name)  # or the file's values would be lost on the meta device
     expected = _expected_tensors(model, config, found)
     tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
@@ -71,7 +71,7 @@ def check_base(
     """
     if stored is None:
         return
-    layers = [(old, model.get_submodule(path)) for path, old in names.items()]
+    layers = [(old, submodule(model, path)) for path, old in names.items()]
     try:
         differs = difference(stored, fingerprint(layers, config))
     except ValueError as error:
@@ -118,10 +118,10 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
     """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
     expected, sizes, tables = {}, [], all_tables()
     for path in found.layers.paths:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         kind = lora_class(module)
         shapes = kind.file_shapes(module, config.rank_for(found.layers.owner(path)))
-        for table, key in layer_keys(path, kind, config).items():
+        for table, key in layer_keys(path, module, found.layers.paths, config).items():
             expected[key] = torch.empty(shapes[tables[table].form], device="meta")
         sizes.append(kind.matrix_shape(module))
     shared = method_of(config).shared_shapes(config, sizes)

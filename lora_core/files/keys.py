@@ -1,6 +1,7 @@
 """The names of an adapter's tensors in PEFT's files. The only owner of them, with the methods that say how theirs end.
 
     base_model.model.PATH.lora_A.weight         a tensor of one layer (an embedding's ends otherwise)
+    base_model.model.experts.base_layer.lora_A.weight      one of a parameter: see `parameter_paths`
     base_model.vera_A                           one that all layers share
     base_model.model.classifier.weight          a tensor of the base that was trained whole
 """
@@ -9,16 +10,24 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from ..layers import LoraLayer
+from torch import nn
+
+from ..errors import FileFormatError
+from ..layers import lora_class
 from ..methods.base import Table
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
+from ..spec.targets import match_patterns
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
+
+#: The parameters that experts are held in, in the order in which the classes of transformers 5 make them.
+ORDER = ("gate_proj", "gate_up_proj", "up_proj", "w1", "v1", "down_proj", "w2")
 
 
 class Parsed(NamedTuple):
@@ -35,9 +44,10 @@ class Parsed(NamedTuple):
     embedding: bool = False
 
 
-def layer_keys(path: str, kind: type[LoraLayer], config: LoraConfig) -> dict[str, str]:
-    """{table of a layer: the key of an adapter's tensor there}."""
-    return layer_keys_of(kind.file_path(path), kind.embedding_keys, config)
+def layer_keys(path: str, layer: nn.Module, layers: Collection[str], config: LoraConfig) -> dict[str, str]:
+    """{table of a layer: the key of an adapter's tensor there}, for the adapter on `layers`; adopted or not."""
+    kind = lora_class(layer)
+    return layer_keys_of(kind.file_path(path, layer, layers), kind.embedding_keys, config)
 
 
 def layer_keys_of(path: str, embedding: bool, config: LoraConfig) -> dict[str, str]:
@@ -58,6 +68,38 @@ def copy_key(path: str, layers: Collection[str]) -> str:
     """The key of a trained copy: the tensor's own path, but for the bias of an adapted layer, which PEFT wraps."""
     owner, _, name = path.rpartition(".")
     return f"{PREFIX}{owner}.base_layer.{name}" if owner in layers else f"{PREFIX}{path}"
+
+
+def parameter_paths(paths: Iterable[str], config: LoraConfig, source: object) -> dict[str, str]:
+    """{path of a layer in an adapter's keys: path of the parameter that it is for}, of those that are for one.
+
+    PEFT wraps a module once for each adapted parameter, in their order, so its keys tell them by their depth alone.
+
+    Raises:
+        FileFormatError: a module has several, and their order is not known.
+    """
+    wrapped: dict[str, dict[int, str]] = defaultdict(dict)  # {module: {depth: path}}
+    for path in paths if config.target_parameters else ():
+        outer, *inner = path.split(".base_layer")
+        if not any(inner):
+            wrapped[outer][len(inner)] = path
+    names, found = {entry.rpartition(".")[2] for entry in config.target_parameters or ()}, {}
+    for outer, levels in wrapped.items():
+        if any(match_patterns("target_modules", config.target_modules or (), [outer], strict=False).values()):
+            continue
+        held = [f"{outer}.{name}" for name in names]
+        hits = match_patterns("target_parameters", config.target_parameters, held, strict=False)
+        here = list(set().union(*hits.values()))
+        known = len(here) < 2 or all(path.rpartition(".")[2] in ORDER for path in here)
+        if here and (sorted(levels) != list(range(len(here))) or not known):
+            raise FileFormatError(
+                f"{source}: {outer} has {len(levels)} updates of parameters, and which of {', '.join(sorted(here))} they are "
+                "for depends on its model; load the adapter there (load_adapter), and use merge_and_unload"
+            )
+        if len(here) > 1:
+            here.sort(key=lambda path: ORDER.index(path.rpartition(".")[2]), reverse=True)
+        found |= {levels[depth]: path for depth, path in enumerate(here)}
+    return found
 
 
 def parse_key(key: str) -> Parsed | None:

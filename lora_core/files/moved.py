@@ -13,6 +13,7 @@ the names of then, and decide by these.
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -59,7 +60,7 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
     if all(path in modules for path in paths if path):
         return Moved(config, tensors)
     kinds = {path: kind for path, module in modules.items() if (kind := lora_class(module)) is not None}
-    here = {path: path for path in modules} | {kind.file_path(path): path for path, kind in kinds.items()}
+    here = {path: path for path in modules} | {kind.file_path(path, modules[path], ()): path for path, kind in kinds.items()}
     lost = [path for path in paths if path and path not in here]
     if not lost:
         return Moved(config, tensors)
@@ -69,6 +70,11 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
     found |= _by_their_ends([path for path in lost if path not in found], [path for path in here if path not in taken], source)
     if not found:
         return Moved(config, tensors)
+    if config.target_parameters and (config.rank_pattern or config.alpha_pattern):
+        raise FileFormatError(
+            f"{source}: modules of this model have other names, {lost[0]!r} for one, and which parameters its rank_pattern and "
+            "alpha_pattern mean can't be told; load it onto the model that it was trained on"
+        )
     names: dict[str, str] = {}
     for old, new in ((old.replace(".base_layer", ""), here[new]) for old, new in found.items()):
         if new in names:
@@ -80,7 +86,8 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
         moved[with_path(key, old, found[old]) if old in found else key] = tensor
     held = {here.get(found.get(p.path, p.path)) for p in parsed.values() if p.table is not None}
     settled, absent = _by_new_names(config, list(modules), names, held)
-    return Moved(settled, moved, names, absent) if settled.target_modules else Moved(config, tensors)
+    means = settled.target_modules or settled.target_parameters
+    return Moved(settled, moved, names, absent) if means else Moved(config, tensors)
 
 
 def warn_of_moved(source: object, moved: Moved) -> None:
@@ -94,8 +101,9 @@ def warn_of_moved(source: object, moved: Moved) -> None:
 
 
 def _module_of(parsed: Parsed) -> str:
-    """The path of the module that a tensor is of, as the file has it."""
-    return parsed.path if parsed.table is not None else parsed.path.rpartition(".")[0].removesuffix(".base_layer")
+    """The path of the module that a tensor is of, as the file has it; of a parameter's the module around that."""
+    path = parsed.path if parsed.table is not None else parsed.path.rpartition(".")[0]
+    return path.removesuffix(".base_layer") if parsed.table is None else re.sub(r"(\.base_layer)+$", "", path)
 
 
 def _by_their_ends(lost: Sequence[str], modules: Sequence[str], source: object) -> dict[str, str]:

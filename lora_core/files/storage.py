@@ -149,7 +149,7 @@ def load_adapter(
         report = attach(root, config, adapter_name, found, trainable)
     adapter = find_adapter(root, adapter_name)
     for path, layer in adapter_layers(root, adapter):
-        for table, key in (layer_keys(path, type(layer), config) | shared_keys(config)).items():
+        for table, key in (layer_keys(path, layer, adapter.layers, config) | shared_keys(config)).items():
             parameter = getattr(layer, table)[adapter_name]
             parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
     for path, copy in copies_of(root, adapter_name).items():
@@ -167,8 +167,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
         layer.check_shape(path, adapter_name)
         method = layer.lora_method[adapter_name]
         stored = method.stored(layer, adapter_name)
-        shapes = layer.file_shapes(layer, method.rank(stored))
-        for table, key in layer_keys(path, type(layer), adapter.config).items():
+        shapes = layer.file_shapes(layer, method.rank(stored) // layer.matrices(layer))
+        for table, key in layer_keys(path, layer, adapter.layers, adapter.config).items():
             tensors[key] = whole(stored[table].detach()).view(shapes[all_tables()[table].form])
         for table, key in shared_keys(adapter.config).items():
             tensors[key] = whole(stored[table].detach())

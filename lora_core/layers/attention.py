@@ -11,6 +11,7 @@ So dropout on an adapter's input does not apply. In 16 bits the sum is rounded t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import get_ident
 from typing import Any
 
@@ -51,7 +52,7 @@ class LoraOutProjection(LoraLinear):
     drops = False
 
     @classmethod
-    def file_path(cls, path: str) -> str:
+    def file_path(cls, path: str, layer: nn.Module, layers: Iterable[str]) -> str:
         attention, _, name = path.rpartition(".")
         return f"{attention}.base_layer.{name}"
 

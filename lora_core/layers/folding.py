@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..bases.forwards import refuse_offloaded, stored_weight
 from ..errors import StateError, TargetError
+from ..maths.lora import fold_
 from ..maths.loss import Cost, cast, cost, is_finite
 from .holder import AdapterHolder
 
@@ -49,7 +50,7 @@ class FoldedLayer(AdapterHolder):
         if not self._are_products(names):
             return self.folded_weight(names).sub_(self.dense_weight()).norm().item()
         A, B = (factor.detach().double() for factor in self.joined_factors(names))  # R d_in, d_out R; R the summed rank
-        return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt().item()  # |B A|^2 = sum of (B^T B) * (A A^T)
+        return ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt().item()  # |B A|^2 = sum of (B^T B) * (A A^T)
 
     def folded_bias(self, names: Iterable[str]) -> nn.Parameter | None:
         """The bias with those of the adapters added; the layer's own if none has one."""
@@ -102,7 +103,8 @@ class FoldedLayer(AdapterHolder):
         largest = torch.stack(W.detach().aminmax()).abs().max().double()
         for name in names:
             A, B = (factor.detach().abs().double() for factor in self.factors(name))
-            largest += abs(self.lora_scaling[name]) * (B.amax(0) @ A.amax(1))  # of each rank the largest product
+            products = B.amax(-2) * A.amax(-1)  # of each rank the largest
+            largest += abs(self.lora_scaling[name]) * products.sum(-1).max()
         return bool(largest < torch.finfo(W.dtype).max)  # no, if anything is NaN
 
     def steps_in_place(self, names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
@@ -110,7 +112,7 @@ class FoldedLayer(AdapterHolder):
         W = self.as_matrix(self.weight.detach())  # a view that shares the weight's version
         for name in self.present(names):
             A, B = (factor.detach().to(W.dtype) for factor in self.factors(name))
-            yield functools.partial(W.addmm_, B, A, alpha=self.lora_scaling[name])
+            yield functools.partial(fold_, W, A, B, self.lora_scaling[name])
 
     def keep_folded(self) -> None:
         """Makes the folded weight the layer's own; the one before is dropped."""

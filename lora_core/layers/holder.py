@@ -123,12 +123,16 @@ class AdapterHolder(nn.Module):
         self.add_tables(table.name for table in method.tables)
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
         empty = torch.empty(0, dtype=dtype, device=execution_device(self))
-        for table, tensor in method.start(self, empty, r, scaling, init).items():
+        for table, tensor in self.started(method, empty, r, scaling, init).items():
             getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=False)
         for table, parameter in (shared or {}).items():
             getattr(self, table)[name] = parameter
         self.put(name, method, scaling, dropout)
         method.settle(self, name)
+
+    def started(self, method: Method, like: Tensor, r: int, scaling: float, init: Any) -> Mapping[str, Tensor]:
+        """{table: the values that an adapter starts with}; see `Method.start`."""
+        return method.start(self, like, r, scaling, init)
 
     def put(self, name: str, method: Method, scaling: float, dropout: float) -> None:
         """Makes what is in the tables under `name` an adapter."""
@@ -183,4 +187,4 @@ class AdapterHolder(nn.Module):
     def joined_factors(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """(A, B) of the sum of the products of `names`, of summed rank, with the scalings in B."""
         pairs = [(*self.factors(name), self.lora_scaling[name]) for name in names]
-        return torch.cat([A for A, _, _ in pairs]), torch.cat([B * s for _, B, s in pairs], dim=1)
+        return torch.cat([A for A, _, _ in pairs], dim=-2), torch.cat([B * s for _, B, s in pairs], dim=-1)

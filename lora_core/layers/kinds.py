@@ -6,10 +6,6 @@ may compute something else, which the adapter would not be part of: it is refuse
 
 from __future__ import annotations
 
-import functools
-import importlib
-import operator
-
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
@@ -21,7 +17,9 @@ from .attention import LoraAttention, LoraOutProjection
 from .base import LoraLayer
 from .conv import LoraConv, LoraGroupedConv
 from .embedding import LoraEmbedding, LoraScaledEmbedding
+from .experts import LoraHost, LoraParameter, ParameterSlot
 from .linear import LoraConv1D, LoraFalconLinear, LoraFastLinear, LoraLinear, LoraPacked
+from .subclass import subclass
 
 #: {class of a base layer: its kind}, for that class and for subclasses that keep what it computes.
 _KINDS: dict[type[nn.Module], type[LoraLayer]] = {
@@ -33,6 +31,7 @@ _KINDS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Embedding: LoraEmbedding,
     nn.MultiheadAttention: LoraAttention,
     NonDynamicallyQuantizableLinear: LoraOutProjection,
+    ParameterSlot: LoraParameter,
 }
 #: The methods that say what a layer computes.
 _COMPUTING = ("__call__", "forward", "_conv_forward")
@@ -65,7 +64,7 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
     if issubclass(base, LoraLayer):
         return base
     kind = _kind(module)
-    return None if kind is None or kind.refusal(module) else _subclass(kind, base)
+    return None if kind is None or kind.refusal(module) else subclass(kind, base)
 
 
 def why_not(module: nn.Module) -> str:
@@ -73,9 +72,13 @@ def why_not(module: nn.Module) -> str:
     kind = _kind(module)
     if kind is not None and (reason := kind.refusal(module)):
         return reason
+    if isinstance(module, LoraHost):
+        return "an adapter is on a parameter of it (target_parameters)"
     known = _known(type(module))
     if known is None:
-        return "no kind of layer is registered for it"
+        matrices = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        instead = f"; its parameters can: name {' and '.join(matrices)} in target_parameters" if matrices else ""
+        return f"no kind of layer is registered for it{instead}"
     if hasattr(type(module), "weight"):
         return "its weight is computed from other tensors (parametrised, say)"
     return f"its forward may compute something else than that of nn.{known.__name__}"
@@ -122,22 +125,3 @@ def _named(module: nn.Module) -> type[LoraLayer] | None:
     if base.__name__.endswith("ScaledWordEmbedding") and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return LoraScaledEmbedding
     return None
-
-
-@functools.cache
-def _subclass(kind: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
-    if issubclass(kind, base):
-        return kind
-    made = type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__, "__module__": __name__})
-    # Pickle finds a class by this name, in `__getattr__` below; a dot would mean an attribute to it.
-    parts = (kind.__module__, kind.__qualname__, base.__module__, base.__qualname__)
-    made.__qualname__ = ":".join(part.replace(".", "/") for part in parts)
-    return made
-
-
-def __getattr__(name: str) -> type[LoraLayer]:
-    parts = name.replace("/", ".").split(":")
-    if len(parts) != 4:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kind, base = (operator.attrgetter(parts[i + 1])(importlib.import_module(parts[i])) for i in (0, 2))
-    return _subclass(kind, base)

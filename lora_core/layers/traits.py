@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..spec.config import LoraConfig
@@ -32,9 +34,24 @@ class Traits:
     embedding_keys = False
 
     @classmethod
-    def file_path(cls, path: str) -> str:
-        """How PEFT calls in its files the layer at `path`."""
+    def file_path(cls, path: str, layer: nn.Module, layers: Iterable[str]) -> str:
+        """How PEFT calls in its files the layer at `path`, beside all `layers` of the adapter."""
         return path
+
+    @classmethod
+    def weight_path(cls, path: str) -> str:
+        """The path of the parameter that is the weight of the layer at `path`."""
+        return f"{path}.{cls.weight_name}"
+
+    @classmethod
+    def caller(cls, layer: nn.Module) -> nn.Module:
+        """The module whose forward computes with the weight."""
+        return layer
+
+    @classmethod
+    def matrices(cls, layer: nn.Module) -> int:
+        """How many matrices of `matrix_shape` the weight is; A and B stand in the files for all of them."""
+        return 1
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:

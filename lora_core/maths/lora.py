@@ -125,8 +125,9 @@ def _is_watched() -> bool:
 
 
 def fold_(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Folds an adapter into W, (d_out, d_in), in place: W + s B A. Returns W."""
-    return W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
+    """Folds an adapter into W, (d_out, d_in), in place: W + s B A. Returns W. With a leading dimension, E of them at once."""
+    add = W.addmm_ if W.dim() == 2 else W.baddbmm_
+    return add(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

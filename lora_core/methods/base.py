@@ -139,7 +139,7 @@ class Method:
 
     def fold_(self, layer: Any, name: str, W: Tensor) -> Tensor:
         """f (W + s B A) in the place of W, (d_out, d_in), the base's, in float32 or float64. Returns W."""
-        return fold_(W, *self.product(layer, name), layer.lora_scaling[name])
+        return fold_(W, *layer.factors(name), layer.lora_scaling[name])
 
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor] | None:
         """(A, B) of the whole update of the weight, D = s B A; None if it is no such product."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..bases.forwards import refuse_offloaded
 from ..errors import StateError, TargetError
 from ..layers.base import LoraLayer
+from ..layers.experts import slot_of
 from ..maths.loss import Cost, cost_of_cast, refuse_overflow
 from .wide import BASE, CHILD, restore_class, round_, widen
 
@@ -120,9 +121,9 @@ def _table(module: nn.Module, name: str, like: bool | None = None) -> dict[str, 
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, as `get_submodule` finds it, in a tenth of its time: most of what switching and merging did."""
+    """The module at `path`, in a tenth of `get_submodule`'s time, or the slot of the parameter there (`layers/experts.py`)."""
     for name in path.split(".") if path else ():
-        model = model._modules[name]
+        model = model._modules[name] if name in model._modules else slot_of(model, name)
     return model
 
 

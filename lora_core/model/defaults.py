@@ -30,13 +30,16 @@ class Settled(NamedTuple):
 def settle_targets(model: nn.Module, config: LoraConfig) -> Settled:
     """`config` with the `target_modules` of the model's architecture, if it has none of its own.
 
-    Of the architecture's names those that the model has are taken: BLIP-2 is on top of an OPT, or of a T5.
+    Of the architecture's names those that the model has are taken: BLIP-2 is on top of an OPT, or of a T5. Where
+    `target_parameters` are named, these are all that is meant, as in PEFT.
 
     Raises:
         TargetError: there are none, or none are known.
     """
     if config.target_modules is not None:
         return Settled(config)
+    if config.target_parameters:
+        return Settled(dataclasses.replace(config, target_modules=()))
     kind = getattr(getattr(unwrap(model), "config", None), "model_type", None)
     remedy = f"name the layers to adapt, or pass {ALL_LINEAR!r}"
     if kind not in DEFAULT_TARGETS:

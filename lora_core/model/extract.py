@@ -23,7 +23,7 @@ from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import configuration, method_of
 from ..spec.config import LoraConfig, starts_from_weight
-from .copies import CHILD, original_of
+from .copies import CHILD, original_of, submodule
 from .defaults import settle_targets
 from .inject import attach
 from .notices import warn_of_untied
@@ -93,7 +93,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
 
     updates, biases, energy = {}, {}, {}
     for path in found.layers.paths:
-        layer, s = root.get_submodule(path), config.scaling_for(path)
+        layer, s = submodule(root, path), config.scaling_for(path)
         if not lora_class(layer).any_factors:
             raise ConfigError(f"{path} is a {type(layer).__name__} that no adapter can be extracted for; exclude it")
         D = _difference(root, source, f"{path}.weight", names[f"{path}.weight"])

@@ -34,13 +34,13 @@ class InjectionReport:
 
     Attributes:
         adapter_name: the adapter.
-        targets: paths of the layers that carry it.
-        hits: {pattern of target_modules: number of modules it matched, before exclusions}.
+        targets: paths of the layers, and of the parameters, that carry it.
+        hits: {pattern of target_modules or target_parameters: how many it matched, before exclusions}.
         modules_to_save: paths of the modules that are trained whole.
         trainable_parameters: number of values that the adapter trains.
         trained: whether it does; else they wait (`load_adapter` without `trainable=True`, `inference_mode`).
         untied: {path of a tensor that it trains: paths that the base ties it to, which keep their own}.
-        left_out: {path of what "all-linear" passed over, or of what a file has no tensors for: why}.
+        left_out: {path of what `target_modules` might mean and passed over, or of what a file has no tensors for: why}.
         architecture: the `model_type` whose usual layers were taken; None: the configuration names its layers.
         moved: {path of a module: what the file that was loaded calls it}, where that is another name.
     """
@@ -96,7 +96,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     check_new_name(model, adapter_name)
     found = plan(model, config)
     warn_of_untied(found)
-    warn_of_left_out(found)
+    warn_of_left_out(config, found)
     warn_of_dropout(model, config, found)
     warn_of_no_tie(config, found)
     report = attach(model, config, adapter_name, found, trainable=not config.inference_mode)

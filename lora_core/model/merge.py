@@ -214,7 +214,7 @@ def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
 def _changed(registry: Registry, names: Iterable[str], layers: Mapping[str, LoraLayer]) -> set[str]:
     """The paths of the base's tensors that adapters own a copy of or add to."""
     copied = (path for name in names for path in registry.adapters[name].copied)
-    return {*copied, *(f"{path}.{layer.weight_name}" for path, layer in layers.items())}
+    return {*copied, *(layer.weight_path(path) for path, layer in layers.items())}
 
 
 def _chosen(model: nn.Module, names: str | Iterable[str] | None) -> tuple[str, ...]:

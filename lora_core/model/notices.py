@@ -7,20 +7,21 @@ import warnings
 from torch import nn
 
 from ..layers import lora_class
-from ..spec.config import LoraConfig
+from ..spec.config import ALL_LINEAR, LoraConfig
 from .copies import submodule
 from .left_out import HEAD
 from .plan import Plan
 from .registry import unwrap
 
 
-def warn_of_left_out(found: Plan) -> None:
-    """Says once what "all-linear" does not adapt, but for the head, which it never means."""
+def warn_of_left_out(config: LoraConfig, found: Plan) -> None:
+    """Says once what `target_modules` does not adapt and might mean, but for the head, which "all-linear" never does."""
     reasons = {path: why for path, why in found.left_out.items() if why != HEAD}
     if reasons:
         path, why = next(iter(reasons.items()))
         more = f", and {len(reasons) - 1} more (see the report's left_out)" if len(reasons) > 1 else ""
-        warnings.warn(f'target_modules="all-linear" leaves out {path} ({why}){more}', stacklevel=7)
+        asked = '="all-linear"' if config.target_modules == ALL_LINEAR else ""
+        warnings.warn(f"target_modules{asked} leaves out {path} ({why}){more}", stacklevel=7)
 
 
 def warn_of_dropout(model: nn.Module, config: LoraConfig, found: Plan) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,13 +24,14 @@ from ..bases import is_packed
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
 from ..errors import TargetError
 from ..layers import LoraLayer, lora_class, why_not
+from ..layers.experts import SLOTS
 from ..methods.registry import method_of
 from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from ..spec.patterns import limited
 from ..spec.targets import Targets, excluded_paths, match_saved_modules, select_targets
 from .conventions import output_layer
-from .copies import CHILD, added_tables, base_tensors, original_of, own_keys
-from .left_out import left_out
+from .copies import CHILD, added_tables, base_tensors, original_of, own_keys, submodule
+from .left_out import left_out, unnamed_experts
 from .registry import adapter_layers, has_adapters, registry_of, unwrap
 
 
@@ -43,7 +44,7 @@ class Plan:
         saved_modules: paths of the modules to train whole.
         copies: {path of a tensor of the base to train a copy of: what is equal for the paths that share one copy}.
         untied: {path of such a tensor: paths that the base ties it to, and the adapter does not}.
-        left_out: {path of what "all-linear" might mean, and passes over: why}.
+        left_out: {path of what `target_modules` might mean, and passes over: why}.
     """
 
     layers: Targets
@@ -82,10 +83,11 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     head = output_layer(model)
     linear = {p for p, m in modules.items() if m is not head and getattr(lora_class(m), "is_linear", False)}
     with limited():
-        targets = select_targets(config, paths, linear, saved, strict)
+        targets = select_targets(config, paths, linear, saved, strict, base_tensors(model))
+        modules |= {path: submodule(model, path) for path in targets.paths if path not in modules}
         named = {*saved, *excluded_paths(config, paths, strict)}
         targets = _with_parts(modules, targets, named)
-        _check_targets(model, modules, config, targets)
+        _check_targets(model, modules, set(paths), config, targets)
     _check_used_once(model, modules, (*targets.paths, *saved))
     for path in targets.paths if config.ensure_weight_tying else ():
         if tied := ties.get(id(getattr(modules[path], lora_class(modules[path]).weight_name))):
@@ -96,9 +98,8 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     for path in saved:
         _check_saved(path, modules[path])
     found = plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
-    if config.target_modules == ALL_LINEAR:
-        return dataclasses.replace(found, left_out=left_out({"": model, **modules}, head, named))
-    return found
+    passed = left_out({"": model, **modules}, head, named, targets.paths) if config.target_modules == ALL_LINEAR else {}
+    return dataclasses.replace(found, left_out=passed | unnamed_experts(config, modules, targets.paths))
 
 
 def plan_copies(
@@ -138,7 +139,7 @@ def plan_copies(
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the model's own modules: without the root and without what adapters added."""
     tables = added_tables(model)
-    return {p: m for p, m in model.named_modules() if p and p not in tables and CHILD not in p.split(".")}
+    return {p: m for p, m in model.named_modules() if p and p not in tables and not {CHILD, SLOTS} & set(p.split("."))}
 
 
 def _ties(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -201,33 +202,43 @@ def _with_parts(modules: Mapping[str, nn.Module], targets: Targets, excluded: Co
 
 
 def _check_targets(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Targets
+    model: nn.Module, modules: Mapping[str, nn.Module], paths: Container[str], config: LoraConfig, targets: Targets
 ) -> None:
-    """Raises a TargetError for a module on which an adapter could not take effect."""
+    """Raises a TargetError for a target, one of `modules` or a parameter, on which an adapter could not take effect.
+
+    `paths` are those of the model's modules: the other targets are parameters.
+    """
     adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
     whole = {path for adapter in adapters for path in adapter.saved_modules}
     for path in targets.paths:
-        kind = lora_class(modules[path])
+        kind, outer = lora_class(modules[path]), path.rpartition(".")[0]
+        field = "target_modules" if path in paths else "target_parameters"
+        if kind is None and path not in paths:
+            raise TargetError(f"{field}: {path!r} can't carry an adapter: {why_not(modules[path])}")
         if kind is None:
             raise TargetError(
-                f"target_modules: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter: "
+                f"{field}: {path!r} is a {type(modules[path]).__name__}, which can't carry an adapter: "
                 f"{why_not(modules[path])}; target nn.Linear, 4-bit linear, Conv1D, nn.Conv1d / 2d / 3d, "
                 "nn.Embedding or nn.MultiheadAttention layers, or tell register_kind what it computes"
             )
-        refuse_hidden_forward(path, modules[path])
+        if path not in paths and outer in targets.paths:
+            raise TargetError(f"{field}: {path!r} is in {outer!r}, which target_modules names too; leave one of them out")
+        if not outer and path not in paths:
+            raise TargetError(f"{field}: {path!r} is the model's own, and PEFT's files have no place for its adapter")
+        refuse_hidden_forward(path, kind.caller(modules[path]), field)
         owner = targets.owner(path)
         r, scaling = config.rank_for(owner), config.scaling_for(owner)
         method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]), r)
         if not 0 < scaling < math.inf:
-            raise TargetError(f"target_modules: {path!r} would have a scaling of {scaling}; check lora_alpha")
+            raise TargetError(f"{field}: {path!r} would have a scaling of {scaling}; check lora_alpha")
         if reason := kind.unsupported(modules[path], config, r):
-            raise TargetError(f"target_modules: {path!r} {reason}")
+            raise TargetError(f"{field}: {path!r} {reason}")
         if any(path == w or path.startswith(f"{w}.") for w in whole):
-            raise TargetError(f"target_modules: {path!r} is trained whole by another adapter, in its modules_to_save")
-        parent = modules.get(path.rpartition(".")[0], model)
+            raise TargetError(f"{field}: {path!r} is trained whole by another adapter, in its modules_to_save")
+        parent = modules.get(outer if path in paths else outer.rpartition(".")[0], model)
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise TargetError(
-                f"target_modules: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
+                f"{field}: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
                 "its layers without calling them; call torch.backends.mha.set_fastpath_enabled(False) first"
             )
 
@@ -239,7 +250,8 @@ def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: 
         for name, child in module._modules.items():
             places[id(child)].append(f"{parent}.{name}" if parent else name)
     for path in paths:
-        if len(found := places[id(modules[path])]) > 1:
+        kind = lora_class(modules[path])
+        if len(found := places[id(kind.caller(modules[path]) if kind else modules[path])]) > 1:
             raise TargetError(
                 f"{' and '.join(map(repr, found))} are one module, and an adapter on it would change all of these places; give "
                 "each a module of its own (copy.deepcopy), or leave it out"

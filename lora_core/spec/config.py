@@ -56,7 +56,10 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         target_modules: which layers to adapt. A list of names: each matches the module of exactly that path or any
             path that ends in `.name`. A string: a regular expression that must match the whole path. `"all-linear"`:
             every linear layer but the head. None: what `spec/architectures.py` names for the model's architecture.
-        exclude_modules: the same patterns; what they match is left alone.
+            Empty, with target_parameters: none.
+        target_parameters: parameters to adapt that no layer has as its weight, such as fused experts: a list of names, each of
+            a parameter of exactly that path or of any that ends in `.name` ("experts.gate_up_proj"). Needs lora_dropout=0.
+        exclude_modules: the same patterns as target_modules; what they match is left alone.
         bias: which biases of the base are trained too: `"none"`, `"all"`, or `"lora_only"` (those of adapted layers).
         modules_to_save: modules trained and saved whole. A module is meant when its path ends with an entry, as bare
             text, which is PEFT's rule: "classifier" means DistilBERT's "pre_classifier" as well.
@@ -85,6 +88,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
@@ -128,9 +132,11 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             self._freeze_names(name, value)
             for entry in (value or ()) if form == LAYERS else ():
                 _check_regex(name, entry, form)
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}")
-        self._freeze_names("modules_to_save", self.modules_to_save)
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigError(f"{name} must be a list of names, not the string {value!r}")
+            self._freeze_names(name, value)
         self._freeze_pattern("rank_pattern", check_rank)
         self._freeze_pattern("alpha_pattern", check_alpha)
         base = self.base_model_name_or_path
@@ -154,7 +160,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         valid = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value)
         if not valid:
             raise ConfigError(f"{name} must be a list of module names, not {value!r}")
-        if not value:
+        if not value and not (name == "target_modules" and self.target_parameters):
             raise ConfigError(f"{name} is an empty list; leave it None or name a module")
         ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
         object.__setattr__(self, name, tuple(ordered))

@@ -51,7 +51,6 @@ NOT_HERE = {
 NOT_YET = {
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layers that are repeated",
-    "target_parameters": "adapters on parameters, such as fused experts",
     "trainable_token_indices": "rows of an embedding that are trained alone",
 }
 

@@ -21,13 +21,16 @@ from .patterns import END, layer_of, matches, spending
 #: What the heads of pretrained models are called. They are trained whole or not at all; never quantised.
 HEAD_NAMES = ("classifier", "pre_classifier", "score", "qa_outputs", "lm_head", "embed_out")
 
+#: {what transformers 4 called the layers of an expert: the parameter of transformers 5 that has them in it}.
+FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | dict.fromkeys(("down_proj", "w2"), "down_proj")
+
 
 @dataclass(frozen=True)
 class Targets:
     """The layers that a configuration selects.
 
     Attributes:
-        paths: module paths, in model order.
+        paths: paths of modules, and then of parameters, each in model order.
         hits: {pattern: number of paths it matched, before exclusions}.
         owners: {path of a layer that goes with another one: that one, whose settings it has}.
     """
@@ -42,7 +45,12 @@ class Targets:
 
 
 def select_targets(
-    config: LoraConfig, paths: Sequence[str], linear: Collection[str], saved: Collection[str], strict: bool = True
+    config: LoraConfig,
+    paths: Sequence[str],
+    linear: Collection[str],
+    saved: Collection[str],
+    strict: bool = True,
+    parameters: Sequence[str] = (),
 ) -> Targets:
     """The paths that `config` targets.
 
@@ -52,25 +60,30 @@ def select_targets(
         linear: those of linear layers, which `"all-linear"` takes, less any that HEAD_NAMES names.
         saved: paths of modules trained whole; they and what is inside them are never targets.
         strict: raise for a pattern that matches nothing; else leave it with zero hits.
+        parameters: every path of a parameter, in order, of which `target_parameters` names some.
 
     Raises:
         TargetError: no targets are given, a pattern matches nothing, or nothing is left after exclusions.
     """
     targets = config.target_modules
-    if targets is None:
+    if targets is None and not config.target_parameters:
         raise TargetError(f"target_modules is not set; name the layers to adapt, or pass {ALL_LINEAR!r}")
-    free = [p for p in paths if not any(p == s or p.startswith(f"{s}.") for s in saved)]
+    free = [p for p in paths if not _inside(p, saved)]
     if targets == ALL_LINEAR:
         chosen = [p for p in free if p in linear and not is_head(p)]
         hits = {ALL_LINEAR: len(chosen)}
     else:
-        found = match_patterns("target_modules", targets, free, strict)
+        found = match_patterns("target_modules", targets or (), free, strict, parameters)
         hits = {pattern: len(hit) for pattern, hit in found.items()}
         matched = set().union(*found.values())
         chosen = [p for p in free if p in matched]
     excluded = excluded_paths(config, paths, strict)
     chosen = [p for p in chosen if p not in excluded]
     chosen = [p for p in chosen if in_selected_layer(config, p)]
+    found = _select_parameters(config, parameters, excluded, strict) if config.target_parameters else {}
+    hits |= {pattern: len(hit) for pattern, hit in found.items()}
+    matched = {p for hit in found.values() for p in hit if not _inside(p, saved)}
+    chosen += [p for p in parameters if p in matched]
     if not strict:
         return Targets(tuple(chosen), hits)
     if not chosen:
@@ -88,6 +101,26 @@ def select_targets(
     return Targets(tuple(chosen), hits)
 
 
+def _select_parameters(
+    config: LoraConfig, parameters: Sequence[str], excluded: Collection[str], strict: bool
+) -> dict[str, list[str]]:
+    """{entry of `target_parameters`: the paths it matches}. In PEFT nothing thins them out."""
+    found = match_patterns("target_parameters", config.target_parameters, parameters, strict)
+    paths = [p for hit in found.values() for p in hit]
+    if strict and paths and config.layers_to_transform is not None:
+        raise TargetError(
+            f"layers_to_transform chooses among modules, not parameters; name these whole in target_parameters ({paths[0]!r})"
+        )
+    if strict and (out := next((p for p in paths if _inside(p, excluded)), None)):
+        raise TargetError(f"exclude_modules excludes a module around {out!r}, which target_parameters names; leave one out")
+    return found
+
+
+def _inside(path: str, modules: Collection[str]) -> bool:
+    """Whether `path` is one of these, or inside one."""
+    return any(path == m or path.startswith(f"{m}.") for m in modules)
+
+
 def excluded_paths(config: LoraConfig, paths: Sequence[str], strict: bool = True) -> set[str]:
     """The paths that `exclude_modules` matches.
 
@@ -100,24 +133,35 @@ def excluded_paths(config: LoraConfig, paths: Sequence[str], strict: bool = True
 
 
 def match_patterns(
-    field: str, patterns: str | Iterable[str], paths: Sequence[str], strict: bool = True
+    field: str, patterns: str | Iterable[str], paths: Sequence[str], strict: bool = True, parameters: Sequence[str] = ()
 ) -> dict[str, list[str]]:
     """{pattern: the paths it matches}; a string is one regular expression, anything else a collection of names.
 
     Raises:
-        TargetError: `strict`, and a pattern matches no path; names `field`, the pattern and the closest module names.
+        TargetError: `strict`, and a pattern matches no path; names `field`, the pattern and the closest names, or that it is
+            one of `parameters`.
     """
-    if isinstance(patterns, str):
-        hits = {patterns: [p for p in paths if matches(patterns, p)]}
-    else:
-        hits = {}
-        for name in patterns:
-            with spending(field):
-                hits[name] = [p for p in paths if p == name or p.endswith(f".{name}")]
+    hits = _hits(field, patterns, paths)
     for pattern, found in hits.items():
         if strict and not found:
             hint = _as_names(pattern, paths) if isinstance(patterns, str) else ""
-            raise TargetError(f"{field}: {pattern!r} matched no module{hint or _closest(pattern, paths)}")
+            if held := _hits(field, patterns, parameters)[pattern]:
+                hint = f"; {held[0]} is a parameter, as fused experts are, and goes in target_parameters"
+            fused = f".experts.{FUSED.get(pattern.rpartition('.')[2])}"
+            if held := [p for p in parameters if p.endswith(fused)]:
+                hint = f"; transformers 5 holds experts in parameters, such as {held[0]}, which go in target_parameters"
+            noun = "parameter" if field == "target_parameters" else "module"
+            raise TargetError(f"{field}: {pattern!r} matched no {noun}{hint or _closest(pattern, paths, noun)}")
+    return hits
+
+
+def _hits(field: str, patterns: str | Iterable[str], paths: Sequence[str]) -> dict[str, list[str]]:
+    if isinstance(patterns, str):
+        return {patterns: [p for p in paths if matches(patterns, p)]}
+    hits = {}
+    for name in patterns:
+        with spending(field):
+            hits[name] = [p for p in paths if p == name or p.endswith(f".{name}")]
     return hits
 
 
@@ -173,12 +217,12 @@ def _as_names(expression: str, paths: Sequence[str]) -> str:
     return ""
 
 
-def _closest(pattern: str, paths: Sequence[str]) -> str:
+def _closest(pattern: str, paths: Sequence[str], noun: str = "module") -> str:
     """"; closest: 'q_lin' (6 modules)": the names, as deep as the pattern, that look most like it."""
     depth = pattern.count(".") + 1
     names = Counter(".".join(p.split(".")[-depth:]) for p in paths if p)
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
     if not close:
         example = max(paths, key=len, default="")
-        return f"; module paths look like {example!r}" if example else "; the model has no such modules"
-    return "; closest: " + ", ".join(f"{n!r} ({names[n]} module{'s' * (names[n] > 1)})" for n in close)
+        return f"; {noun} paths look like {example!r}" if example else f"; the model has no such {noun}s"
+    return "; closest: " + ", ".join(f"{n!r} ({names[n]} {noun}{'s' * (names[n] > 1)})" for n in close)

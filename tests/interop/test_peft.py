@@ -273,7 +273,6 @@ def test_16_bit_files_keep_their_dtype_and_compute_the_same(architecture, varian
 
 
 REFUSED = {
-    "target_parameters": ["query.weight"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 1], [0, 2]],

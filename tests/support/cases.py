@@ -6,6 +6,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from tests.support import experts
 from tests.support.contract import Case
 
 IDS = torch.tensor([[0, 3, 3, 8], [2, 1, 0, 5]])
@@ -42,4 +43,26 @@ CASES["attention"] = Case(
     },
     factors={"attention.base_layer.out_proj": 2},
     run=lambda model, x: model["attention"](x, x, x)[0],
+)
+
+#: Parameters: the module around them is named once for each in the files, the last one without "base_layer".
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+WRAPPED = {"experts": "experts.down_proj", "experts.base_layer": "experts.gate_up_proj"}
+
+
+def case_of_experts(as_matrix, *args):
+    views = dict.fromkeys(WRAPPED, as_matrix)
+    return Case(lambda: experts.layer(*args), lambda: torch.randn(5, 8), views, (), EXPERTS, WRAPPED, run=experts.run)
+
+
+CASES["experts"] = case_of_experts(lambda W: W)
+CASES["experts, gathered"] = case_of_experts(lambda W: W, experts.MixtralExperts, "batched_mm")
+CASES["experts, transposed"] = case_of_experts(lambda W: W.mT, experts.TRANSPOSED)
+CASES["experts, transposed and gathered"] = case_of_experts(lambda W: W.mT, experts.TRANSPOSED, "batched_mm")
+CASES["parameter"] = Case(
+    lambda: nn.ModuleDict({"linear": nn.Linear(10, 6)}),
+    lambda: torch.randn(5, 10),
+    targets=(),
+    settings={"target_modules": [], "target_parameters": ["linear.weight"]},
+    run=lambda model, x: model["linear"](x),
 )

@@ -117,7 +117,12 @@ def equation(case: Case, model: nn.Module) -> Tensor:
             B = tensors[key.removesuffix(a) + b]
             weight = plain.get_parameter(case.weights.get(path, f"{path}.weight"))
             upright = case.as_matrix.get(path, lambda W: W.view(len(W), -1))
-            upright(weight).add_(case.factors.get(path, 1) * scaling * B.double().flatten(1) @ A.double().flatten(1))
+            W, A, B = upright(weight), A.double().flatten(1), B.double().flatten(1)
+            if W.dim() == 3:  # E matrices: the rows of A are theirs one after the other, the columns of B rank by rank
+                D = torch.einsum("ore,eri->eoi", B.view(len(B), -1, len(W)), A.view(len(W), -1, A.shape[1]))
+            else:
+                D = B @ A
+            W.add_(case.factors.get(path, 1) * scaling * D)
     return case.run(plain, x.double() if x.is_floating_point() else x)
 
 
