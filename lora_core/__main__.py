@@ -1,6 +1,6 @@
 """LoRA adapters on disk: look at them, merge them into a base's files, verify them, make new ones of them.
 
-    python -m lora_core inspect adapter/
+    python -m lora_core inspect adapter/ --for vllm
     python -m lora_core merge --base BASE --adapter adapter/ --output merged/ --check
     python -m lora_core verify adapter/ --base BASE
     python -m lora_core COMMAND --help
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .cli.command_line import Parser, finite, run, tolerance
+from .cli.command_line import Parser, finite, run, switches, tolerance
 
 DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = ("peft", "kohya", "diffusers", "mlx", "torchtune", "litgpt", "loralib", "gguf", "vllm")
+ANY_ADAPTER = "directory with adapter_config.json, or another tool's file"
 BASES = ("original", "nf4-dequantized", "nf4", "int8-dequantized", "int8")
 
 
@@ -34,7 +36,7 @@ def parser() -> Parser:
     _verify(commands.add_parser("verify", help="run the inputs that an adapter carries: is it still the same model?"))
     _combine(commands.add_parser("combine", help="several adapters into one"))
     _extract(commands.add_parser("extract", help="a fine-tuned model into an adapter of its base"))
-    _convert(commands.add_parser("convert", help="an adapter into plain LoRA, or into another dtype"))
+    _convert(commands.add_parser("convert", help="an adapter into plain LoRA, another dtype, or another tool's format"))
     return p
 
 
@@ -47,8 +49,14 @@ def _subparser(**kwargs) -> Parser:
 def _inspect(p: Parser) -> None:
     p.description = """What an adapter directory holds: rank, targets, variant, dtype, size, the base it belongs to; and
 for each layer the size |D| of its update and the update's effective rank (between 1 and the rank).
-Warns if the adapter changes nothing, or holds values that are no numbers. Needs no base."""
-    p.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory with adapter_config.json")
+The files of other tools (kohya, diffusers, MLX, torchtune, litgpt, loralib, llama.cpp) are told by
+what is in them. Warns if the adapter changes nothing, or holds values that are no numbers. Needs no base."""
+    p.add_argument("adapter", type=Path, metavar="ADAPTER", help=ANY_ADAPTER)
+    p.add_argument(
+        "--for", dest="program", choices=("vllm", "llama.cpp", "peft"), help="say what that program would refuse, and the "
+        "command that mends it; exit code 1 if there is anything"
+    )  # fmt: skip
+    p.add_argument("--max-lora-rank", type=int, default=16, metavar="R", help="with --for vllm: what vllm serve is given")
 
 
 def _merge(p: Parser) -> None:
@@ -124,12 +132,20 @@ def _convert(p: Parser) -> None:
 which its base is needed; the share of the update that is kept is printed. PEFT's PiSSA, OLoRA, CorDA
 and LoRA-GA become plain exactly, with the adapter as it was before training; PiSSA and OLoRA with the
 base as well. An adapter_model.bin, which older versions of PEFT wrote, becomes safetensors with or
-without these flags; no code in it is run."""
-    p.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory with adapter_config.json")
+without these flags; no code in it is run.
+
+--to writes the format of another tool, and an adapter of another tool becomes PEFT's if nothing
+else is asked for. Names of layers and the order of rows depend on the base's architecture: name
+it with --base, a directory with config.json. What has no place in a format is refused."""
+    p.add_argument("adapter", type=Path, metavar="ADAPTER", help=ANY_ADAPTER)
     _output(p)
     p.add_argument("--plain", action="store_true", help="make it plain LoRA")
     p.add_argument("--dtype", choices=DTYPES, help="what to cast its tensors to")
-    p.add_argument("--base", metavar="DIR_OR_ID", help="for DoRA, PiSSA and OLoRA: the base")
+    p.add_argument("--to", metavar="FORMAT", help=f"format to write: {', '.join(FORMATS)}")
+    p.add_argument("--base", metavar="DIR_OR_ID", help="for DoRA, PiSSA, OLoRA and other tools' formats: the base")
+    p.add_argument("--lora-alpha", type=finite, metavar="X", help="for files that don't say it (loralib)")
+    p.add_argument("--component", metavar="NAME", help="which model of a diffusion pipeline: unet, text_encoder, ...")
+    p.add_argument("--enable-lora", type=switches, metavar="1,0,1", help="for loralib's MergedLinear: which parts are adapted")
     p.add_argument("--rank", type=int, metavar="R", help="for DoRA: the rank of the result; that of the adapter if not given")
     p.add_argument("--initial", type=Path, metavar="DIR", help="for PiSSA and OLoRA of PEFT: the adapter before training")
 

@@ -52,6 +52,13 @@ def tolerance(text: str) -> float:
     return value
 
 
+def switches(text: str) -> list[bool]:
+    """An argument that is a list of 0 and 1."""
+    if not text or set(text.split(",")) - {"0", "1"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,0,1")
+    return [part == "1" for part in text.split(",")]
+
+
 def run(command: Callable[[], int]) -> int:
     """Runs the body of a command; returns its exit code."""
     for stream in (sys.stdout, sys.stderr):

@@ -16,21 +16,30 @@ from tqdm import tqdm
 
 from ..cpu.heap import keep_freed_memory
 from ..deploy.inspection import inspect_adapter
+from ..deploy.programs import findings
 from ..deploy.recipe import Recipe
 from ..deploy.stream import StreamMerge
 from ..deploy.updates import read_updates
 from ..errors import CheckFailedError, ConfigError, FileFormatError
+from ..files.adapter import read_adapter
 from ..files.checkpoint import open_checkpoint
 from ..files.disk import expanded, is_directory
 from ..files.shards import check_free, new_directory
-from ..files.storage import load_adapter, read_adapter, save_adapter
+from ..files.storage import load_adapter, save_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig
 from .command_line import CHECK_FAILED, DONE, show
 
 
 def inspect(args: Namespace) -> int:
-    show(inspect_adapter(args.adapter), args.json)
-    return DONE
+    if args.program is None:
+        show(inspect_adapter(args.adapter), args.json)
+        return DONE
+    found = findings(args.adapter, args.program, max_lora_rank=args.max_lora_rank)
+    if args.json:
+        show({"adapter": str(args.adapter), "program": args.program, "findings": [asdict(one) for one in found]}, as_json=True)
+    else:
+        print("\n".join(f"{args.program} {one}" for one in found) or f"{args.program} takes {args.adapter}")
+    return CHECK_FAILED if found else DONE
 
 
 def merge(args: Namespace) -> int:
@@ -128,12 +137,19 @@ def extract(args: Namespace) -> int:
 def convert(args: Namespace) -> int:
     from ..deploy.convert import convert_adapter
 
-    base = _base(args.base, args.adapter) if args.base else None
-    dtype = _dtype(args.dtype)
-    show(
-        convert_adapter(args.adapter, args.output, plain=args.plain, dtype=dtype, base=base, r=args.rank, initial=args.initial),
-        args.json,
+    hints = {"lora_alpha": args.lora_alpha, "component": args.component, "enable_lora": args.enable_lora}
+    report = convert_adapter(
+        args.adapter,
+        args.output,
+        plain=args.plain,
+        dtype=_dtype(args.dtype),
+        base=_base(args.base, args.adapter) if args.base else None,
+        r=args.rank,
+        initial=args.initial,
+        to=args.to,
+        hints={name: value for name, value in hints.items() if value is not None},
     )
+    show(report, args.json)
     return DONE
 
 

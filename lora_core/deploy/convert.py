@@ -1,8 +1,9 @@
-"""An adapter directory into another: plain LoRA, which every reader knows, or another dtype.
+"""An adapter directory into another: plain LoRA, which every reader knows, another dtype, or another tool's format.
 
     convert_adapter("dora/", "plain/", plain=True, base="base/", r=32)      # DoRA: the nearest plain LoRA of rank 32
     convert_adapter("pissa/", "plain/", plain=True, initial="pissa-start/") # PEFT's PiSSA and OLoRA: exact, rank 2r
     convert_adapter("adapter/", "small/", dtype=torch.float16)
+    convert_adapter("adapter/", "mlx/", to="mlx", base="base/")             # another tool's format: see `exchange.py`
 
 A scaling of alpha / sqrt(r) becomes one of alpha / r, exactly. DoRA's update, f (W + s B A) - W, needs the base, and is not
 of low rank: the report says what share of it is kept.
@@ -24,6 +25,8 @@ from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE, read_weights
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.config import HARMLESS_INITIALISERS, MAX_BYTES
 from ..files.disk import is_directory, to_safetensors, write_whole
+from ..files.formats.peft import PEFT
+from ..files.formats.registry import is_foreign
 from ..files.keys import copy_key, layer_keys_of, parse_key
 from ..files.reading import parse_json, read_object
 from ..files.shards import new_directory
@@ -34,6 +37,7 @@ from ..methods.start import start
 from ..spec.config import ALL_LINEAR, LoraConfig, check_alpha, check_rank, starts_from_weight
 from .basis import settings
 from .companions import companions, copy_companions
+from .exchange import ExchangeReport, exchange
 from .layer_update import carrier
 from .placement import place
 from .updates import AdapterUpdates, read_updates
@@ -74,26 +78,35 @@ def convert_adapter(
     base: str | Path | None = None,
     r: int | None = None,
     initial: str | Path | None = None,
-) -> ConversionReport:
+    to: str | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> ConversionReport | ExchangeReport:
     """Writes an adapter anew, in the directory `output`; as safetensors, also one that torch has pickled.
 
     Args:
-        adapter: directory of the adapter.
+        adapter: directory of the adapter, or another tool's file.
         output: directory to make.
         plain: whether to make it plain LoRA.
         dtype: what to cast floating-point tensors to; None: as they are.
-        base: directory of the base; needed for DoRA, and what else is not plain LoRA; of PiSSA and OLoRA instead of `initial`.
+        base: directory of the base; needed for DoRA, for what else is not plain LoRA, and for most of other tools' formats; of
+            PiSSA and OLoRA instead of `initial`.
         r: for those, the rank of the new one; None: that of the old.
         initial: for an adapter of PEFT that moved a part of the base into A and B when it started (PiSSA, OLoRA, CorDA):
             directory of the adapter as it was before training.
+        to: name of the format to write (see `files/formats/`); None: PEFT's.
+        hints: what another tool's file does not say, as for `load_adapter`.
 
     Raises:
         LoraError: the files are broken, or there is nothing to convert, or something that it takes is not given.
     """
     directory = Path(adapter)
+    if to is not None or hints or is_foreign(directory):
+        if plain or r is not None or initial is not None:
+            raise ConfigError("--plain, --rank and --initial are for adapters in PEFT's format; convert one after the other")
+        return exchange(directory, output, to or PEFT, base=base, dtype=dtype, hints=hints)
     pickled = is_directory(directory) and weights_path(directory).name != WEIGHTS_FILE  # to be written as safetensors
     if not plain and dtype is None and not pickled:
-        raise ConfigError("say what to convert to: --plain, --dtype, or both")
+        raise ConfigError("say what to convert to: --to, --plain, --dtype, or the last two")
     if r is not None:
         check_rank("r", r)
     energy: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """What an adapter directory holds, and how much each of its updates changes; without its base.
 
-    print(inspect_adapter("adapter/"))
+    print(inspect_adapter("adapter/"))              # or another tool's file, which is told by what is in it
 
 For each layer the Frobenius norm of D = s B A and its effective rank, exp(H(sigma / sum sigma)) with H the entropy and sigma
 the singular values of D (Roy and Vetterli, "The effective rank", EUSIPCO 2007): between 1 and r, and r if all of them are
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,14 @@ import torch
 
 from ..errors import one_line, printable
 from ..files.adapter import weights_path
+from ..files.formats.registry import is_peft
 from ..methods.registry import method_of
+from .foreign import read_as_it_is
 from .layer_update import LayerUpdate
 from .updates import AdapterUpdates, read_updates
+
+#: How many targets are shown.
+MANY = 12
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Inspection:
 
     Attributes:
         directory: where.
+        tool: whose format the files have.
         base: what the configuration calls its base; None if it does not.
         task: its task type, or None.
         variants: what is not plain LoRA about it, such as "DoRA".
@@ -55,6 +62,7 @@ class Inspection:
     """
 
     directory: str
+    tool: str
     base: str | None
     task: str | None
     variants: tuple[str, ...]
@@ -71,13 +79,16 @@ class Inspection:
 
     def __str__(self) -> str:
         ranks = ", ".join(f"{r} ({n} layers)" for r, n in Counter(layer.rank for layer in self.layers).items())
+        alphas = Counter(float(f"{layer.scaling * layer.rank:.6g}") for layer in self.layers)
         facts = {
             "adapter": self.directory,
+            "format": self.tool,
             "base": self.base or "not named",
             "task": self.task or "none",
             "variant": ", ".join(self.variants) or "plain LoRA",
-            "targets": ", ".join(self.targets),
+            "targets": ", ".join(_shortened(self.targets)),
             "rank": ranks,
+            "alpha": ", ".join(f"{alpha:g} ({n} layers)" for alpha, n in alphas.items()),
             "dtype": ", ".join(self.dtypes),
             "parameters": f"{self.parameters:,}, {self.layer_parameters:,} of them on adapted layers",
             "size": f"{self.nbytes:,} bytes",
@@ -94,13 +105,17 @@ class Inspection:
 
 
 def inspect_adapter(directory: str | Path) -> Inspection:
-    """Reads an adapter directory.
+    """Reads an adapter: a directory with PEFT's files, or another tool's file, whose layers keep the tool's names here.
 
     Raises:
         FileFormatError: it is not there, or is broken. Values that are not finite are no error
             here, but a warning.
     """
-    updates = read_updates(Path(directory), finite=False)
+    path = Path(directory)
+    if is_peft(path) or (foreign := read_as_it_is(path)) is None:
+        tool, weights, updates, notes = "PEFT", weights_path(path), read_updates(path, finite=False), ()
+    else:
+        tool, weights, updates, notes = foreign
     config, layers = updates.config, tuple(map(_view, updates.layers.values()))
     own = [tensor for update in updates.layers.values() for tensor in update.tensors.values()]
     tensors = [*own, *updates.copies.values()]
@@ -110,6 +125,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
     mark = updates.fingerprint
     return Inspection(
         directory=str(directory),
+        tool=tool,
         base=config.base_model_name_or_path,
         task=config.task_type,
         variants=tuple(name for name, used in kinds.items() if name and used),
@@ -117,13 +133,20 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         parameters=sum(tensor.numel() for tensor in tensors),
         layer_parameters=sum(tensor.numel() for tensor in own),
-        nbytes=weights_path(Path(directory)).stat().st_size,
+        nbytes=weights.stat().st_size,
         whole=tuple(sorted(updates.copies)),
         fingerprint=hashlib.blake2b(json.dumps(mark, sort_keys=True).encode(), digest_size=8).hexdigest() if mark else None,
         trained_on=updates.trained_on,
         layers=layers,
-        warnings=tuple(_warnings(updates, layers)),
+        warnings=(*notes, *_warnings(updates, layers)),
     )
+
+
+def _shortened(targets: tuple[str, ...]) -> list[str]:
+    """Targets for a line: of many paths one for all the numbers in it, and no more than a dozen."""
+    if len(targets) > MANY:
+        targets = tuple(dict.fromkeys(re.sub(r"\d+", "N", target) for target in targets))
+    return [*targets[:MANY], *([f"and {len(targets) - MANY} more"] if len(targets) > MANY else [])]
 
 
 def _view(update: LayerUpdate) -> LayerView:

@@ -22,8 +22,9 @@ from ..bases import base_for, parse_format
 from ..bases.base import Format
 from ..bases.dense import DenseFormat
 from ..errors import FileFormatError
-from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, read_adapter
+from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, AdapterFiles, read_adapter
 from ..files.config import MAX_BYTES, other_base
+from ..files.formats.registry import find_format, is_foreign
 from ..files.keys import PREFIX, parameter_paths, parse_key
 from ..files.reading import read_object
 from ..methods.registry import method_of
@@ -103,9 +104,31 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
     Raises:
         FileFormatError: it is not there, or is broken.
     """
-    config, tensors, mark = read_adapter(directory)
-    if starts_from_weight(config.init_lora_weights) and not started:
-        raise FileFormatError(f"{directory}: {other_base(config.init_lora_weights)} --base BASE")
+    if is_foreign(directory):
+        tool = find_format(directory)[0].tool
+        raise FileFormatError(
+            f"{directory} has the format of {tool}; make PEFT's files of it first: "
+            f"python -m lora_core convert {directory} --to peft --base BASE --output NEW"
+        )
+    files = read_adapter(directory)
+    init = files.config.init_lora_weights
+    if starts_from_weight(init) and not started:
+        raise FileFormatError(f"{directory}: {other_base(init)} --base BASE")
+    # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
+    fields = read_object(directory / CONFIG_FILE, MAX_BYTES)
+    return updates_of(directory, files, finite=finite, transposed=fields.get("fan_in_fan_out") is True)
+
+
+def updates_of(directory: Path, files: AdapterFiles, *, finite: bool = True, transposed: bool = False) -> AdapterUpdates:
+    """The same of what was read already.
+
+    Args:
+        directory: where from, for messages.
+        files: what was read.
+        finite: whether NaN and infinite values are refused.
+        transposed: whether a square weight is stored as (d_in, d_out).
+    """
+    config, tensors, mark = files
     by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
     embeddings, copies, shared = set(), {}, {}
     for key, tensor in tensors.items():
@@ -140,9 +163,7 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
             layers[path] = LayerUpdate(path, parts | shared, scaling, key in embeddings, method, r, key in parameters, E)
     for update in layers.values():
         _check(update, config, directory)
-    # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
-    fields = read_object(directory / CONFIG_FILE, MAX_BYTES)
-    return AdapterUpdates(directory, config, layers, copies, base_tensors, fields.get("fan_in_fan_out") is True, mark)
+    return AdapterUpdates(directory, config, layers, copies, base_tensors, transposed, mark)
 
 
 def _apart(

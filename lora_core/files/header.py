@@ -43,7 +43,8 @@ def read_header(path: Path, limit: int) -> tuple[dict[str, Any], dict[str, str],
     if not isinstance(header, dict):
         raise broken(path, "its header is not a JSON object")
     _check_names(path, header)
-    metadata = header.pop(METADATA, {})
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken(path, "its metadata are not texts by name")
     return header, metadata, 8 + length

@@ -38,7 +38,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            _check(file, size)
+            check_pickled(file, size)
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch says to its developers
@@ -56,7 +56,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _check(file: BinaryIO, size: int) -> None:
+def check_pickled(file: BinaryIO, size: int) -> None:
     """Raises a ValueError for what would take torch too long, or too much memory."""
     if not zipfile.is_zipfile(file):
         file.seek(0)

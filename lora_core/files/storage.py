@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from ..model.registry import adapter_layers, check_new_name, copies_of, find_ada
 from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
 from ..spec.config import LoraConfig
-from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE, read_adapter
+from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE
 from .config import config_to_json
 from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
+from .formats.exchange import base_of_model, read_any
 from .keys import copy_key, layer_keys, shared_keys
 from .moved import follow_names, warn_of_moved
 
@@ -80,8 +82,9 @@ def load_adapter(
     *,
     trainable: bool = False,
     strict: bool = True,
+    hints: Mapping[str, Any] | None = None,
 ) -> InjectionReport:
-    """Reads an adapter that `save_adapter` or PEFT wrote.
+    """Reads an adapter that `save_adapter` or PEFT wrote, or another tool (see `formats/`), told by what is in its file.
 
     One that started from the weight (PiSSA, OLoRA) subtracts that start, worked out again from this base; PEFT takes it off
     the base.
@@ -93,13 +96,15 @@ def load_adapter(
 
     Args:
         model: the base, or a model with other adapters.
-        directory: the directory with the two files.
+        directory: the directory with the two files; another tool's file, or the directory with it.
         adapter_name: the name that it gets here; it is not in the files.
         trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
         strict: raise if the file has a fingerprint of its base and this base has another; else warn.
+        hints: what another tool's file does not say: its "lora_alpha"; of a pipeline's models the "component"; which parts of
+            loralib's merged layers are adapted, "enable_lora".
 
     Returns:
-        What `inject` reports.
+        What `inject` reports, with the tool whose format it was.
 
     Raises:
         FileFormatError: the directory or a file is not there.
@@ -108,10 +113,13 @@ def load_adapter(
             `disable_adapters`; the base's weights are on the meta device, or a module to be replaced whole is offloaded.
         WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
         FileFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
-            of another shape or not finite. The message lists them, and the model is as it was.
+            of another shape or not finite; another tool's layers have no counterpart in the model. The message lists them,
+            and the model is as it was.
+        ConfigError: `hints` has an entry that is not known, or that the file says otherwise.
     """
     refuse_sharded(model, "loading")
-    files, root = read_adapter(directory), unwrap(model)
+    form, files, others = read_any(Path(directory), hints, lambda: base_of_model(model, hints))
+    root = unwrap(model)
     settled, architecture = settle_targets(model, files.config)
     moved = follow_names(root, settled, files.tensors, directory)
     config, tensors = moved.config, moved.tensors
@@ -155,7 +163,14 @@ def load_adapter(
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = tensors[copy_key(path, adapter.layers)].to(copy)
     absent = dict.fromkeys(moved.absent, "the file has no tensors for it")
-    return dataclasses.replace(report, architecture=architecture, moved=moved.names, left_out={**report.left_out, **absent})
+    return dataclasses.replace(
+        report,
+        architecture=architecture,
+        moved=moved.names,
+        left_out={**report.left_out, **absent},
+        tool=form and form.tool,
+        other_parts=others,
+    )
 
 
 @torch.no_grad()

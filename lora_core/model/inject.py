@@ -43,6 +43,7 @@ class InjectionReport:
         left_out: {path of what `target_modules` might mean and passed over, or of what a file has no tensors for: why}.
         architecture: the `model_type` whose usual layers were taken; None: the configuration names its layers.
         moved: {path of a module: what the file that was loaded calls it}, where that is another name.
+        tool, other_parts: whose format a file that was loaded has, if not PEFT's, and what it holds for other models.
     """
 
     adapter_name: str
@@ -55,6 +56,8 @@ class InjectionReport:
     architecture: str | None = None
     moved: Mapping[str, str] = field(default_factory=dict)
     trained: bool = True
+    tool: str | None = None
+    other_parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
@@ -63,9 +66,11 @@ class InjectionReport:
         moved = f"; {len(self.moved)} modules have other names in the file" if self.moved else ""
         what = "trainable parameters" if self.trained else "parameters, which are not trained (trainable=True trains them)"
         left = f"; left out: {len(self.left_out)} ({', '.join(self.left_out)})" if self.left_out else ""
+        others = f" (it also holds {', '.join(self.other_parts)})" if self.other_parts else ""
+        tool = f"; read from a file of {self.tool}{others}" if self.tool else ""
         return (
             f"adapter {self.adapter_name!r} on {len(self.targets)} layers{whole}: "
-            f"{self.trainable_parameters:,} {what}{usual}{moved}{untied}{left}"
+            f"{self.trainable_parameters:,} {what}{usual}{moved}{untied}{left}{tool}"
         )
 
 

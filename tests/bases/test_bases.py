@@ -40,7 +40,7 @@ from tests.support import ROOT, tiny
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 EXTENSION = types.ModuleType("a_base")  # the base that the page shows, outside of the package
 sys.modules["a_base"] = EXTENSION  # pickle looks there
-exec(compile(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1], "extend.md", "exec"), vars(EXTENSION))
+exec(compile(re.search(r"## Add a base.*?```python\n(.*?)```", PAGE, re.DOTALL)[1], "extend.md", "exec"), vars(EXTENSION))
 
 
 def quantize_halved(model):

@@ -413,3 +413,39 @@ def test_merge_and_unload_can_keep_four_bits(tmp_path):
     assert report.layers[path] == pytest.approx(((dense_weight(query) - exact).norm() / update).item(), rel=1e-4)
     assert 0 < report.layers[path] < 2 and "13 layers packed" in str(report)
     assert (tiny.logits(model) - expected).abs().max() < 0.5 * expected.abs().max()
+
+
+def test_another_tool_s_file_there_and_back(tmp_path, capsys):
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True))
+    save_adapter(tiny.randomize(model), tmp_path / "adapter")
+    base = ["--base", str(tmp_path / "base")]
+    adapter, mlx, back = (str(tmp_path / name) for name in ("adapter", "mlx", "back"))
+    assert main(["convert", adapter, "--to", "mlx", *base, "--output", mlx]) == 0
+    assert main(["convert", mlx, *base, "--output", back, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["read"] == "MLX (mlx-lm)"
+    assert main(["inspect", mlx]) == 0 and "format       MLX (mlx-lm)" in capsys.readouterr().out
+    assert main(["inspect", mlx, "--for", "vllm"]) == 1 and "vllm refuses the format of MLX" in capsys.readouterr().out
+    assert main(["inspect", back, "--for", "vllm"]) == 0 and f"vllm takes {back}" in capsys.readouterr().out
+    assert main(["inspect", back, "--for", "llama.cpp", "--json"]) == 1
+    assert "--to gguf" in json.loads(capsys.readouterr().out)["findings"][0]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--to", "tflite"], "no format 'tflite'; there are peft, kohya"),
+        (["--to", "mlx", "--plain"], "convert one after the other"),
+        (["--to", "peft"], "has PEFT's format already"),
+        (["--to", "torchtune"], "model_type is not known; name the base (--base)"),
+        (["--lora-alpha", "4", "--to", "mlx"], "hints"),
+    ],
+)
+def test_a_format_that_can_t_be_written_is_one_line(tmp_path, capsys, options, words):
+    model = tiny.build("llama")
+    inject(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["convert", str(tmp_path / "adapter"), *options, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -17,7 +17,8 @@ from lora_core.errors import (
     LoraError,
     StateError,
 )
-from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
+from lora_core.files.adapter import read_adapter
+from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
 from lora_core.model.registry import adapter_parameters, find_adapter
 from tests.support import tiny
 from tests.support.bad_adapters import ANY_LAYER, BAD, edit_config

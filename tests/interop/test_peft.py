@@ -18,7 +18,8 @@ from lora_core import LoraConfig, inject, load_adapter, merge_adapter, merge_and
 from lora_core.deploy.convert import convert_adapter
 from lora_core.deploy.updates import read_updates
 from lora_core.errors import ConfigError, FileFormatError, StateError
-from lora_core.files.storage import adapter_tensors, read_adapter
+from lora_core.files.adapter import read_adapter
+from lora_core.files.storage import adapter_tensors
 from lora_core.layers import LoraLayer
 from lora_core.spec.peft_fields import OF_A_START, REASONS, WITHOUT_MEANING
 from tests.support import tiny

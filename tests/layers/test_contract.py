@@ -25,7 +25,7 @@ def test_the_contract(name, check):
 
 
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
-KIND, CHECKED, METHOD, BASE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+KIND, CHECKED, METHOD, BASE, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def run(snippet, name):

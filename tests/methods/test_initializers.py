@@ -19,7 +19,7 @@ from lora_core import (
     unload,
 )
 from lora_core.errors import AdapterNameError
-from lora_core.files.storage import read_adapter
+from lora_core.files.adapter import read_adapter
 from lora_core.layers import LoraLayer
 from lora_core.methods.start import start
 from tests.support import tiny

@@ -31,12 +31,15 @@ ROOMS = (
 )
 FORBIDDEN_IN_ENGINE = {"transformers", "datasets", "peft", "experiments", "bench", "tests", "loralib", "accelerate"}
 ALLOWED_IN_ENGINE = {"torch", "safetensors", "numpy", "bitsandbytes"}
+#: The one file that reads and writes torch's own files, for tools that know no other, and the calls that it makes.
+PICKLES = "files.formats.pickles"
 #: The command line's own: checks that run a model build it with transformers, in one file; bars are drawn in one.
 ALSO_ALLOWED = {
     "integrations.pretrained": {"transformers", "huggingface_hub"},
     "integrations.model_class": {"transformers"},
     "integrations.trainer": {"transformers"},
     "cli.commands": {"tqdm"},
+    "files.formats.gguf": {"gguf"},
 }
 MAX_LINES = 300
 #: Folders of tests that mirror no room: those of the packages beside the engine, those of the whole, and what is no test.
@@ -132,15 +135,20 @@ def imported_at_once(name):
     return {alias.name for n in nodes for alias in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
 
 
+def test_gguf_is_imported_only_when_asked_for():
+    assert "gguf" not in imported_at_once("files.formats.gguf")
+
+
 def files_with(pattern, outside):
-    """Paths in the engine, but for one room, of files that the expression is found in."""
+    """Paths in the engine, but for one room or several, of files that the expression is found in."""
     names = (path.relative_to(ENGINE).as_posix() for path in ENGINE_FILES if re.search(pattern, path.read_text()))
     return {name for name in names if not name.startswith(outside)}
 
 
 def test_few_know_a_base_or_a_method_by_its_name():
     assert len(files_with("nf4|4bit|quant_state|bitsandbytes", outside="bases/")) <= 5
-    assert len(files_with("dora|magnitude", outside="methods/")) <= 5
+    # Other tools' files have names of their own for what a method adds.
+    assert len(files_with("dora|magnitude", outside=("methods/", "files/formats/"))) <= 5
 
 
 @pytest.mark.parametrize(
@@ -151,11 +159,13 @@ def test_few_know_a_base_or_a_method_by_its_name():
         (r"nf4/|/double", set()),
         (r"__metadata__|<Q", {"files/header.py"}),
         (r"overflows \{", {"maths/loss.py"}),
+        (r"lora_(down|up|linear_layer|unet|te)|\.lora_[ab]\b|\"lora_[ab]\"|dora_scale", set()),
     ],
 )
 def test_a_fact_has_one_owner(pattern, owners):
-    """Tensor keys, formats of packed weights, headers of safetensors files, what a cast lost."""
-    found = files_with(pattern, outside="bases/" if "nf4" in pattern else "methods/")
+    """Tensor keys, formats of packed weights, headers of safetensors files, what a cast lost, other tools' names."""
+    room_of_it = {"nf4": "bases/", "lora_(down": "files/formats/"}
+    found = files_with(pattern, outside=next((room for word, room in room_of_it.items() if word in pattern), "methods/"))
     assert found <= owners, found - owners
 
 
@@ -178,7 +188,12 @@ def test_a_file_is_short_enough_to_read(path):
 def test_a_users_mistake_is_raised_not_asserted_and_nothing_is_pickled(path):
     tree = ast.parse(path.read_text())
     assert not [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)]
-    used = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    used = {ast.unparse(call.func) for call in calls}
+    if module_name(path) == PICKLES:
+        loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+        assert all("weights_only=True" in map(ast.unparse, call.keywords) for call in loads) and loads
+        used -= {"torch.load", "torch.save"}
     used -= {"torch.load"} if module_name(path) == "files.pickled" else set()  # of tensors alone: see tests/security
     assert not used & {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "eval", "exec"}
 
