@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError
-from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE, read_weights, weights_path
+from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE, config_path, read_weights, weights_path
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.config import HARMLESS_INITIALISERS, MAX_BYTES
-from ..files.disk import is_directory, to_safetensors, write_whole
+from ..files.disk import to_safetensors, write_whole
 from ..files.formats.peft import PEFT
 from ..files.formats.registry import is_foreign
 from ..files.keys import copy_key, layer_keys_of, parse_key
@@ -104,13 +104,13 @@ def convert_adapter(
         if plain or r is not None or initial is not None:
             raise ConfigError("--plain, --rank and --initial are for adapters in PEFT's format; convert one after the other")
         return exchange(directory, output, to or PEFT, base=base, dtype=dtype, hints=hints)
-    pickled = is_directory(directory) and weights_path(directory).name != WEIGHTS_FILE  # to be written as safetensors
+    fields = read_object(config_path(directory), MAX_BYTES)
+    pickled = weights_path(directory).name != WEIGHTS_FILE  # to be written as safetensors
     if not plain and dtype is None and not pickled:
         raise ConfigError("say what to convert to: --to, --plain, --dtype, or the last two")
     if r is not None:
         check_rank("r", r)
     energy: dict[str, float] = {}
-    fields = _fields(directory)
     if plain and (fields.get("init_lora_weights") or True) not in HARMLESS_INITIALISERS:
         tensors, fields = _without_start(directory, fields, initial, base)
         metadata = {"format": "pt"}
@@ -142,12 +142,6 @@ def convert_adapter(
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
     in_dtype = str(dtype).removeprefix("torch.") if dtype else None
     return ConversionReport(str(output), len(made.layers), in_dtype, energy)
-
-
-def _fields(directory: Path) -> dict[str, Any]:
-    if not is_directory(directory):
-        raise FileFormatError(f"{directory} is not a directory; expected an adapter's, with {CONFIG_FILE} in it")
-    return read_object(directory / CONFIG_FILE, MAX_BYTES)
 
 
 def _with_scalings(fields: dict[str, Any], updates: AdapterUpdates) -> dict[str, Any]:

@@ -55,9 +55,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
         FileFormatError: as `load_adapter`.
     """
     directory = Path(directory)
-    if not is_directory(directory):
-        raise FileFormatError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
-    config = config_from_json(_require(directory / CONFIG_FILE))
+    config = config_from_json(config_path(directory))
     tensors, metadata = read_weights(directory)
     try:
         mark = parse_json(metadata.get(FINGERPRINT, "null"), once=False)
@@ -69,6 +67,17 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFiles:
     # With bias="all" PEFT writes the bias of a saved module three times; the plain name holds the trained one.
     tensors = {k: v for k, v in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     return AdapterFiles(config, tensors, mark)
+
+
+def config_path(directory: Path) -> Path:
+    """The file with an adapter's settings.
+
+    Raises:
+        FileFormatError: it is not there, or the directory is not; names a folder below that has one.
+    """
+    if not is_directory(directory):
+        raise FileFormatError(f"{directory} is not a directory; expected one with {CONFIG_FILE} in it")
+    return _require(directory / CONFIG_FILE)
 
 
 def weights_path(directory: Path) -> Path:

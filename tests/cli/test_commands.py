@@ -397,7 +397,7 @@ def test_pissa_of_peft_becomes_plain_with_its_start(call, tmp_path):
 def test_a_directory_that_is_no_adapter_is_one_line(call, tmp_path):
     (tmp_path / "x").mkdir()
     code, _, err = call("convert", tmp_path / "x", "--plain", "--output", tmp_path / "y")
-    assert code == 2 and one_line(err) and "is it an adapter's directory?" in err and not (tmp_path / "y").exists()
+    assert code == 2 and one_line(err) and "an adapter directory holds" in err and not (tmp_path / "y").exists()
 
 
 def test_merge_and_unload_can_keep_four_bits(tmp_path):
