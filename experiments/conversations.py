@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_core.errors import FileFormatError
+from lora_core.files.reading import parse_json, read_bytes
+
+from .data import MAX_BYTES
 from .errors import ExperimentError
 from .orders import INSTRUCTION, orders
 
@@ -89,9 +93,9 @@ def read_lines(path: Path) -> list[Conversation]:
         ExperimentError: with the file, the line and what is wrong there.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise ExperimentError(f"data: can't read {path}: {error.strerror or error}; give orders or a .jsonl file") from None
+        lines = read_bytes(path, MAX_BYTES).decode("utf-8-sig").split("\n")
+    except FileFormatError as error:
+        raise ExperimentError(f"data: {error}; give orders or a .jsonl file") from None
     except UnicodeDecodeError as error:
         raise ExperimentError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it first") from None
     rows = []
@@ -99,8 +103,8 @@ def read_lines(path: Path) -> list[Conversation]:
         if line.strip():
             where = f"{path}:{number}"
             try:
-                rows.append(_conversation(json.loads(line), where))
-            except (ValueError, RecursionError) as error:
+                rows.append(_conversation(parse_json(line, once=False), where))
+            except ValueError as error:
                 if isinstance(error, ExperimentError):
                     raise
                 raise ExperimentError(f"data: {where}: the line is not JSON: {error}") from None

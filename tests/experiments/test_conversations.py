@@ -80,7 +80,7 @@ def test_a_broken_row_is_named(tmp_path, row, says):
 
 def test_files_that_can_t_be_used_are_one_clear_line(tmp_path):
     for path, says in (
-        (tmp_path / "none.jsonl", "can't read"),
+        (tmp_path / "none.jsonl", "can't be read"),
         (lines(tmp_path / "empty.jsonl"), "holds no row"),
         (lines(tmp_path / "one.jsonl", {"prompt": "p", "completion": "c"}), "has 1 rows; 1 can't be held out"),
     ):

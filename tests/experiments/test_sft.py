@@ -143,7 +143,7 @@ def test_what_is_learned_without_an_adapter_is_a_model(call, tmp_path, capfd):
         (["--train-samples", "21"], "train_samples is 21, and there are 20 rows to train on"),
         (["--held-out", "24"], "has 24 rows; 24 can't be held out"),
         (["--method", "full", "--rank", "4"], "--method full has no adapter"),
-        (["--data", "nowhere.jsonl"], "can't read nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
         (["--resume", "--overwrite"], "leave one out"),
         (["--learning-rate", "1e30"], "training diverged"),
     ],
