@@ -41,10 +41,12 @@ from .model.calibrate import EvaReport, LoftqReport, initialize_eva, initialize_
 from .model.combine import CombineReport, combine_adapters
 from .model.extract import ExtractReport, extract_adapter
 from .model.fast import use_fast_dropout, use_fast_linear
-from .model.inject import InjectionReport, inject
+from .model.inject import inject
 from .model.merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
 from .model.mixed import mixed_batch
 from .model.quantize import QuantizationReport, quantize, quantize_int8, quantize_nf4
+from .model.report import InjectionReport
+from .model.scale import scale_adapter
 from .model.sharding import packed_parameters
 from .spec.config import LoraConfig
 
@@ -95,6 +97,7 @@ __all__ = [
     "rename_adapter",
     "save_adapter",
     "save_probe",
+    "scale_adapter",
     "set_adapter",
     "share_dropout_masks",
     "trainable_parameters",

@@ -27,7 +27,7 @@ from ..files.config import HARMLESS_INITIALISERS, MAX_BYTES
 from ..files.disk import to_safetensors, write_whole
 from ..files.formats.peft import PEFT
 from ..files.formats.registry import is_foreign
-from ..files.keys import copy_key, layer_keys_of, parse_key
+from ..files.keys import base_path, layer_keys_of, parse_key
 from ..files.reading import parse_json, read_object
 from ..files.shards import new_directory
 from ..maths.loss import cast
@@ -133,7 +133,8 @@ def convert_adapter(
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, {"format": "pt"}))
         made = read_updates(new)
         if dtype is not None:
-            stored = {copy_key(path, made.layers) for path in made.base_tensors}  # cast, they would be another base's
+            # Cast, they would be another base's.
+            stored = {key for key in tensors if base_path(parse_key(key).path) in made.base_tensors}
             cast_too = {key for key, t in tensors.items() if t.is_floating_point() and key not in stored}
             tensors = {key: cast(t, dtype, key) if key in cast_too else t for key, t in tensors.items()}
         if mark := parse_json(metadata.get(FINGERPRINT, "null"), once=False):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Inspection:
         parameters: number of values, and `layer_parameters` of those on adapted layers.
         nbytes: size of the weights file.
         whole: names of the tensors that it has whole.
+        tokens: {path of a layer: how many of its rows are trained by themselves}.
         fingerprint: a hash of what it says of its base, and `trained_on` the format of that base's weights; None if nothing.
         layers: one view each.
         warnings: what is wrong with it.
@@ -76,6 +78,7 @@ class Inspection:
     trained_on: str | None
     layers: tuple[LayerView, ...]
     warnings: tuple[str, ...]
+    tokens: Mapping[str, int]
 
     def __str__(self) -> str:
         ranks = ", ".join(f"{r} ({n} layers)" for r, n in Counter(layer.rank for layer in self.layers).items())
@@ -93,6 +96,7 @@ class Inspection:
             "parameters": f"{self.parameters:,}, {self.layer_parameters:,} of them on adapted layers",
             "size": f"{self.nbytes:,} bytes",
             "whole": ", ".join(self.whole) or "nothing",
+            "tokens": ", ".join(f"{n} rows of {path}" for path, n in self.tokens.items()) or "none",
             "fingerprint": f"{self.fingerprint}, of a base in {self.trained_on}" if self.fingerprint else "none",
         }
         paths = [printable(layer.path) for layer in self.layers]
@@ -118,7 +122,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         tool, weights, updates, notes = foreign
     config, layers = updates.config, tuple(map(_view, updates.layers.values()))
     own = [tensor for update in updates.layers.values() for tensor in update.tensors.values()]
-    tensors = [*own, *updates.copies.values()]
+    tensors = [*own, *updates.copies.values(), *(rows for _, rows in updates.tokens.values())]
     kinds = {method_of(config).label: True, "rank-stabilised scaling": config.use_rslora}
     kinds |= {f"biases ({config.bias})": config.bias != "none"}
     targets = config.target_modules
@@ -139,6 +143,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
         trained_on=updates.trained_on,
         layers=layers,
         warnings=(*notes, *_warnings(updates, layers)),
+        tokens={path: len(ids) for path, (ids, _) in updates.tokens.items()},
     )
 
 
@@ -167,11 +172,13 @@ def _view(update: LayerUpdate) -> LayerView:
 def _warnings(updates: AdapterUpdates, layers: tuple[LayerView, ...]) -> list[str]:
     found = []
     tensors = [(path, t) for path, u in updates.layers.items() for t in u.tensors.values()] + [*updates.copies.items()]
+    tensors += [(path, rows) for path, (_, rows) in updates.tokens.items()]
     if broken := sorted({path for path, tensor in tensors if not tensor.isfinite().all()}):
         found.append(f"NaN or infinite values in {len(broken)} places, such as {broken[0]}")
     still = [layer.path for layer in layers if layer.norm == 0]
     if len(still) == len(layers):
         parts = (method_of(updates.config).besides, "what it has whole" if updates.copies else "")
+        parts += ("rows of tokens" if updates.tokens else "",)
         rest = " and ".join(filter(None, parts)) or "nothing"
         found.append(f"B A is zero in every layer: this adapter changes {rest}; was it saved before training?")
     elif still:

@@ -24,7 +24,7 @@ from ..errors import StateError, WrongBaseError
 from ..files.checkpoint import Checkpoint
 from ..integrations.model_class import ModelClass, known_class
 from ..integrations.tied_names import OUTPUT_LAYER, may_be_tied, tied_groups
-from ..spec.targets import match_saved_modules, select_targets
+from ..spec.targets import is_embedding, match_saved_modules, select_targets
 from .updates import AdapterUpdates
 
 #: {task: how the class of a model for it is called}, for the tasks that bring a head.
@@ -47,12 +47,16 @@ class Placement:
         added: names of tensors that only the adapters have.
         aliases: {name that is not in it, since its tensor is there under another: that tensor of the base}.
         config: its config.json, but for what the dtype and 4-bit weights change there.
+        tied: groups of names that the base has as one tensor each.
+        vocabulary: how many tokens there are, if not as many as in the base.
     """
 
     names: dict[str, str]
     added: tuple[str, ...]
     aliases: dict[str, str]
     config: dict[str, Any]
+    tied: tuple[tuple[str, ...], ...] = ()
+    vocabulary: int | None = None
 
     def modules(self) -> list[str]:
         """Paths of the modules with a weight."""
@@ -80,7 +84,8 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
         )
     weights = {path: update.weight for adapter in adapters for path, update in adapter.layers.items()}
     copies = _copies(adapters)
-    touched = {*weights.values(), *copies}
+    rows = {f"{path}.weight" for adapter in adapters for path in adapter.tokens}
+    touched = {*weights.values(), *copies, *rows}
     config = _config(base, adapters)
     # Numbered blocks are never tied, nor are heads of labels; for the rest it is worth the seconds that transformers takes.
     named = touched | {name for adapter in adapters for name in adapter.base_tensors}
@@ -94,8 +99,9 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     if not same_class and backbone:
         # Another task's heads have no place beside the adapter's: transformers would call them unexpected.
         names = {name: source for name, source in names.items() if name in copies or name.startswith(f"{backbone}.")}
+    one: tuple[tuple[str, ...], ...] = ()
     if tied or any(map(may_be_tied, touched)):
-        names, config = _untied(names, config, touched, base, adapters, known)
+        names, config, one = _untied(names, config, touched, base, adapters, known)
     if same_class and known is not None:
         _check_renamed(names, copies, base, known)
     missing = [path for path in layers if weights[path] not in names]
@@ -107,7 +113,7 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     added = tuple(name for name in copies if name not in names)
     sources = {name: names[other] for group in groups for other in group if other in names for name in group}
     aliases = {name: source for name, source in sources.items() if name not in names and name not in added}
-    placement = Placement(names, added, aliases, config)
+    placement = Placement(names, added, aliases, config, one)
     for adapter in adapters:
         _check_complete(placement, base, adapter)
     return placement
@@ -193,15 +199,15 @@ def _untied(
     base: Checkpoint,
     adapters: Sequence[AdapterUpdates],
     known: ModelClass | None,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """With what is tied apart, if the adapters change a part of it.
+) -> tuple[dict[str, str], dict[str, Any], tuple[tuple[str, ...], ...]]:
+    """With what is tied apart, if the adapters change a part of it; and the groups of names that the base ties.
 
     An adapter changes the tensors that it names, and no other: so it was trained, and so the merged model computes. What the
     base has once is then there under each of its names, since no library ties some of them and not the rest.
     """
     architecture, tie = _architecture(config), config.get("tie_word_embeddings")
     if tie is False or (tie is None and OUTPUT_LAYER in names):
-        return names, config
+        return names, config, ()
     groups = tied_groups(known, architecture, names)
     if groups is None:
         raise StateError(
@@ -210,19 +216,26 @@ def _untied(
         )
     hit = [group for group in groups if not touched.isdisjoint(group)]
     if all(_stays_tied(group, adapters) for group in hit):
-        return names, config
+        return names, config, groups
     names = dict(names)
     for group in groups:
         source = next((names[name] for name in group if name in names), None)
         names |= {name: source for name in group if name not in names and source is not None}
-    return names, config | {"tie_word_embeddings": False}
+    return names, config | {"tie_word_embeddings": False}, groups
 
 
 def _stays_tied(group: Sequence[str], adapters: Sequence[AdapterUpdates]) -> bool:
-    """Whether an adapter has trained what this group of names means as one tensor (`ensure_weight_tying`)."""
+    """Whether an adapter has what this group of names means as one tensor: trained so (`ensure_weight_tying`), not trained, or
+    with the same rows for some tokens."""
     for adapter in adapters:
         own = [adapter.copies[name] for name in group if name in adapter.copies]
         whole = adapter.config.ensure_weight_tying and len(own) == len(group)
+        whole = whole or all(name in adapter.kept for name in group if name in adapter.copies)
+        rows = {path: adapter.tokens[path] for path in (n.removesuffix(".weight") for n in group) if path in adapter.tokens}
+        if rows and not any(map(is_embedding, rows)):
+            return False
+        if any(a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in zip(rows.values(), [*rows.values()][1:], strict=False)):
+            return False
         if any(f"{path}.weight" in group for path in adapter.layers) or (own and not whole):
             return False
         if any(not torch.equal(own[0], other) for other in own):

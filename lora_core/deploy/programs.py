@@ -126,9 +126,10 @@ def _method(asked: _Asked) -> list[Finding]:
 
 
 def _whole(asked: _Asked) -> list[Finding]:
-    """What is trained whole."""
-    held = sorted(asked.updates.copies)
-    return [Finding(f"refuses what is trained whole ({', '.join(held[:3])})", asked.merge)] if held else []
+    """What is trained whole, or some rows of it."""
+    held, rows = sorted(asked.updates.copies), sorted(asked.updates.tokens)
+    parts = {"what is trained whole": held, "what has rows that are trained for some tokens": rows}
+    return [Finding(f"refuses {what} ({', '.join(names[:3])})", asked.merge) for what, names in parts.items() if names]
 
 
 PROGRAMS: dict[str, Callable[[_Asked], list[Finding]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp, "peft": _peft}

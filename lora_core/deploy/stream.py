@@ -35,15 +35,15 @@ from ..layers import LoraLayer
 from ..maths.loss import Cost, cast, cost, cost_of_cast, refuse_loss
 from ..methods.registry import method_of
 from ..model.merge import MergeReport
-from ..spec.targets import is_embedding, is_head
-from .basis import Basis, check_base, check_stored, find_basis
+from ..spec.targets import is_head
+from .basis import Basis, check_base, find_basis
 from .companions import Result, companions_of_merge, write_companions
 from .layer_update import LayerUpdate, carrier
+from .packing import layers_to_pack
 from .parameters import first_layer, onto
-from .placement import place
-from .probe import quantized_layers
 from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
 from .updates import AdapterUpdates, read_updates
+from .vocabulary import extended, place_grown, rows_of
 
 
 def merge_checkpoint(
@@ -95,20 +95,21 @@ class StreamMerge:
         for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
             if weight != 1 and not method.is_product:
                 raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
-        self.base, self.recipe, self.adapters = base, recipe, (adapters := [onto(base, adapter) for adapter in adapters])
-        self.placement = place(base, adapters)
+        self.base, self.recipe = base, recipe
+        self.placement, adapters = place_grown(base, [onto(base, adapter) for adapter in adapters])
         companions_of_merge(base, adapters)  # so that an error of theirs comes now
+        self.adapters, self.rows = adapters, rows_of(self.placement, adapters)
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
         self.updates: dict[str, dict[str, tuple[LayerUpdate, float]]] = {}  # {path: {adapter: (update, weight)}}
         for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
             for path, update in adapter.layers.items():
                 self.updates.setdefault(path, {})[f"adapter{i}"] = (update, weight)
-        self.weights = {path: next(iter(held.values()))[0].weight for path, held in self.updates.items()}
+        self.weights = {path: f"{path}.weight" for path in self.rows}  # {path: name of the tensor that changes}
+        self.weights |= {path: next(iter(held.values()))[0].weight for path, held in self.updates.items()}
         self.paths = {name: path for path, name in self.weights.items()}
         self.transposed = any(adapter.transposed for adapter in adapters)
         self.spent: dict[str, Cost] = {}
         self.basis = find_basis(adapters, first := first_layer(adapters), self._read(first))
-        check_stored(adapters, self.placement, base)
         trained = f"{base_for(self.basis.form).name}{DEQUANTIZED}" if self.basis.trained_on_packed else ORIGINAL
         self.base_as = recipe.base_as or trained
         packing, self.repacks = packing_of(self.base_as)
@@ -140,7 +141,7 @@ class StreamMerge:
             refuse_loss(kept, REMEDY)
         report = MergeReport(
             adapters=tuple(str(adapter.directory.name) for adapter in self.adapters),
-            layers={path: c.lost for path, c in self.spent.items() if path in self.updates},
+            layers={path: c.lost for path, c in self.spent.items() if path in self.updates or path in self.rows},
             dequantized=tuple(sorted(self.quantized - set(packed))),
             requantized=packed,
             kept=kept,
@@ -159,15 +160,16 @@ class StreamMerge:
     def _entries(self, name: str) -> dict[str, Entry]:
         """What stands in the merged checkpoint for one name: itself, or the parts of a 4-bit weight."""
         source = self.base.tensors.get(self.placement.names.get(name, ""))
-        own = self.copies.get(name)
+        own, path = self.copies.get(name), self.paths.get(name, name.removesuffix(".weight"))
+        dtype = self._result_dtype((source or own).dtype)
+        if path in self.rows or (own is not None and path in self.updates):
+            return {name: Entry(dtype, tuple(self._read(path).shape), lambda: self._folded(path, source, dtype))}
         if own is not None:
-            if source is not None and source.shape != own.shape and not is_head(name):
+            if source is not None and source.shape != own.shape and not is_head(name) and len(own) != self.placement.vocabulary:
                 raise FileFormatError(
                     f"the adapter's {name} is {tuple(own.shape)}, and the base's {source.shape}; use the base it was trained on"
                 )
-            dtype = self._result_dtype((source or own).dtype)
             return {name: Entry(dtype, tuple(own.shape), lambda: self._trained(name, own, dtype))}
-        dtype, path = self._result_dtype(source.dtype), self.paths.get(name, name.removesuffix(".weight"))
         if self._added_biases(path):
             return {name: Entry(dtype, source.shape, lambda: self._with_biases(path, source, dtype))}
         if path in self.quantized and self.repacks:
@@ -215,9 +217,9 @@ class StreamMerge:
             exact, trained_on = layer.folded_weight(names), layer.dense_weight()
         except StateError as error:
             raise StateError(f"{path}: {error}; nothing was merged") from None
-        dtype = self._result_dtype(source.dtype)
-        packed = self._repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
-        before = dense_weight(self._repack(W.to(dtype)))
+        dtype, repack = self._result_dtype(source.dtype), Basis(self.form).pack  # of merged weights, in their own dtype
+        packed = repack((W.to(exact.dtype) + (exact - trained_on)).to(dtype))
+        before = dense_weight(repack(W.to(dtype)))
         self.spent[path] = cost(exact, trained_on, dense_weight(packed), before)
         return packed
 
@@ -225,21 +227,23 @@ class StreamMerge:
         """A layer with a weight of the base, packed."""
         return replace(self.basis, form=self.form).pack(W)
 
-    def _repack(self, W: Tensor) -> nn.Module:
-        """The same of a merged weight, in its own dtype."""
-        return Basis(self.form).pack(W)
-
     def _adapted(self, path: str, source: StoredTensor, form: Format | None) -> tuple[LoraLayer, list[str]]:
         """The layer with its adapters on it, packed in `form` if there is one, and their names."""
         W = self._read(path)
         check_base(self.basis, self.adapters, path, W)
-        updates = self.updates[path]
-        first = next(iter(updates.values()))[0]
-        base = replace(self.basis, form=form).pack(W) if form else first.plain_layer(W, self.transposed)
+        updates, rows = self.updates.get(path, {}), self.rows.get(path, {})
+        if form:
+            base = replace(self.basis, form=form).pack(W)
+        elif updates:
+            base = next(iter(updates.values()))[0].plain_layer(W, self.transposed)
+        else:
+            base = nn.Embedding(*W.shape, _weight=W)
         layer = carrier(base)
         for name, (update, weight) in updates.items():
             update.put_on(layer, name, weight)
-        return layer, list(updates)
+        for name, own in rows.items():
+            own.put_on(layer, name)
+        return layer, [*updates, *rows]
 
     def _with_biases(self, path: str, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         own = self._added_biases(path)
@@ -256,12 +260,17 @@ class StreamMerge:
         return self.placement.names[self.weights[path]]
 
     def _read(self, path: str) -> Tensor:
+        own, rows = self.copies.get(self.weights[path]), self.rows.get(path, {})
+        if own is not None:
+            return extended(own, rows)
         source = self.base.tensors[self._source(path)]
         if source.dtype not in FLOAT_DTYPES:
             raise FileFormatError(f"{source.file}: {path} is {source.dtype}; adapters are folded into float weights")
-        return source.read()
+        return extended(source.read(), rows)
 
     def _is_transposed(self, path: str, source: StoredTensor) -> bool:
+        if path not in self.updates:
+            return False
         update, _ = next(iter(self.updates[path].values()))
         return not update.embedding and len(source.shape) == 2 and update.is_transposed(source.shape, self.transposed)
 
@@ -288,13 +297,4 @@ class StreamMerge:
         """Paths of the layers that are packed."""
         if self.transposed:
             raise StateError("layers that store their weight transposed (GPT-2's) have no packed form; use --base-as original")
-        matrices = self._matrices()
-        named = self.recipe.quantized
-        if named is None:
-            named = next((names for adapter in self.adapters if (names := quantized_layers(adapter.directory))), None)
-        if named is not None:
-            if absent := sorted(set(named) - matrices):
-                raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
-            return set(named)
-        linear = matrices & self.known.linear if self.known else {path for path in matrices if not is_embedding(path)}
-        return {path for path in linear.difference(*(a.split for a in self.adapters)) if not is_head(path)}
+        return layers_to_pack(self._matrices(), self.recipe.quantized, self.adapters, self.known)

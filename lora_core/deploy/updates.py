@@ -25,9 +25,9 @@ from ..errors import FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, AdapterFiles, read_adapter
 from ..files.config import MAX_BYTES, other_base
 from ..files.formats.registry import find_format, is_foreign
-from ..files.keys import PREFIX, parameter_paths, parse_key
+from ..files.keys import PREFIX, TOKENS, base_path, parameter_paths, parse_key
 from ..files.reading import read_object
-from ..methods.registry import method_of
+from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig, starts_from_weight
 from ..spec.patterns import limited, spending
 from .layer_update import LayerUpdate
@@ -46,6 +46,8 @@ class AdapterUpdates:
         layers: {path: what it has for that layer}.
         copies: {path of a tensor of the base: the adapter's own in its place}; heads and biases.
         base_tensors: {path of a tensor of the base: the same}, which PEFT stores of some embeddings and heads, trained or not.
+        tokens: {path of a layer of which rows are trained: (their tokens, the rows)}.
+        kept: those of `copies` that are not trained: of a vocabulary that grew (see `vocabulary.py`).
         transposed: whether the configuration says that weights are stored as (d_in, d_out).
         fingerprint: what the file says of the base; None if nothing.
         split: {path in `layers`: the parameter that it is a part of}, where a base holds experts one by one.
@@ -59,6 +61,8 @@ class AdapterUpdates:
     transposed: bool
     fingerprint: Any
     split: Mapping[str, str] = field(default_factory=dict)
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     @property
     def paths(self) -> list[str]:
@@ -130,7 +134,7 @@ def updates_of(directory: Path, files: AdapterFiles, *, finite: bool = True, tra
     """
     config, tensors, mark = files
     by_path: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    embeddings, copies, shared = set(), {}, {}
+    embeddings, copies, shared, rows = set(), {}, {}, {}
     for key, tensor in tensors.items():
         parsed = parse_key(key)
         if parsed is None:
@@ -144,6 +148,9 @@ def updates_of(directory: Path, files: AdapterFiles, *, finite: bool = True, tra
             continue
         if not parsed.path:
             shared[parsed.table] = tensor
+            continue
+        if all_tables()[parsed.table].tied:
+            rows[parsed.path] = tensor
             continue
         by_path[parsed.path][parsed.table] = tensor
         if parsed.embedding:
@@ -163,7 +170,25 @@ def updates_of(directory: Path, files: AdapterFiles, *, finite: bool = True, tra
             layers[path] = LayerUpdate(path, parts | shared, scaling, key in embeddings, method, r, key in parameters, E)
     for update in layers.values():
         _check(update, config, directory)
-    return AdapterUpdates(directory, config, layers, copies, base_tensors, transposed, mark)
+    tokens = _tokens(rows, config, directory)
+    return AdapterUpdates(directory, config, layers, copies, base_tensors, transposed, mark, tokens=tokens)
+
+
+def _tokens(rows: Mapping[str, Tensor], config: LoraConfig, directory: Path) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """{path of a layer of which rows are trained: (their tokens, the rows)}."""
+    tokens, found = config.trainable_token_indices, {}
+    for path, own in rows.items():
+        named = [ids for name, ids in tokens.items() if path.endswith(name)] if isinstance(tokens, Mapping) else [tokens]
+        # What is tied to embeddings that are named may not be; then all of them have the same.
+        ids = next(iter(named or tokens.values()), None)
+        if ids is None or own.dim() != 2 or len(own) != len(ids):
+            raise FileFormatError(
+                f"{directory}: {path} has rows of {tuple(own.shape)}, and the configuration's trainable_token_indices are {ids}"
+            )
+        found[path] = ids, own
+    if tokens is not None and not found:
+        raise FileFormatError(f"{directory} has no rows for the trainable_token_indices of its configuration")
+    return found
 
 
 def _apart(
@@ -176,8 +201,8 @@ def _apart(
     own, base = {}, {}
     for path, tensor in tensors.items():
         owner, _, name = path.rpartition(".")
-        layer = owner.removesuffix(".base_layer")
-        wrapped = layer != owner and layer in layers
+        layer = base_path(path).rpartition(".")[0]
+        wrapped = layer != owner and (layer in layers or TOKENS in owner.split("."))
         trained = (name == "bias" and config.bias != "none") or (not wrapped and _is_saved(owner, config))
         (own if trained else base)[f"{layer}.{name}" if wrapped else path] = tensor
     return own, base

@@ -28,6 +28,9 @@ OF_THE_PAST = frozenset({"inference_mode", "init_weights", "enable_lora", "init_
 #: Fields that may be missing, and not be empty.
 NUMBERS = ("r", "lora_alpha")
 
+#: Fields that came late to PEFT, left out where they say nothing: an older one then reads the file without a warning.
+LATE_FIELDS = ("trainable_token_indices",)
+
 #: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
 MAX_BYTES = 2**20
 MAX_ENTRIES = 10_000
@@ -41,8 +44,9 @@ HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva", "mica")
 def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The fields of the file for an adapter of `model`."""
     adapter = find_adapter(model, adapter_name)
-    config = adapter.config.as_stored()
+    config = adapter.stored
     fields = method_of(config).fields(config)
+    fields = {name: value for name, value in fields.items() if value is not None or name not in LATE_FIELDS}
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         parameters = {path for path, layer in adapter_layers(model, adapter) if layer.weight_path(path) == path}
         fields["target_modules"] = [path for path in adapter.layers if path not in parameters]
@@ -57,6 +61,9 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         "modules_to_save": config.saved_module_patterns or None,
         "base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
     }
+    if config.task_type is None and hasattr(getattr(model, "config", None), "model_type"):
+        # So PEFT's AutoPeftModel finds the class, which a task type would say.
+        fields["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return dict(sorted(fields.items()))  # and no deeper: the order of patterns has a meaning
 
 

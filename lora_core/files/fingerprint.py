@@ -37,9 +37,10 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> 
     layers = dict(layers)
     settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
     settings += [*method_of(config).settings(config), config.bias]
+    settings += [config.trainable_token_indices] if config.trainable_token_indices else []
     return {
         "base": {path: _describe(layer) for path, layer in layers.items()},
-        "settings": _hash([json.dumps(settings).encode()]),
+        "settings": hash_of([json.dumps(settings).encode()]),
     }
 
 
@@ -88,7 +89,7 @@ def describe_parts(parts: Sequence[Callable[[], Tensor]], shape: tuple[int, ...]
 
 
 def _line(form: Format, shape: Iterable[int], parts: Iterable[Tensor]) -> str:
-    return f"{form} {'x'.join(map(str, shape))} {_hash(_sample(part) for part in parts)}"
+    return f"{form} {'x'.join(map(str, shape))} {hash_of(_sample(part) for part in parts)}"
 
 
 def difference(stored: Any, found: dict[str, Any]) -> str | None:
@@ -133,7 +134,7 @@ def _spread(size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(count, device=device) * size // max(count, 1)
 
 
-def _hash(parts: Iterable[bytes]) -> str:
+def hash_of(parts: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part)

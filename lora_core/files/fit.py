@@ -19,7 +19,8 @@ from ..model.plan import Plan, plan
 from ..spec.config import LoraConfig
 from .adapter import FLOAT_DTYPES
 from .fingerprint import difference, fingerprint, is_weight_of, same_values
-from .keys import copy_key, layer_keys, parse_key, shared_keys
+from .keys import base_path, copy_key, layer_keys, parse_key, shared_keys, token_key
+from .vocabulary import vocabulary_differs
 
 #: The tied modules that PEFT's `ensure_weight_tying` knows; of others it trains the one that is named, apart.
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -29,7 +30,7 @@ def plan_for_file(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Te
     """The plan for an adapter from a file, whose tensors say whether what `ensure_weight_tying` means was trained as one."""
     found = plan(model, config, strict=False)
     if config.ensure_weight_tying:
-        absent = [path for path in found.copies if copy_key(path, found.layers.paths) not in tensors]
+        absent = [path for path in found.copies if copy_key(path, found.layers.paths, found.tokens) not in tensors]
         present = {path.split(".")[-2] for path in found.copies if path not in absent}
         if absent and present.isdisjoint(TIED_BY_PEFT):
             return plan(model, dataclasses.replace(config, ensure_weight_tying=False), strict=False)
@@ -51,13 +52,15 @@ def fitting_tensors(
     expected = _expected_tensors(model, config, found)
     tensors = {k: t for k, t in tensors.items() if k in expected or not _is_of_the_base(model, k, t)}
     tensors |= _tied_tensors(tensors, config, found, source)
+    again = _tied_rows(tensors, found, source)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in again}
     _check_tensors(tensors, expected, source)
     check_finite(tensors, str(source), "not loaded")
     return tensors
 
 
 def check_base(
-    source: object, stored: Any, model: nn.Module, config: LoraConfig, names: Mapping[str, str], strict: bool
+    source: object, stored: Any, model: nn.Module, config: LoraConfig, names: Mapping[str, str], found: Plan, strict: bool
 ) -> None:
     """Raises, or warns, if the stored fingerprint is that of another base.
 
@@ -67,13 +70,18 @@ def check_base(
         model: the module at the root.
         config: the settings, as the file has them.
         names: {path of an adapted layer: what the file calls it}.
+        found: what the file means on the model.
         strict: whether to raise.
     """
     if stored is None:
         return
     layers = [(old, submodule(model, path)) for path, old in names.items()]
     try:
-        differs = difference(stored, fingerprint(layers, config))
+        now = fingerprint(layers, config)
+        for path, old in names.items():
+            if lora_class(submodule(model, path)).weight_path(path) in found.kept:  # the file brings its own
+                del now["base"][old]
+        differs = difference(stored, now) or vocabulary_differs(model, stored.get("vocabulary", {}), found)
     except ValueError as error:
         raise FileFormatError(f"{source}: {error}; save the adapter again") from None
     if differs is None:
@@ -103,7 +111,7 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     if parsed is None or parsed.table is not None:
         return False
     owner, _, name = parsed.path.rpartition(".")
-    for path in (owner, owner.removesuffix(".base_layer")):
+    for path in (owner, base_path(parsed.path).rpartition(".")[0]):
         try:
             module, original = model.get_submodule(path), original_of(model, f"{path}.{name}")
         except (AttributeError, LookupError, TargetError):  # no such module or tensor
@@ -127,9 +135,25 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
     shared = method_of(config).shared_shapes(config, sizes)
     for table, key in shared_keys(config).items():
         expected[key] = torch.empty(shared[table], device="meta")
+    for path, rows in found.tokens.items():
+        weight = model.get_submodule(path).weight
+        expected[token_key(rows.owner)] = torch.empty(len(rows.ids), weight.shape[1], device="meta")
     for path in found.copies:
-        expected[copy_key(path, found.layers.paths)] = original_of(model, path)
+        expected[copy_key(path, found.layers.paths, found.tokens)] = original_of(model, path)
     return expected
+
+
+def _tied_rows(tensors: Mapping[str, Tensor], found: Plan, source: object) -> set[str]:
+    """Keys of rows that the file has twice, since PEFT stores those of tied layers under both names.
+
+    Raises:
+        FileFormatError: they differ.
+    """
+    again = {token_key(path): token_key(rows.owner) for path, rows in found.tokens.items() if path != rows.owner}
+    for key, owner in again.items():
+        if key in tensors and owner in tensors and not _equal(tensors[key], tensors[owner]):
+            raise FileFormatError(f"{source}: {key} and {owner} differ, and the model ties them; it is of another model")
+    return set(again)
 
 
 def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan, source: object) -> dict[str, Tensor]:
@@ -140,7 +164,7 @@ def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan
     """
     filled: dict[str, Tensor] = {}
     first: dict[object, str] = {}
-    keys = {path: copy_key(path, found.layers.paths) for path in found.copies}
+    keys = {path: copy_key(path, found.layers.paths, found.tokens) for path in found.copies}
     for path, group in found.copies.items():
         if keys[path] not in tensors:
             continue

@@ -25,6 +25,7 @@ from ..spec.targets import match_patterns
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
+TOKENS = "token_adapter"  # what PEFT wraps a layer in of which rows are trained
 
 #: The parameters that experts are held in, in the order in which the classes of transformers 5 make them.
 ORDER = ("gate_proj", "gate_up_proj", "up_proj", "w1", "v1", "down_proj", "w2")
@@ -64,10 +65,28 @@ def shared_keys(config: LoraConfig) -> dict[str, str]:
     return {table.name: f"{ROOT}{table.key}" for table in method_of(config).files(config) if table.shared}
 
 
-def copy_key(path: str, layers: Collection[str]) -> str:
-    """The key of a trained copy: the tensor's own path, but for the bias of an adapted layer, which PEFT wraps."""
+def token_key(path: str) -> str:
+    """The key of the rows that are trained of the layer at `path`."""
+    return f"{PREFIX}{path}.{all_tables()['lora_tokens'].key}"
+
+
+def copy_key(path: str, layers: Collection[str], tokens: Collection[str] = ()) -> str:
+    """The key of a tensor of the base: its own path, but inside of PEFT's wrapper of a layer that is adapted.
+
+    Args:
+        path: of the tensor.
+        layers: paths of those with A and B.
+        tokens: paths of those of which rows are trained.
+    """
     owner, _, name = path.rpartition(".")
-    return f"{PREFIX}{owner}.base_layer.{name}" if owner in layers else f"{PREFIX}{path}"
+    inside = "base_layer." if owner in layers else f"{TOKENS}.base_layer." if owner in tokens else ""
+    return f"{PREFIX}{owner}.{inside}{name}"
+
+
+def base_path(path: str) -> str:
+    """The path of a tensor of the base, from what `parse_key` says, which may be inside of PEFT's wrapper of a layer."""
+    owner, _, name = path.rpartition(".")
+    return f"{owner.removesuffix('.base_layer').removesuffix(f'.{TOKENS}')}.{name}"
 
 
 def parameter_paths(paths: Iterable[str], config: LoraConfig, source: object) -> dict[str, str]:

@@ -21,13 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterNameError, ConfigError, FileFormatError, StateError
+from ..errors import AdapterNameError, ConfigError, FileFormatError, LoraError, StateError
 from ..methods.registry import all_tables, method_of
 from ..model.defaults import settle_targets
-from ..model.inject import InjectionReport, attach, describe
+from ..model.inject import attach
+from ..model.lifecycle import put_back, take_off
 from ..model.notices import warn_of_untied
 from ..model.plan import Plan
-from ..model.registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, registry_of, unwrap
+from ..model.registry import (
+    adapter_layers,
+    changed_layers,
+    check_new_name,
+    copies_of,
+    find_adapter,
+    has_adapters,
+    registry_of,
+    unwrap,
+)
+from ..model.report import InjectionReport, describe
 from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
 from ..spec.config import LoraConfig
@@ -37,12 +48,18 @@ from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
 from .formats.exchange import base_of_model, read_any
-from .keys import copy_key, layer_keys, shared_keys
+from .keys import copy_key, layer_keys, shared_keys, token_key
 from .moved import follow_names, warn_of_moved
+from .vocabulary import describe_vocabulary, grown_tensors, with_kept
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Writes one adapter as `adapter_config.json` and `adapter_model.safetensors`, readable by PEFT.
 
@@ -50,25 +67,35 @@ def save_adapter(
         model: the model that holds it. While the adapter is folded in it can be saved too.
         directory: where to; made if it does not exist. Files of these two names are replaced.
         adapter_name: which adapter.
-        dtype: what its floating-point tensors are cast to; None: as they are, which is float32 beside a 16-bit base.
+        dtype: what its floating-point tensors are cast to; None: as they are, which is float32 beside a 16-bit base. The base's
+            own embeddings are not cast.
+        save_embedding_layers: whether the base's embeddings and output layer go into the file too: "auto": if the vocabulary
+            is not that of the base on disk (`resize_token_embeddings`), as in PEFT, unless the adapter trains all new rows.
 
     Raises:
         AdapterNameError: it is not on the model.
         FileFormatError: it has NaN or infinite values, or would have in `dtype`; nothing is written.
-        ConfigError: `directory` is a file.
+        ConfigError: `directory` is a file, or an argument is not allowed.
+        StateError: an embedding or output layer that should be stored is packed.
         OutputError: it can't be made or written to; each file is as it was or whole.
 
     A model that is sharded over processes (see `sharding.py`) is saved in all of them at once, and process 0 writes.
     """
-    tensors = adapter_tensors(model, adapter_name)
+    if save_embedding_layers not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers must be True, False or 'auto', not {save_embedding_layers!r}")
+    tensors, adapter = adapter_tensors(model, adapter_name), find_adapter(model, adapter_name)
+    kept = {copy_key(path, adapter.layers, adapter.tokens) for path in adapter.kept}
+    grown = {key: tensors.pop(key) for key in kept} | grown_tensors(unwrap(model), adapter_name, save_embedding_layers)
     if dtype is not None:
         if dtype not in FLOAT_DTYPES:
             raise ConfigError(f"dtype must be float64, float32, bfloat16 or float16, not {dtype}")
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    tensors |= grown
     check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
     config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2) + "\n"
-    adapter = find_adapter(model, adapter_name)
-    mark = fingerprint(adapter_layers(model, adapter), adapter.config.as_stored())
+    mark = fingerprint(adapter_layers(model, adapter), adapter.stored)
+    if lines := describe_vocabulary(unwrap(model), adapter_name, grown):
+        mark["vocabulary"] = lines
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
     if writes_files(model):
         write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})
@@ -83,6 +110,7 @@ def load_adapter(
     trainable: bool = False,
     strict: bool = True,
     hints: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> InjectionReport:
     """Reads an adapter that `save_adapter` or PEFT wrote, or another tool (see `formats/`), told by what is in its file.
 
@@ -92,23 +120,27 @@ def load_adapter(
     A model without an adapter of that name gets one, as the file's configuration says; one that has it, with the same
     settings, gets its values. The first adapter of a model becomes active. A and B keep the file's dtype. Tensors that
     the base ties and the file has apart stay apart, as in PEFT: the tie is gone while the adapter is active, and a warning says
-    so.
+    so. Embeddings that the file holds of a vocabulary that grew are the adapter's own, in place of the base's while it is
+    active; a model whose vocabulary has another size must be resized first.
 
     Args:
         model: the base, or a model with other adapters.
         directory: the directory with the two files; another tool's file, or the directory with it.
         adapter_name: the name that it gets here; it is not in the files.
         trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
-        strict: raise if the file has a fingerprint of its base and this base has another; else warn.
+        strict: raise if the file has a fingerprint of its base and this base has another; else warn. Also whether embeddings
+            in the file must be this base's but for the rows of new tokens, at the end.
         hints: what another tool's file does not say: its "lora_alpha"; of a pipeline's models the "component"; which parts of
             loralib's merged layers are adapted, "enable_lora".
+        replace: what to do about an adapter of that name of other layers, ranks or settings: put this one in its place, active
+            and trained as it was, at once or not at all. Its parameters are new: an optimiser must be made again.
 
     Returns:
         What `inject` reports, with the tool whose format it was.
 
     Raises:
         FileFormatError: the directory or a file is not there.
-        AdapterNameError: the model has another adapter of that name.
+        AdapterNameError: the model has another adapter of that name, and it is not to be replaced.
         StateError: it has this one, and it is folded into the weights now; a thread is in a mixed batch, or in
             `disable_adapters`; the base's weights are on the meta device, or a module to be replaced whole is offloaded.
         WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
@@ -123,22 +155,24 @@ def load_adapter(
     settled, architecture = settle_targets(model, files.config)
     moved = follow_names(root, settled, files.tensors, directory)
     config, tensors = moved.config, moved.tensors
-    found = plan_for_file(model, config, tensors)
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
+    was = take_off(root, adapter_name) if exists and replace and not _fits(root, adapter_name, config, tensors) else None
+    exists = exists and was is None
+    found = with_kept(root, tensors, plan_for_file(model, config, tensors), directory, strict)
     if not exists:
         check_new_name(model, adapter_name)
     elif not _same_structure(root, adapter_name, config, found):
         raise AdapterNameError(
-            f"the model has an adapter {adapter_name!r} of other layers or ranks; choose another adapter_name or "
-            f"delete_adapter(model, {adapter_name!r})"
+            f"the model has an adapter {adapter_name!r} of other layers or ranks; pass replace=True, choose another "
+            f"adapter_name, or delete_adapter(model, {adapter_name!r})"
         )
-    elif any(adapter_name in layer.lora_folded for _, layer in adapter_layers(root, find_adapter(root, adapter_name))):
+    elif any(adapter_name in layer.lora_folded for _, layer in changed_layers(root, find_adapter(root, adapter_name))):
         raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
     if not found.layers.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     tensors = fitting_tensors(root, config, tensors, found, directory)
     names = {path: moved.names.get(path, path) for path in found.layers.paths}
-    check_base(directory, files.fingerprint, root, settled, names, strict)
+    check_base(directory, files.fingerprint, root, settled, names, found, strict)
     unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
     if unmatched:
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
@@ -154,14 +188,19 @@ def load_adapter(
         report = describe(root, adapter_name, found)
     else:
         warn_of_untied(found)
-        report = attach(root, config, adapter_name, found, trainable)
+        report = attach(root, config, adapter_name, found, was.trainable if was else trainable)
     adapter = find_adapter(root, adapter_name)
     for path, layer in adapter_layers(root, adapter):
         for table, key in (layer_keys(path, layer, adapter.layers, config) | shared_keys(config)).items():
             parameter = getattr(layer, table)[adapter_name]
             parameter.data = tensors[key].view(parameter.shape).to(parameter.device)
+    for path, rows in found.tokens.items():
+        parameter = root.get_submodule(path).lora_tokens[adapter_name]
+        parameter.data = tensors[token_key(rows.owner)].to(parameter.device)
     for path, copy in copies_of(root, adapter_name).items():
-        copy.data = tensors[copy_key(path, adapter.layers)].to(copy)
+        copy.data = tensors[copy_key(path, adapter.layers, adapter.tokens)].to(copy)
+    if was is not None:
+        put_back(root, was)
     absent = dict.fromkeys(moved.absent, "the file has no tensors for it")
     return dataclasses.replace(
         report,
@@ -187,14 +226,33 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
             tensors[key] = whole(stored[table].detach()).view(shapes[all_tables()[table].form])
         for table, key in shared_keys(adapter.config).items():
             tensors[key] = whole(stored[table].detach())
+    stored: dict[int, str] = {}
+    for path, layer in changed_layers(model, adapter):
+        if path in adapter.tokens:
+            layer.check_shape(path, adapter_name)
+            rows = layer.lora_tokens[adapter_name]
+            if stored.setdefault(id(rows), path) == path:  # what is tied to these embeddings has the same
+                tensors[token_key(path)] = whole(rows.detach())
     for path, copy in copies_of(model, adapter_name).items():
-        tensors[copy_key(path, adapter.layers)] = whole(copy.detach())
+        tensors[copy_key(path, adapter.layers, adapter.tokens)] = whole(copy.detach())
     return tensors
+
+
+def _layer_ids(model: nn.Module, path: str, name: str) -> list[int]:
+    return model.get_submodule(path).lora_token_ids[name].tolist()
 
 
 def _method(config: LoraConfig) -> tuple[Any, ...]:
     method = method_of(config)
     return method.name, *method.settings(config)
+
+
+def _fits(model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter `name` of the model can take this file's values as it is."""
+    try:
+        return _same_structure(model, name, config, with_kept(model, tensors, plan_for_file(model, config, tensors), "", False))
+    except LoraError:  # of a plan beside the one that is to be replaced
+        return False
 
 
 def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan) -> bool:
@@ -205,6 +263,8 @@ def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan
         and _method(adapter.config) == _method(config)
         and adapter.layers == found.layers.paths
         and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
-        and all(adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)
+        and all(adapter.scale * adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)
         and set(adapter.copied) == set(found.copies)
+        and set(adapter.kept) == set(found.kept)
+        and {p: (*_layer_ids(model, p, name),) for p in adapter.tokens} == {p: rows.ids for p, rows in found.tokens.items()}
     )

@@ -50,6 +50,7 @@ class LoraOutProjection(LoraLinear):
     any_factors = False
     mixes = False
     drops = False
+    token_dim = None
 
     @classmethod
     def file_path(cls, path: str, layer: nn.Module, layers: Iterable[str]) -> str:

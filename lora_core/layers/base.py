@@ -62,6 +62,13 @@ class LoraLayer(Traits, FoldedLayer):
         own = rows.A[rows.index], rows.B[rows.index]  # N R d_in, N R d_out
         return (y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, *own)).to(y.dtype)
 
+    def add_to_tokens(self, y: Tensor, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:
+        """The output y with what it changes that the weight's rows of the tokens `ids`, (k,), are others by `change`, (k, d).
+
+        Where `token_dim` says that there are tokens. It may write into y.
+        """
+        raise NotImplementedError
+
     def spread(self, values: Tensor, y: Tensor) -> Tensor:
         """`values`, one for each output feature (d_out,) and maybe row (N, d_out), in a shape that y broadcasts with."""
         return values if values.dim() == 1 else values.view(len(values), *(1,) * (y.dim() - 2), -1)
@@ -84,40 +91,58 @@ class LoraLayer(Traits, FoldedLayer):
             return self.base_forward(x, self.bias)
         for name in self.lora_active:
             if not self.lora_method[name].is_product:
-                return self._scaled_forward(x)
-        y = self.adapted_forward(x, self.bias, self.active_products())
-        own = self.own_biases(self.lora_active)
+                return self._general_forward(x)
+        return self._product_forward(x, self.lora_active)
+
+    def _product_forward(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """The forward with adapters that add products, and maybe a bias."""
+        y = self.adapted_forward(x, self.bias, self.products_of(names))
+        own = self.own_biases(names)
         return y if own is None else (y + self.spread(own, y)).to(y.dtype)
 
-    def active_products(self) -> list[Product]:
+    def _general_forward(self, x: Tensor) -> Tensor:
+        """The forward where an adapter scales the output, or replaces rows of the weight, beside others that may not."""
+        replacing = [name for name in self.lora_active if self.lora_method[name].replaces_rows]
+        others = tuple(name for name in self.lora_active if name not in replacing)
+        if not others:
+            y = self.base_forward(x, self.bias)
+        elif self._are_products(others):
+            y = self._product_forward(x, others)
+        else:
+            y = self._scaled_forward(x, others)
+        for name in replacing:
+            y = self.add_to_tokens(y, x, *self.lora_method[name].change(self, name))
+        return y
+
+    def products_of(self, names: tuple[str, ...]) -> list[Product]:
         """What the forward must add. Adapters without dropout make one product of summed rank; each other has its own mask."""
-        if len(self.lora_active) == 1:
-            (name,) = self.lora_active
+        if len(names) == 1:
+            (name,) = names
             return [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name))]
-        plain = [name for name in self.lora_active if not self._dropout_now(name)]
-        dropped = [name for name in self.lora_active if name not in plain]
+        plain = [name for name in names if not self._dropout_now(name)]
+        dropped = [name for name in names if name not in plain]
         products = [(*self.factors(name), self.lora_scaling[name], self._dropout_now(name)) for name in dropped]
         return [*products, (*self.joined_factors(plain), 1.0, 0.0)] if plain else products
 
     def _dropout_now(self, name: str) -> float:
         return self.lora_dropout[name] if self.training else 0.0
 
-    def _scaled_forward(self, x: Tensor) -> Tensor:
+    def _scaled_forward(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """The forward where an adapter multiplies the output by its f, or may."""
-        scales = {name: f for name in self.lora_active if (f := self.row_scale(name)) is not None}
-        if scales and len(self.lora_active) == 1 and not self._rounds(x):  # one pass over the plain layer's output
+        scales = {name: f for name in names if (f := self.row_scale(name)) is not None}
+        if scales and len(names) == 1 and not self._rounds(x):  # one pass over the plain layer's output
             (f,) = scales.values()
-            y = self.adapted_forward(x, None, self.active_products())
+            y = self.adapted_forward(x, None, self.products_of(names))
             dtype, y = y.dtype, y * self.spread(f.to(y.dtype), y)
         else:
             y = self.base_forward(x, None)
             dtype = y.dtype
             y = y * self.spread(1 + sum(f - 1 for f in scales.values()), y) if scales else y
-            for name in self.lora_active:
+            for name in names:
                 A, B = self.factors(name)
                 B = B * scales[name].to(B.dtype)[:, None] if name in scales else B
                 y = y + self.product(x, A, B, self.lora_scaling[name], self._dropout_now(name))
-        for bias in (self.bias, self.own_biases(self.lora_active)):
+        for bias in (self.bias, self.own_biases(names)):
             y = y if bias is None else y + self.spread(bias, y)
         return y.to(dtype)
 

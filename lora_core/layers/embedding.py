@@ -22,6 +22,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     takes_bias = False
     drops = False
     embedding_keys = True
+    token_dim = 1
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -46,6 +47,19 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         dtype = torch.promote_types(rows.dtype, self.weight.dtype)  # there is no input whose dtype would decide
         return scaling * (rows.to(dtype) @ B.to(dtype).t())
 
+    def add_to_tokens(self, y: Tensor, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:  # ... d_out, ... -> ... d_out
+        return (y + self.changes(x, ids, change)).to(y.dtype)
+
+    def changes(self, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:  # ... -> ... d_out
+        """What is added to the embeddings of x, where that is one of `ids`."""
+        if self.padding_idx is not None:  # which gets no gradient, here as in the base
+            change = torch.where((ids == self.padding_idx)[:, None], change.detach(), change)
+        ids, order = ids.sort()
+        place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        place = torch.where(ids[place] == x, order[place], len(ids))  # of other tokens a row of zeros, the last one
+        rows = torch.cat([change, change.new_zeros(1, change.shape[1])])
+        return F.embedding(place, rows, scale_grad_by_freq=self.scale_grad_by_freq)
+
 
 class LoraScaledEmbedding(LoraEmbedding):
     """transformers' scaled word embeddings with adapters: `embed_scale` multiplies what the update adds too, as in PEFT."""
@@ -54,6 +68,11 @@ class LoraScaledEmbedding(LoraEmbedding):
         return self.lora_base_class.forward(self, x)
 
     def product(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
-        y = super().product(x, A, B, scaling, dropout)
+        return self._scaled(super().product(x, A, B, scaling, dropout))
+
+    def changes(self, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:  # ... -> ... d_out
+        return self._scaled(super().changes(x, ids, change))
+
+    def _scaled(self, y: Tensor) -> Tensor:
         scale = self.embed_scale
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)

@@ -129,6 +129,9 @@ class FoldedLayer(AdapterHolder):
     def check_shape(self, path: str, name: str) -> None:
         """Raises a TargetError if the layer, which is at `path`, has another shape than when it got the adapter."""
         method, now = self.lora_method[name], self.matrix_shape(self)
+        if method.replaces_rows:
+            method.check_layer(self, path, name)
+            return
         d_in, d_out = method.sizes({t.name: getattr(self, t.name)[name] for t in method.tables if t.key})
         was = (now[0] if d_in is None else d_in, d_out)
         if was != now:

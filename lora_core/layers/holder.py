@@ -96,7 +96,7 @@ class AdapterHolder(nn.Module):
         """Makes the tables of these names that it has not."""
         new, known = tuple(name for name in names if name not in self.lora_tables), all_tables()
         for name in new:
-            setattr(self, name, SharedTable() if known[name].shared else nn.ParameterDict())
+            setattr(self, name, SharedTable() if known[name].shared or known[name].tied else nn.ParameterDict())
         self.lora_tables += new
 
     def leave_mask_group(self) -> None:
@@ -118,7 +118,7 @@ class AdapterHolder(nn.Module):
         """Adds an adapter, started as `init` says (see `methods/start.py`); not active yet.
 
         Its tensors are float32 beside 16-bit and 4-bit weights, where the optimiser needs the precision, else of the
-        weight's dtype. `shared` has those that it shares with other layers.
+        weight's dtype. `shared` has those that it shares with other layers, in the place of their start.
         """
         self.add_tables(table.name for table in method.tables)
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32

@@ -61,6 +61,8 @@ class LinearLayer(LoraLayer):
 class LoraLinear(LinearLayer, nn.Linear):
     """An `nn.Linear` that carries adapters."""
 
+    token_dim = 0
+
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
         return layer.in_features, layer.out_features
@@ -70,6 +72,10 @@ class LoraLinear(LinearLayer, nn.Linear):
 
     def base_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # ... d_in -> ... d_out
         return F.linear(x, self.weight, bias)
+
+    def add_to_tokens(self, y: Tensor, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:  # ... d_out, ... d_in -> ... d_out
+        dtype = update_dtype(x, change)
+        return y.index_add_(-1, ids, (x.to(dtype) @ change.to(dtype).t()).to(y.dtype))  # in place: these may be all logits
 
 
 class LoraFastLinear(LoraLinear, FastLinear):
@@ -97,6 +103,8 @@ class LoraPacked(LoraLinear):
 
     While adapters are folded in, the weight is dense.
     """
+
+    token_dim = None
 
     @property
     def packing(self) -> Base:

@@ -28,6 +28,8 @@ class Traits:
     weight_name = "weight"
     #: The children that carry an adapter whenever it does, of the same rank and scaling.
     parts: tuple[str, ...] = ()
+    #: Which dimension of its weight, as a matrix (d_out, d_in), may be the tokens of a vocabulary; None: neither.
+    token_dim: int | None = None
     #: Whether PEFT's configuration says `fan_in_fan_out` for it: a linear layer whose weight is (d_in, d_out).
     fan_in_fan_out = False
     #: Whether PEFT calls its tensors as those of an embedding.

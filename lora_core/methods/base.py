@@ -48,6 +48,7 @@ class Table:
         embedding_key: the same on an embedding, where it is another.
         trained: whether it is trained.
         shared: whether all layers of the adapter hold the same one.
+        tied: whether layers that the base ties hold the same one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Table:
     embedding_key: str = ""
     trained: bool = True
     shared: bool = False
+    tied: bool = False
 
 
 class Method:
@@ -70,6 +72,7 @@ class Method:
         tables: its tensors.
         mark: what tells it from others in an adapter's fingerprint.
         is_product: whether it changes W by s B A alone: f is 1.
+        replaces_rows: whether it changes some rows of W alone, as `methods/tokens.py` does.
         owns_factors: whether A and B are tables of its own that may be overwritten.
         bias_table: the name of the table that holds c; None: there is no c.
         besides: what it may change where B A is zero; "" for nothing.
@@ -81,7 +84,7 @@ class Method:
     config: type[LoraConfig] = LoraConfig
     tables: tuple[Table, ...] = ()
     mark: tuple[Any, ...] = ()
-    is_product, owns_factors = True, False
+    is_product, owns_factors, replaces_rows = True, False, False
     bias_table: str | None = None
 
     @property

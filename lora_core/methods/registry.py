@@ -12,11 +12,12 @@ from .base import FORMS, METHODS, Method, Table
 from .bias import LoraWithBias
 from .dora import Dora
 from .lora import Lora
+from .tokens import TokenRows
 from .vera import Vera
 
-LORA, DORA, LORA_BIAS, VERA = Lora(), Dora(), LoraWithBias(), Vera()
+LORA, DORA, LORA_BIAS, VERA, TOKENS = Lora(), Dora(), LoraWithBias(), Vera(), TokenRows()
 
-METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS, VERA)})
+METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS, VERA, TOKENS)})
 
 
 def register_method(method: Method) -> None:

@@ -24,7 +24,7 @@ from .base import Method, Table
 
 #: Settings of LoRA that VeRA has no use for; its dropout is `vera_dropout`, its scaling 1.
 _NOT_HERE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "rank_pattern")
-_NOT_HERE += ("alpha_pattern", "exclude_modules", "ensure_weight_tying")
+_NOT_HERE += ("alpha_pattern", "exclude_modules", "ensure_weight_tying", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class VeraConfig(LoraConfig):
 
     def scaling_for(self, path: str) -> float:
         return 1.0
+
+    def scaled_by(self, factor: float) -> VeraConfig:
+        raise ConfigError(f"an adapter scaled by {factor:g} can't be stored: VeRA's files have no scaling; scale it by 1 first")
 
 
 class Vera(Method):

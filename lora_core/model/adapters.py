@@ -19,19 +19,16 @@ from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
 from ..spec.config import check_alpha
 from .atomic import insist
+from .lifecycle import activate, forget_replaced, remove, rename, unfold_all
 from .registry import (
-    activate,
-    adapter_layers,
     adapter_parameters,
+    changed_layers,
     check_new_name,
+    copies_of,
     find_adapter,
-    forget_replaced,
     has_adapters,
     lora_parameters,
     registry_of,
-    remove,
-    rename,
-    unfold_all,
     unwrap,
 )
 from .verbs import as_names, changes_adapters, check_changeable
@@ -118,7 +115,7 @@ def delete_adapter(model: nn.Module, name: str) -> tuple[str, ...]:
         StateError: adapters are folded into the weights now; a thread is in a mixed batch, or in `disable_adapters`.
     """
     adapter, registry = find_adapter(model, name), registry_of(model)
-    if any(layer.lora_folded for _, layer in adapter_layers(model, adapter)):
+    if any(layer.lora_folded for _, layer in changed_layers(model, adapter)):
         raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before deleting one")
     forget_replaced(model)
     activate(model, [other for other in registry.active if other != name])
@@ -264,7 +261,8 @@ def base_weight_bytes(model: nn.Module) -> int:
     """Bytes that the base's parameters hold, scales of 4-bit ones included, all that adapters added excluded."""
     added: set[int] = set()
     if has_adapters(model):
-        added = {id(p) for name in registry_of(model).adapters for p in adapter_parameters(model, name)}
+        names = registry_of(model).adapters
+        added = {id(p) for name in names for p in (*adapter_parameters(model, name), *copies_of(model, name).values())}
         layers = (m for m in unwrap(model).modules() if isinstance(m, LoraLayer))
         added |= {id(p) for layer in layers for table in layer.lora_tables for p in getattr(layer, table).values()}
     return sum(weight_bytes(p) for p in unwrap(model).parameters() if id(p) not in added)

@@ -250,6 +250,8 @@ def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLay
     adapter = find_adapter(model, name)
     refuse_foreign_factors(method_of(adapter.config), "starting anew")
     layers = dict(adapter_layers(model, adapter))
+    if adapter.scale != 1:
+        raise StateError(f"adapter {name!r} is scaled by {adapter.scale:g}; scale_adapter(model, {name!r}, 1) before that")
     if any(layer.lora_folded for layer in layers.values()):
         raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")
     return adapter, layers

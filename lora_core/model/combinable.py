@@ -61,6 +61,9 @@ def check_records(model: nn.Module, records: Mapping[str, Adapter]) -> None:
         method = method_of(record.config)
         refuse_no_product(method, name)
         refuse_foreign_factors(method, "combine_adapters")
+        if record.tokens or record.kept:
+            what = "rows for some tokens" if record.tokens else "the embeddings of a vocabulary that grew"
+            raise ConfigError(f"adapter {name!r} has {what}, which do not add up with others; merge it into the base")
         if record.config.bias != "none":
             raise ConfigError(
                 f"adapter {name!r} trains the base's biases (bias={record.config.bias!r}), which only one adapter of a model "

@@ -21,6 +21,15 @@ def output_layer(model: object) -> object | None:
     return get() if callable(get) else None
 
 
+def input_layer(model: object) -> object | None:
+    """What a model of transformers calls its input embeddings; None if it does not say."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
 def kept_in_float32(model: nn.Module) -> set[str]:
     """The paths of what models of transformers, `model` or parts of it, keep in float32 and dense, whatever the rest is.
 

@@ -24,7 +24,8 @@ from .adapters import remove_all
 from .atomic import LastSteps
 from .conventions import allow_saving, forget_quantization
 from .copies import submodule
-from .registry import Registry, activate, adapter_layers, find_adapter, registry_of, unfold_all, unwrap
+from .lifecycle import activate, unfold_all
+from .registry import Registry, changed_layers, find_adapter, registry_of, unwrap
 from .sharding import refuse_sharded
 from .untie import ties, untie
 from .verbs import as_names, change_adapters, changes_adapters
@@ -208,7 +209,7 @@ def _merge(
 
 def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, LoraLayer]:
     """{path: layer} of every layer that carries one of the adapters `names`."""
-    return {path: layer for name in names for path, layer in adapter_layers(model, find_adapter(model, name))}
+    return {path: layer for name in names for path, layer in changed_layers(model, find_adapter(model, name))}
 
 
 def _changed(registry: Registry, names: Iterable[str], layers: Mapping[str, LoraLayer]) -> set[str]:
@@ -240,13 +241,15 @@ def _fold_all(
     """
     refuse_sharded(model, "merging")
     activate(model, names)
-    spent = {}
+    root, spent = unwrap(model), {}
     for path, layer in _layers(model, names).items():
         for name in layer.present(names):
             layer.check_shape(path, name)
         try:
             layer.check_stored(names)
-            in_place = last is not None and dtype in (None, layer.weight.dtype) and layer.weight.data_ptr() not in shared
+            own = copies.original_of(root, layer.weight_path(path)) is not layer.weight  # not the base's to write to
+            in_place = last is not None and dtype in (None, layer.weight.dtype) and not own
+            in_place = in_place and layer.weight.data_ptr() not in shared
             if in_place and layer.folds_in_place(names):
                 for step in layer.steps_in_place(names):
                     last.add(layer.weight, step)
@@ -255,7 +258,19 @@ def _fold_all(
                 spent[path] = layer.fold_packed(names) if packed and is_packed(layer) else layer.fold(names, dtype)
         except StateError as error:
             raise StateError(f"{path}: {error}; nothing was merged") from None
+    for name in names:
+        _keep_tied(root, name)
     return spent
+
+
+def _keep_tied(root: nn.Module, name: str) -> None:
+    """Gives layers that were one before, and got the same rows, one folded weight."""
+    first: dict[tuple[int, ...], LoraLayer] = {}
+    for path in find_adapter(root, name).tokens:
+        layer = submodule(root, path)
+        if all(layer.lora_method[n].replaces_rows for n in layer.lora_folded):
+            rows = (id(layer.lora_tokens[n]) for n in layer.lora_folded)
+            layer.weight = first.setdefault((id(layer.lora_unfolded[0]), *rows), layer).weight
 
 
 def _check_cast(root: nn.Module, dtype: torch.dtype | None) -> None:

@@ -43,16 +43,16 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
 
     Raises:
         AdapterNameError: a name is not on the model.
-        StateError: the model is in training mode, an adapter trains biases of the base, or this thread is in a mixed
-            batch already or in `disable_adapters`; and in the forward, if an input has not as many rows as `names`;
-            adapters are folded into the weights now.
+        StateError: the model is in training mode, an adapter trains biases of the base or rows of its embeddings, or this
+            thread is in a mixed batch already or in `disable_adapters`; and in the forward, if an input has not as many
+            rows as `names`; adapters are folded into the weights now.
     """
     if isinstance(names, str) or not names:
         raise StateError(f"names must hold an adapter or None for each row of the batch, not {names!r}")
     root, registry, thread = unwrap(model), registry_of(model), get_ident()
     chosen = [name for name in dict.fromkeys(names) if name is not None]
     for name in dict.fromkeys((*chosen, *registry.active)):
-        _refuse_biases(name, find_adapter(root, name))
+        _refuse_shared(name, find_adapter(root, name))
     layers = {layer: None for adapter in registry.adapters.values() for _, layer in adapter_layers(root, adapter)}
     for name in chosen:
         for path, layer in adapter_layers(root, find_adapter(root, name)):
@@ -92,17 +92,21 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
         insist(undo.close)
 
 
-def _refuse_biases(name: str, adapter: Adapter) -> None:
+def _refuse_shared(name: str, adapter: Adapter) -> None:
+    """Raises a StateError for an adapter that has tensors of its own which can't differ from row to row."""
     for path in adapter.copied:
         if not any(path.startswith(f"{module}.") for module in adapter.saved_modules):
-            raise StateError(f"adapter {name!r} trains {path!r}, a bias of the base, which all rows of a batch share")
+            what = "has embeddings of its own" if path in adapter.kept else "trains a bias of the base"
+            raise StateError(f"adapter {name!r} {what}, {path!r}, which all rows of a batch share")
+    if adapter.tokens:
+        raise StateError(f"adapter {name!r} trains tokens of {adapter.tokens[0]!r}, which all rows of a batch share")
 
 
 @torch.no_grad()
 def _stack_factors(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, Tensor, Tensor]) -> RowAdapters:
     """What the rows need of the adapters `names` on one layer; those that are not on it change nothing there."""
     d_in, d_out = layer.matrix_shape(layer)
-    like = layer.factors(next(iter(layer.lora_scaling)))[0]
+    like = layer.factors(next(name for name, method in layer.lora_method.items() if not method.replaces_rows))[0]
     here = [name if name in layer.lora_scaling else None for name in (*names, None)]
     nothing = like.new_zeros(0, d_in), like.new_zeros(d_out, 0)
     pairs = [nothing if name is None else layer.factors(name) for name in here]

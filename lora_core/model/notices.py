@@ -49,5 +49,6 @@ def warn_of_untied(found: Plan) -> None:
 
 def warn_of_no_tie(config: LoraConfig, found: Plan) -> None:
     """Says that there is no tie to be kept."""
-    if config.ensure_weight_tying and len(set(found.copies.values())) == len(found.copies):
+    tied = len(set(found.copies.values())) < len(found.copies) or any(rows.owner != path for path, rows in found.tokens.items())
+    if config.ensure_weight_tying and not tied:
         warnings.warn("ensure_weight_tying: nothing that is trained whole is tied to anything in this model", stacklevel=7)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,8 @@ from ..spec.targets import Targets, excluded_paths, match_saved_modules, select_
 from .conventions import output_layer
 from .copies import CHILD, added_tables, base_tensors, original_of, own_keys, submodule
 from .left_out import left_out, unnamed_experts
-from .registry import adapter_layers, has_adapters, registry_of, unwrap
+from .registry import changed_layers, has_adapters, registry_of, unwrap
+from .tokens import Rows, plan_tokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Plan:
         copies: {path of a tensor of the base to train a copy of: what is equal for the paths that share one copy}.
         untied: {path of such a tensor: paths that the base ties it to, and the adapter does not}.
         left_out: {path of what `target_modules` might mean, and passes over: why}.
+        tokens: {path of a layer of which some rows are trained: these}.
+        kept: those of `copies` that are not trained, and come from a file: see `files/vocabulary.py`.
     """
 
     layers: Targets
@@ -52,6 +55,8 @@ class Plan:
     copies: Mapping[str, object]
     untied: Mapping[str, tuple[str, ...]]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, Rows] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
@@ -67,7 +72,7 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     _refuse_foreign_adapters(model)
     if lazy := next((path for path, p in model.named_parameters() if is_lazy(p)), None):
         raise TargetError(f"{lazy!r} has no shape yet (a lazy layer); run the model once before it gets adapters")
-    modules = base_modules(model)
+    modules, head = base_modules(model), output_layer(model)
     paths = list(modules)
     heads = TASK_HEADS.get(config.task_type or "", ())
     patterns = config.saved_module_patterns
@@ -77,10 +82,9 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
             f"task_type {config.task_type!r}: found no head called {' or '.join(map(repr, heads))}; "
             "name the model's in modules_to_save, or leave task_type out"
         )
-    ties = _ties(model)
+    ties = tied_paths(model)
     if config.ensure_weight_tying:
         saved = _with_tied_modules(model, saved, ties)
-    head = output_layer(model)
     linear = {p for p, m in modules.items() if m is not head and getattr(lora_class(m), "is_linear", False)}
     with limited():
         targets = select_targets(config, paths, linear, saved, strict, base_tensors(model))
@@ -98,8 +102,10 @@ def plan(model: nn.Module, config: LoraConfig, strict: bool = True) -> Plan:
     for path in saved:
         _check_saved(path, modules[path])
     found = plan_copies(model, targets, saved, _trained_biases(model, config, targets.paths, saved), config.ensure_weight_tying)
+    tokens = plan_tokens(model, config, modules, (*targets.paths, *saved), ties.values(), strict)
+    _check_whole(model, (*targets.paths, *tokens))
     passed = left_out({"": model, **modules}, head, named, targets.paths) if config.target_modules == ALL_LINEAR else {}
-    return dataclasses.replace(found, left_out=passed | unnamed_experts(config, modules, targets.paths))
+    return dataclasses.replace(found, left_out=passed | unnamed_experts(config, modules, targets.paths), tokens=tokens)
 
 
 def plan_copies(
@@ -117,7 +123,7 @@ def plan_copies(
     Raises:
         TargetError: a bias is tied to one that would not be trained with it.
     """
-    ties = _ties(model)
+    ties = tied_paths(model)
     whole = {f"{module}.{key}": module for module in saved for key in own_keys(model.get_submodule(module))}
     copies: dict[str, object] = {}
     for path in (*biases, *whole):
@@ -142,7 +148,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {p: m for p, m in model.named_modules() if p and p not in tables and not {CHILD, SLOTS} & set(p.split("."))}
 
 
-def _ties(model: nn.Module) -> dict[int, tuple[str, ...]]:
+def tied_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """{id of a parameter of the base that has several paths: these}."""
     paths = defaultdict(list)
     for path in base_tensors(model):
@@ -164,7 +170,7 @@ def _with_tied_modules(model: nn.Module, saved: Sequence[str], ties: Mapping[int
 def _refuse_foreign_adapters(model: nn.Module) -> None:
     """Raises a TargetError if a layer carries an adapter that this model's own list does not know."""
     adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
-    layers = {layer for adapter in adapters for _, layer in adapter_layers(model, adapter)}
+    layers = {layer for adapter in adapters for _, layer in changed_layers(model, adapter)}
     owners = {path.rpartition(".")[0] for adapter in adapters for path in adapter.copied}
     for path, module in model.named_modules():
         if (isinstance(module, LoraLayer) and module not in layers) or (CHILD in module._modules and path not in owners):
@@ -208,8 +214,6 @@ def _check_targets(
 
     `paths` are those of the model's modules: the other targets are parameters.
     """
-    adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
-    whole = {path for adapter in adapters for path in adapter.saved_modules}
     for path in targets.paths:
         kind, outer = lora_class(modules[path]), path.rpartition(".")[0]
         field = "target_modules" if path in paths else "target_parameters"
@@ -233,14 +237,21 @@ def _check_targets(
             raise TargetError(f"{field}: {path!r} would have a scaling of {scaling}; check lora_alpha")
         if reason := kind.unsupported(modules[path], config, r):
             raise TargetError(f"{field}: {path!r} {reason}")
-        if any(path == w or path.startswith(f"{w}.") for w in whole):
-            raise TargetError(f"{field}: {path!r} is trained whole by another adapter, in its modules_to_save")
         parent = modules.get(outer if path in paths else outer.rpartition(".")[0], model)
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise TargetError(
                 f"{field}: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
                 "its layers without calling them; call torch.backends.mha.set_fastpath_enabled(False) first"
             )
+
+
+def _check_whole(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raises a TargetError for a layer that another adapter trains whole, or has all of its own."""
+    adapters = registry_of(model).adapters.values() if has_adapters(model) else ()
+    whole = {path for adapter in adapters for path in adapter.saved_modules}
+    for path in paths:
+        if any(path == w or path.startswith(f"{w}.") for w in whole):
+            raise TargetError(f"{path!r} is trained whole by another adapter, in its modules_to_save; leave it out")
 
 
 def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> None:

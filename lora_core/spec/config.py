@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from ..errors import ConfigError
 from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
 from .peft_fields import TakesFieldsOfPeft
+from .tokens import frozen_tokens
 
 #: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
 #: SVD of N iterations is "pissa_niter_N"). `methods/start.py` says what they are.
@@ -74,6 +75,8 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         alpha_pattern: the same for lora_alpha.
         layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
         layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
+        trainable_token_indices: tokens whose rows of the embeddings are trained, and no others: a list of them for the input
+            embeddings, or {name of a module: its list}. A head that is tied to these embeddings goes with them.
         task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
         ensure_weight_tying: train one copy for all the paths of a tied tensor in `modules_to_save` (a head that is the input
             embeddings); else each that is named is trained apart, and the others keep the base's.
@@ -100,6 +103,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     task_type: str | None = None
     ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
@@ -111,9 +115,8 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
-        p = self.lora_dropout
-        if not _is_number(p) or not 0 <= p < 1:
-            raise ConfigError(f"lora_dropout must be a probability in [0, 1), not {p!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be a probability in [0, 1), not {self.lora_dropout!r}")
         _check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
             _check_choice("task_type", self.task_type, TASK_TYPES)
@@ -144,6 +147,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             raise ConfigError(f"base_model_name_or_path must be a name or a path, not {base!r}")
         object.__setattr__(self, "_found", {})  # {(field, path): what its patterns say}
         self._freeze_layer_indices()
+        object.__setattr__(self, "trainable_token_indices", frozen_tokens(self.trainable_token_indices))
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
@@ -176,9 +180,9 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def _freeze_layer_indices(self) -> None:
         indices = self.layers_to_transform
+        if indices is None and self.layers_pattern is not None:
+            raise ConfigError("layers_pattern is set without layers_to_transform; say which layers, or leave it out")
         if indices is None:
-            if self.layers_pattern is not None:
-                raise ConfigError("layers_pattern is set without layers_to_transform; say which layers, or leave it out")
             return
         listed = [indices] if isinstance(indices, int) else indices
         valid = isinstance(listed, (list, tuple)) and listed and all(type(i) is int and i >= 0 for i in listed)
@@ -209,6 +213,17 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             rank_pattern={key: 2 * value for key, value in self.rank_pattern.items()},
             alpha_pattern={key: alpha * value for key, value in self.alpha_pattern.items()},
         )
+
+    def scaled_by(self, factor: float) -> LoraConfig:
+        """The same adapter with all of its updates times `factor`, in `lora_alpha`.
+
+        Raises:
+            ConfigError: no `lora_alpha` says that.
+        """
+        if factor <= 0:
+            raise ConfigError(f"an adapter scaled by {factor:g} can't be stored: lora_alpha is positive; scale it by 1 first")
+        alphas = {key: factor * value for key, value in self.alpha_pattern.items()}
+        return dataclasses.replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
     def rank_for(self, path: str) -> int:
         """The rank of the layer at `path`, after `rank_pattern`."""

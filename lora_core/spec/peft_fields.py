@@ -51,7 +51,6 @@ NOT_HERE = {
 NOT_YET = {
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layers that are repeated",
-    "trainable_token_indices": "rows of an embedding that are trained alone",
 }
 
 #: Fields that may have one value.

@@ -96,7 +96,7 @@ def select_targets(
         for pattern in getattr(config, field):
             if not any(matches(pattern, p, END) for p in chosen):
                 raise TargetError(
-                    f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{_closest(pattern, chosen)}"
+                    f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{closest(pattern, chosen)}"
                 )
     return Targets(tuple(chosen), hits)
 
@@ -151,7 +151,7 @@ def match_patterns(
             if held := [p for p in parameters if p.endswith(fused)]:
                 hint = f"; transformers 5 holds experts in parameters, such as {held[0]}, which go in target_parameters"
             noun = "parameter" if field == "target_parameters" else "module"
-            raise TargetError(f"{field}: {pattern!r} matched no {noun}{hint or _closest(pattern, paths, noun)}")
+            raise TargetError(f"{field}: {pattern!r} matched no {noun}{hint or closest(pattern, paths, noun)}")
     return hits
 
 
@@ -180,7 +180,7 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
         with spending("modules_to_save"):
             hits = [p for p in paths if p.endswith(pattern)]
         if not hits and pattern not in optional:
-            raise TargetError(f"modules_to_save: {pattern!r} matched no module{_closest(pattern, paths)}")
+            raise TargetError(f"modules_to_save: {pattern!r} matched no module{closest(pattern, paths)}")
         found.update(hits)
     return tuple(p for p in paths if p in found and not any(p.startswith(f"{outer}.") for outer in found))
 
@@ -217,7 +217,7 @@ def _as_names(expression: str, paths: Sequence[str]) -> str:
     return ""
 
 
-def _closest(pattern: str, paths: Sequence[str], noun: str = "module") -> str:
+def closest(pattern: str, paths: Sequence[str], noun: str = "module") -> str:
     """"; closest: 'q_lin' (6 modules)": the names, as deep as the pattern, that look most like it."""
     depth = pattern.count(".") + 1
     names = Counter(".".join(p.split(".")[-depth:]) for p in paths if p)

@@ -382,6 +382,7 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path):
 
 CANT = {
     "modules trained whole": ("mlx", {"modules_to_save": ["norm"]}, "holds .*norm.weight whole.*merge"),
+    "rows of tokens": ("mlx", {"trainable_token_indices": [5]}, "trains rows of model.embed_tokens .*merge"),
     "DoRA": ("litgpt", {"use_dora": True}, "has no place for lora_magnitude.*--plain"),
     "two ranks": ("mlx", {"rank_pattern": {"v_proj": 2}}, "one rank for all layers"),
     "no such format": ("tflite", {}, "no format 'tflite'; there are peft, .*kohya"),
@@ -519,6 +520,7 @@ REFUSED = {
     "DoRA": ({"use_dora": True}, ["DoRA; .*--plain --base BASE"], ["DoRA; .*--plain"], []),
     "a bias of B": ({"lora_bias": True}, ["lora_bias.*merge"], ["lora_bias.*merge"], []),
     "trained whole": ({"modules_to_save": ["norm"]}, ["whole .*norm.*merge"], ["whole .*merge"], []),
+    "rows of tokens": ({"trainable_token_indices": [5]}, ["rows .*embed_tokens.*merge"], ["rows .*merge"], []),
     "a high rank": ({"r": 20, "lora_alpha": 20}, ["rank 20, above --max-lora-rank 16; .*--max-lora-rank 32"], ["GGUF"], []),
     "scalings": ({"alpha_pattern": {"v_proj": 3}}, ["8 layers|2 have another scaling .*--to vllm"], ["GGUF"], []),
 }

@@ -274,7 +274,6 @@ def test_16_bit_files_keep_their_dtype_and_compute_the_same(architecture, varian
 
 
 REFUSED = {
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 1], [0, 2]],
     "megatron_config": {"tensor_model_parallel_size": 2},
@@ -310,13 +309,6 @@ def test_what_is_not_supported_is_refused_by_name(case, tmp_path):
         load_adapter(ours, tmp_path)
     assert "\n" not in str(caught.value) and str(REFUSED[case]) in str(caught.value)
     assert tiny.snapshot(ours) == before
-
-
-@pytest.mark.parametrize("settings", [{"trainable_token_indices": [1, 2]}], ids=str)
-def test_files_that_peft_wrote_with_them_are_refused_too(settings, tmp_path):
-    made_by_peft("bert", r=2, target_modules=["query"], **settings).save_pretrained(tmp_path)
-    with pytest.raises(FileFormatError, match=next(iter(settings))):
-        load_adapter(tiny.build("bert"), tmp_path)
 
 
 LEFT_OVER = {

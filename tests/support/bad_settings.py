@@ -24,5 +24,8 @@ REFUSED = [
     *[("rank_pattern", value, "") for value in ([("q", 1)], None, {"q": 0}, {"q": 1.5}, {"(": 1}, {"": 1}, {1: 1})],
     *[("alpha_pattern", value, "") for value in ({"q": 0}, {"q": "1"}, {"q": NAN}, {"(": 1})],
     *[("layers_to_transform", value, "layer index") for value in ("0", [0.5], [], -1, [-1], True, [True], {0})],
+    *[("trainable_token_indices", value, "list of token ids") for value in ("3", [], [-1], [1.5], [True], [2**31], {"e": []})],
+    *[("trainable_token_indices", value, "name modules") for value in ({}, {3: [1]}, {"": [1]})],
+    ("trainable_token_indices", [4, 5, 4], "token 4 twice"),
     *[("layers_pattern", value, "") for value in ("layers", ["layers"], [], [3])],
 ]

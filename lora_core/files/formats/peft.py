@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError, LoraError
-from ...methods.registry import method_of
+from ...methods.registry import all_tables, method_of
 from ...spec.config import LoraConfig, starts_from_weight
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from ..config import other_base
@@ -58,6 +58,11 @@ def contents_of(source: object, config: LoraConfig, tensors: Mapping[str, Tensor
         if parsed is None or (parsed.table is not None and not parsed.path):
             raise ConfigError(f"{source} is {method.label or 'no LoRA adapter'}, which other tools' files have no place for")
         owner, _, name = parsed.path.rpartition(".")
+        if parsed.table is not None and all_tables()[parsed.table].tied:
+            raise ConfigError(
+                f"{source} trains rows of {parsed.path} (trainable_token_indices), which other tools' adapters have no place "
+                "for; merge it instead (python -m lora_core merge)"
+            )
         if parsed.table is not None:
             layers.setdefault(parsed.path, {})[parsed.table] = tensor
         elif name == "bias" and config.bias == "lora_only":

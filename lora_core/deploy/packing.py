@@ -1,0 +1,35 @@
+"""Which layers of a base are packed, where a merge goes into packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from ..errors import ConfigError
+from ..integrations.model_class import ModelClass
+from ..spec.targets import is_embedding, is_head
+from .probe import quantized_layers
+from .updates import AdapterUpdates
+
+
+def layers_to_pack(
+    matrices: Collection[str], named: Sequence[str] | None, adapters: Sequence[AdapterUpdates], known: ModelClass | None
+) -> set[str]:
+    """Paths of the layers that are packed: those named, or that an adapter's probe names, or else all that are linear.
+
+    Args:
+        matrices: paths of what may be one.
+        named: by the recipe; None: it does not say.
+        adapters: the adapters.
+        known: what transformers knows of the model's class.
+
+    Raises:
+        ConfigError: one that is named is no matrix of the base.
+    """
+    if named is None:
+        named = next((names for adapter in adapters if (names := quantized_layers(adapter.directory))), None)
+    if named is not None:
+        if absent := sorted(set(named) - set(matrices)):
+            raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
+        return set(named)
+    linear = set(matrices) & known.linear if known else {path for path in matrices if not is_embedding(path)}
+    return {path for path in linear.difference(*(a.split for a in adapters)) if not is_head(path)}
