@@ -23,6 +23,7 @@ from lora_core import (
     quantize_nf4,
     rename_adapter,
     save_adapter,
+    scale_adapter,
     set_adapter,
     share_dropout_masks,
     unload,
@@ -35,6 +36,7 @@ WIDTH = 16
 X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
 SAMPLES = 60  # of the lines of each case: with these cases more than 1,500 in all
 ERRORS = (KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError)
+TOKENS = LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3, 7])
 HEAD = {"r": 2, "target_modules": ["q", "v"], "modules_to_save": ["classifier"]}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning")
@@ -75,6 +77,12 @@ def tied_merged():
     model = tied()
     merge_adapter(model)
     return model
+
+
+def with_tokens():
+    model = tiny.build("gpt2")
+    inject(model, LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3, 7]), "a")
+    return tiny.randomize(model, "a")
 
 
 def disabled(model):
@@ -123,6 +131,11 @@ CASES = {
     "set_adapter, none": (adapted, lambda m: set_adapter(m, [])),
     "set_adapter in 16 bits": (lambda: adapted(bf16), lambda m: set_adapter(m, "b")),
     "disable_adapters": (adapted, disabled),
+    "inject with tokens": (lambda: tiny.build("gpt2"), lambda m: inject(m, TOKENS)),
+    "merge_adapter with tokens": (with_tokens, merge_adapter),
+    "merge_and_unload with tokens": (with_tokens, merge_and_unload),
+    "unload with tokens": (with_tokens, unload),
+    "scale_adapter": (adapted, lambda m: scale_adapter(m, "b", 0.5) and None),
     "rename_adapter": (adapted, lambda m: rename_adapter(m, "a", "c")),
     "delete_adapter, active": (adapted, lambda m: delete_adapter(m, "a")),
     "delete_adapter, the last": (just_a, lambda m: delete_adapter(m, "a")),
@@ -179,6 +192,19 @@ def check(build, verb, samples=SAMPLES):
 @pytest.mark.parametrize("case", CASES)
 def test_an_interrupted_verb_leaves_the_model_as_it_was_or_is_done(case):
     assert check(*CASES[case]) > 0
+
+
+def test_an_interrupted_load_with_embeddings(tmp_path):
+    base, grown = tiny.build("llama"), tiny.build("llama")
+    grown.model.embed_tokens.weight.data[90:] += 1
+    inject(grown, LoraConfig(r=2, target_modules=["q_proj"]), "a")
+    save_adapter(grown, tmp_path, "a", save_embedding_layers=True)
+    assert check(lambda: base, lambda m: load_adapter(m, tmp_path, "a")) == SAMPLES
+
+
+def test_an_interrupted_replacement(tmp_path):
+    save_adapter(adapted(names="a", r=4), tmp_path, "a")
+    assert check(adapted, lambda m: load_adapter(m, tmp_path, "a", replace=True)) == SAMPLES
 
 
 @pytest.mark.parametrize("into", ["a new one", "one that is there"])

@@ -259,5 +259,5 @@ def test_rows_that_two_names_of_one_tensor_have_otherwise_are_refused(tmp_path):
     (key,) = [k for k in tensors if "token_adapter" in k]
     tensors[key.replace("model.embed_tokens", "lm_head")] = tensors[key] + 1
     save_file(tensors, path)
-    with pytest.raises(FileFormatError, match="differ, and the model has them as one tensor"):
+    with pytest.raises(FileFormatError, match="differ, and the model ties them"):
         load_adapter(llama(), tmp_path)
