@@ -1,4 +1,4 @@
-"""Train, merge by command, load with transformers alone: the same model. And the README's commands, as they stand there."""
+"""Train, merge by command, load with transformers alone: the same model. And the commands of its page, as they stand there."""
 
 import json
 import os
@@ -100,9 +100,9 @@ def test_what_is_no_merged_classifier_is_one_line(capsys, tmp_path, argv, says):
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
-def test_the_readme_s_commands_run(trained, tmp_path):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From adapter to production")[2]
-    script = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+def test_the_page_s_commands_run(trained, tmp_path):
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    script = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1]
     script, count = re.subn(r"^RUN=.*$", f"RUN={trained[0]['qlora']}", script, flags=re.MULTILINE)
     assert count == 1
     (tmp_path / "bin").mkdir()
