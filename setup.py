@@ -50,7 +50,7 @@ setup(
     ],
     # The engine alone: the experiments and the bench are run from the checkout.
     packages=find_packages(include=["lora_core", "lora_core.*"]),
-    package_data={"lora_core": ["py.typed"]},
+    package_data={"lora_core": ["py.typed", "*.pyi"]},
     entry_points={"console_scripts": ["lora-core = lora_core.__main__:main"]},
     install_requires=["torch>=2.4", "numpy", "safetensors", "tqdm"],
     extras_require=EXTRAS | LM | {"all": sorted({r for group in EXTRAS.values() for r in group})},

@@ -9,101 +9,58 @@
 To read the source, start at `maths/lora.py`, then `methods/lora.py`, `layers/base.py`, `layers/linear.py`, `model/inject.py`.
 """
 
-from .bases import register_base
-from .deploy.convert import convert_adapter
-from .deploy.inspection import inspect_adapter
-from .deploy.probe import save_probe
-from .deploy.recipe import Recipe
-from .deploy.stream import merge_checkpoint
-from .deploy.verification import verify
-from .errors import LoraError
-from .files.formats.base import AdapterFormat, register_format
-from .files.storage import load_adapter, save_adapter
-from .layers.kinds import register_kind
-from .methods.base import Method
-from .methods.registry import register_method
-from .methods.vera import VeraConfig
-from .model.adapters import (
-    ParameterCount,
-    base_weight_bytes,
-    count_parameters,
-    delete_adapter,
-    disable_adapters,
-    lora_plus_groups,
-    print_trainable_parameters,
-    rename_adapter,
-    set_adapter,
-    share_dropout_masks,
-    trainable_parameters,
-    unload,
-)
-from .model.calibrate import EvaReport, LoftqReport, initialize_eva, initialize_loftq
-from .model.combine import CombineReport, combine_adapters
-from .model.extract import ExtractReport, extract_adapter
-from .model.fast import use_fast_dropout, use_fast_linear
-from .model.inject import inject
-from .model.merge import MergeReport, is_merged, merge_adapter, merge_and_unload, unmerge_adapter
-from .model.mixed import mixed_batch
-from .model.quantize import QuantizationReport, quantize, quantize_int8, quantize_nf4
-from .model.report import InjectionReport
-from .model.scale import scale_adapter
-from .model.sharding import packed_parameters
-from .spec.config import LoraConfig
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdapterFormat",
-    "CombineReport",
-    "EvaReport",
-    "ExtractReport",
-    "InjectionReport",
-    "LoftqReport",
-    "LoraConfig",
-    "LoraError",
-    "MergeReport",
-    "Method",
-    "ParameterCount",
-    "QuantizationReport",
-    "Recipe",
-    "VeraConfig",
-    "base_weight_bytes",
-    "combine_adapters",
-    "convert_adapter",
-    "count_parameters",
-    "delete_adapter",
-    "disable_adapters",
-    "extract_adapter",
-    "initialize_eva",
-    "initialize_loftq",
-    "inject",
-    "inspect_adapter",
-    "is_merged",
-    "load_adapter",
-    "lora_plus_groups",
-    "merge_adapter",
-    "merge_and_unload",
-    "merge_checkpoint",
-    "mixed_batch",
-    "packed_parameters",
-    "print_trainable_parameters",
-    "quantize",
-    "quantize_int8",
-    "quantize_nf4",
-    "register_base",
-    "register_format",
-    "register_kind",
-    "register_method",
-    "rename_adapter",
-    "save_adapter",
-    "save_probe",
-    "scale_adapter",
-    "set_adapter",
-    "share_dropout_masks",
-    "trainable_parameters",
-    "unload",
-    "unmerge_adapter",
-    "use_fast_dropout",
-    "use_fast_linear",
-    "verify",
-]
+#: {module: the public names that it has}. Each is imported when it is first asked for: torch takes a second, and a command's
+#: --help none. `__init__.pyi` says the same to type checkers and editors.
+_PUBLIC = {
+    "bases": "register_base",
+    "deploy.convert": "convert_adapter",
+    "deploy.inspection": "inspect_adapter",
+    "deploy.probe": "save_probe",
+    "deploy.recipe": "Recipe",
+    "deploy.stream": "merge_checkpoint",
+    "deploy.verification": "verify",
+    "errors": "LoraError",
+    "files.formats.base": "AdapterFormat register_format",
+    "files.storage": "load_adapter save_adapter",
+    "layers.kinds": "register_kind",
+    "methods.base": "Method",
+    "methods.registry": "register_method",
+    "methods.vera": "VeraConfig",
+    "model.adapters": (
+        "ParameterCount base_weight_bytes count_parameters delete_adapter disable_adapters lora_plus_groups "
+        "print_trainable_parameters rename_adapter set_adapter share_dropout_masks trainable_parameters unload"
+    ),
+    "model.calibrate": "EvaReport LoftqReport initialize_eva initialize_loftq",
+    "model.combine": "CombineReport combine_adapters",
+    "model.extract": "ExtractReport extract_adapter",
+    "model.fast": "use_fast_dropout use_fast_linear",
+    "model.inject": "inject",
+    "model.merge": "MergeReport is_merged merge_adapter merge_and_unload unmerge_adapter",
+    "model.mixed": "mixed_batch",
+    "model.quantize": "QuantizationReport quantize quantize_int8 quantize_nf4",
+    "model.report": "InjectionReport",
+    "model.scale": "scale_adapter",
+    "model.sharding": "packed_parameters",
+    "spec.config": "LoraConfig",
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOME.keys())
