@@ -367,7 +367,7 @@ def test_an_object_of_pefts_in_inference_mode_is_not_trained():
 
 
 def test_other_objects_of_pefts_are_refused_by_their_kind():
-    with pytest.raises(ConfigError, match="of the kind 'IA3'; only 'LORA' and 'VERA' are here"):
+    with pytest.raises(ConfigError, match="of the kind 'IA3'; only 'LORA' and 'VERA'"):
         inject(tiny.build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
 
 

@@ -241,9 +241,9 @@ def test_training_moves_the_vectors_alone():
 
 
 def test_transformers_saves_the_adapted_model_as_a_checkpoint(tmp_path):
-    """As its Trainer does, which reads it again with `strict=False`: what layers share is in the file once."""
+    """As the class's own method does, and `strict=False` reads it again: what layers share is in the file once."""
     model, other = adapted(), tiny.build("llama").eval()
-    model.save_pretrained(tmp_path)
+    type(model).save_pretrained(model, tmp_path)
     inject(other, VeraConfig(target_modules=TARGETS["llama"], **SETTINGS | {"projection_prng_key": 9}))
     other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert torch.equal(tiny.logits(other), tiny.logits(model))

@@ -136,9 +136,10 @@ def assert_escaped(code, out, err):
     assert code in (0, 2) and all(line.isprintable() for line in text.split("\n")), text
     if code == 0:
         facts, _, table = out.partition("\n\n")
-        assert [line.split(" ")[0] for line in facts.split("\n")] == (
-            ["adapter", "base", "task", "variant", "targets", "rank", "dtype", "parameters", "size", "whole", "fingerprint"]
-        )
+        assert [line.split(" ")[0] for line in facts.split("\n")] == [
+            *("adapter", "format", "base", "task", "variant", "targets", "rank", "alpha"),
+            *("dtype", "parameters", "size", "whole", "tokens", "fingerprint"),
+        ]
         assert table.startswith("layer ") and len([r for r in table.split("\n") if re.search(r"  4  .*\d\.\d\d$", r)]) == 8, (
             table
         )

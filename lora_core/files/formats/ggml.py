@@ -99,7 +99,7 @@ class GgufFile:
         if len(data) != nbytes:
             raise self._broken("it ended while it was read; was it being written?")
         if not nbytes:
-            return torch.empty(shape)
+            return torch.empty(shape, device="cpu")
         raw = torch.frombuffer(data, dtype=torch.uint8)
         if kind != _Q8_0:
             return raw.view(_TYPES[kind]).view(shape)

@@ -115,7 +115,7 @@ class Kohya(AdapterFormat):
                 if table == "lora_magnitude":
                     tensor = tensor.reshape(-1, *(1,) * (layer.tensors["lora_A"].dim() - 1))
                 tensors[f"{name}.{ends[table]}"] = tensor
-            tensors[f"{name}.{ALPHA}"] = torch.tensor(float(layer.alpha))
+            tensors[f"{name}.{ALPHA}"] = torch.tensor(float(layer.alpha), device="cpu")
         write_whole(directory / WEIGHTS, to_safetensors(tensors, {"format": "pt", "ss_network_module": "networks.lora"}))
 
 
