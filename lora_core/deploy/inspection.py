@@ -117,7 +117,8 @@ def inspect_adapter(directory: str | Path) -> Inspection:
     """
     path = Path(directory)
     if is_peft(path) or (foreign := read_as_it_is(path)) is None:
-        tool, weights, updates, notes = "PEFT", weights_path(path), read_updates(path, finite=False), ()
+        tool, updates, notes = "PEFT", read_updates(path, finite=False), ()
+        weights = weights_path(path)
     else:
         tool, weights, updates, notes = foreign
     config, layers = updates.config, tuple(map(_view, updates.layers.values()))

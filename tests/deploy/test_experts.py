@@ -172,3 +172,20 @@ def test_a_file_that_does_not_say_which_parameter_is_refused(tmp_path):
         (directory / "adapter_config.json").write_text(json.dumps(fields | {"target_parameters": names}))
         with pytest.raises(FileFormatError, match="updates of parameters, and which of .* depends on its model"):
             inspect_adapter(directory)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+def test_rows_of_tokens_and_a_grown_vocabulary_go_along(tmp_path, name):
+    base = build(name)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(53)
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 52]}
+    inject(base, config(name, **settings))
+    tiny.randomize(base)
+    save_adapter(base, tmp_path / "adapter", save_embedding_layers=True)
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    tokens = torch.tensor([[3, 5, 52, 51, 1]])
+    with torch.no_grad():
+        found, expected = merged(tokens).logits, base(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

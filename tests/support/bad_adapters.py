@@ -131,7 +131,7 @@ BAD = {
     ),
     "DoRA": (lambda d: edit_config(d, use_dora=True), FileFormatError, r"4 missing tensors \(.*lora_magnitude_vector"),
     "bias on B": (lambda d: edit_config(d, lora_bias=True), FileFormatError, r"4 missing tensors \(.*lora_B\.bias"),
-    "target parameters": (lambda d: edit_config(d, target_parameters=["w"]), FileFormatError, "target_parameters"),
+    "target parameters": (lambda d: edit_config(d, target_modules=[], target_parameters=["w"]), FileFormatError, "match no"),
     "a new field": (lambda d: edit_config(d, use_magic=1), FileFormatError, "has use_magic=1, unknown here"),
     "CorDA": (lambda d: edit_config(d, init_lora_weights="corda"), FileFormatError, "corda.*changed the base"),
     "LoftQ": (lambda d: edit_config(d, init_lora_weights="loftq"), FileFormatError, "loftq"),
