@@ -79,7 +79,10 @@ class BaseModel:
         digits. Every byte counts: a base into which an adapter was merged differs from its own in a few tensors only."""
         digest = hashlib.sha256()
         for path in sorted({path for pattern in READ for path in self.directory.glob(pattern)}):
-            digest.update(f"{path.name} {file_hash(path)}\n".encode())
+            try:
+                digest.update(f"{path.name} {file_hash(path)}\n".encode())
+            except FileFormatError as error:
+                raise ExperimentError(f"model {self.name}: {error}") from None
         return digest.hexdigest()[:16]
 
     @property

@@ -3,6 +3,7 @@
 Trains the same small model in one process and sharded over all of them, saves the second, loads it into a third.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -108,3 +109,4 @@ if __name__ == "__main__":
     check_packed_weights_are_not_cut()
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo that is still ending would abort a process that tidies up
