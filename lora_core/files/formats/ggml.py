@@ -10,6 +10,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileFormatError
+from ..reading import open_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -44,12 +46,9 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._size = path.stat().st_size
-            with path.open("rb") as file:
-                self._head = file.read(MAX_HEADER)
-        except OSError as error:
-            raise FileFormatError(f"{path} can't be read: {error.strerror or error}") from None
+        with open_file(path) as file:
+            self._size = os.fstat(file.fileno()).st_size
+            self._head = file.read(MAX_HEADER)
         self._at = len(MAGIC)
         version, n_tensors, n_values = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
         if version not in VERSIONS:
@@ -64,7 +63,7 @@ class GgufFile:
 
     def tensors(self) -> dict[str, Tensor]:
         """{name: tensor}, in float32, float16 or bfloat16; 8-bit ones in float32."""
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             return {name: self._load(file, *place) for name, place in self._places.items()}
 
     def _read_places(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int, int]]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError
 from ..disk import write_whole
+from ..pickled import to_pickled
 from .base import AdapterFormat, Base, Contents, Layer
-from .pickles import to_pickle
 from .shared import by_pattern, one_alpha, paired, refuse_unmapped, renamed
 from .source import GGUF, Source
 
@@ -117,7 +117,7 @@ class Litgpt(AdapterFormat):
         settings |= dict(zip(HEADS, base.heads(self.tool), strict=True))  # so that the file can be read without its base
         for switch, ends in OTHERS.items():
             settings[switch] = str(any(path.endswith(ends) for path in contents.layers)).lower()
-        write_whole(directory / WEIGHTS, to_pickle(tensors, "model"))
+        write_whole(directory / WEIGHTS, to_pickled(tensors, "model"))
         write_whole(directory / SETTINGS, "".join(f"{key}: {value}\n" for key, value in settings.items()).encode())
 
     def _check(self, base: Base) -> None:

@@ -8,7 +8,6 @@ Files are taken from anywhere, so nothing in them is run, and no size in them is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +19,9 @@ from torch import Tensor
 from ...errors import FileFormatError
 from ..disk import MAX_HEADER, read_safetensors
 from ..header import read_header
+from ..pickled import read_pickled
+from ..reading import open_file, read_bytes, read_object
 from .ggml import MAGIC, GgufFile
-from .pickles import read_state_dict
 
 #: The kinds of file that an adapter may be in, by what they begin with (a safetensors header ends its length with zeros).
 SAFETENSORS, TORCH, GGUF, OTHER = "safetensors", "torch.save", "GGUF", "unknown"
@@ -47,11 +47,8 @@ class Source:
     @cached_property
     def kind(self) -> str:
         """SAFETENSORS, TORCH, GGUF or OTHER, by the first bytes."""
-        try:
-            with self.path.open("rb") as file:
-                start = file.read(9)
-        except OSError as error:
-            raise FileFormatError(f"{self} can't be read: {error.strerror or error}") from None
+        with open_file(self.path) as file:
+            start = file.read(9)
         if start[:4] == MAGIC:
             return GGUF
         if start[:4] == b"PK\x03\x04":
@@ -82,30 +79,14 @@ class Source:
 
     def beside(self, name: str) -> dict[str, Any]:
         """The JSON object in the file of this name in the same directory; empty if there is no such file."""
-        text = self.text_beside(name)
-        if not text:
-            return {}
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{self.path.parent / name} is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise FileFormatError(f"{self.path.parent / name} holds a {type(fields).__name__}; a JSON object is expected")
-        return fields
+        path = self.path.parent / name
+        return read_object(path, MAX_BESIDE) if path.exists() else {}
 
     def text_beside(self, name: str) -> str:
         """The text of the file of this name in the same directory; empty if there is no such file."""
         path = self.path.parent / name
-        if not path.is_file():
-            return ""
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_BESIDE + 1)
-            if len(data) > MAX_BESIDE:
-                raise FileFormatError(f"{path} is larger than {MAX_BESIDE:,} bytes; an adapter's settings are not")
-            return data.decode("utf-8")
-        except OSError as error:
-            raise FileFormatError(f"{path} can't be read: {error.strerror or error}") from None
+            return read_bytes(path, MAX_BESIDE).decode() if path.exists() else ""
         except UnicodeDecodeError:
             raise FileFormatError(f"{path} is not UTF-8") from None
 
@@ -130,5 +111,5 @@ class Source:
         if self.kind == GGUF:
             return self._gguf.tensors()
         if self.kind == TORCH:
-            return read_state_dict(self.path)
+            return read_pickled(self.path, wrapped=True)
         raise FileFormatError(f"{self} is neither a safetensors file, nor one of torch.save's, nor GGUF")
