@@ -192,5 +192,4 @@ def _progress(nbytes: int, what: str) -> Iterator:
 def quieten() -> None:
     """Silences what the libraries say to their developers."""
     warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """An adapter directory into another: plain LoRA, which every reader knows, another dtype, or another tool's format.
 
-    convert_adapter("dora/", "plain/", plain=True, base="base/", r=32)      # DoRA: the nearest plain LoRA of rank 32
+    convert_adapter("adapter/", "plain/", plain=True, base="base/", r=32)   # DoRA: the nearest plain LoRA of rank 32
     convert_adapter("pissa/", "plain/", plain=True, initial="pissa-start/") # PEFT's PiSSA and OLoRA: exact, rank 2r
     convert_adapter("adapter/", "small/", dtype=torch.float16)
     convert_adapter("adapter/", "mlx/", to="mlx", base="base/")             # another tool's format: see `exchange.py`

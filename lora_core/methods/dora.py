@@ -18,16 +18,19 @@ from ..spec.config import LoraConfig
 from .base import Table
 from .lora import Lora
 
+#: The table of m, and the field of a configuration that asks for it.
+MAGNITUDE, ASKED = "lora_magnitude", "use_dora"
+
 
 class Dora(Lora):
     """LoRA with a trained magnitude for each output."""
 
-    name, label, asked = "dora", "DoRA", "use_dora=True"
+    name, label, asked = "dora", "DoRA", f"{ASKED}=True"
     besides = "the magnitudes"
     needs_base = "whose update depends on the base's weights"
     mark = (True, False)
     is_product = False
-    tables = (*Lora.tables, Table("lora_magnitude", "scale", "lora_magnitude_vector"))
+    tables = (*Lora.tables, Table(MAGNITUDE, "scale", "lora_magnitude_vector"))
 
     def asked_by(self, config: LoraConfig) -> bool:
         return config.use_dora

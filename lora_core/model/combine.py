@@ -5,8 +5,8 @@
 
     cat, linear      sum of w_i D_i, exactly
     svd              the best approximation of it of rank r
-    ties, dare_linear, dare_ties, magnitude_prune
-                     value by value on the dense w_i D_i, see `maths/pruning.py`; the best approximation of that
+    PRUNING          TIES, DARE and others of `maths/pruning.py`: value by value on the dense w_i D_i; the best approximation
+                     of that
 
 All are defined on the updates themselves. PEFT's methods of these names, but for "cat" and "svd", work on A and on B apart:
 the product of two sums has terms B_i A_j that belong to no adapter.
@@ -103,7 +103,7 @@ def combine_adapters(
         adapter_name: the name of the new one.
         method: "linear": the sum, at the smallest rank that holds it exactly. "cat": the sum, by joining the factors: its
             rank on a layer is the sum of theirs. "svd": the sum, at rank r, without building a matrix of the weight's size.
-            "ties", "dare_linear", "dare_ties", "magnitude_prune": value by value on the dense updates, one layer at a time
+            Those of PRUNING ("ties", "dare_linear" and others): value by value on the dense updates, one layer at a time
             (about 8 bytes a weight of it for each adapter, and 40 more), then cut to rank r.
         r: for "svd" and the value-wise methods, the rank; None: on each layer the largest of the adapters' there. A layer's
             rank is less where its shape, or for "svd" the sum of the ranks, allows no more.
@@ -118,8 +118,8 @@ def combine_adapters(
 
     Raises:
         AdapterNameError: one of `names` is not on the model; `adapter_name` is taken.
-        ConfigError: an argument is not allowed, or an adapter can't be combined: DoRA's magnitudes do not add up, and only
-            one adapter of a model can train the base's biases. The model is as it was.
+        ConfigError: an argument is not allowed, or an adapter can't be combined: DoRA's updates do not add up, and only one
+            adapter of a model can train the base's biases. The model is as it was.
         StateError: an adapter, or the combination in its dtype, has NaN or infinite values. Likewise.
     """
     check_settings(method, r, density, majority, seed)

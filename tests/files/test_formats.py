@@ -331,7 +331,7 @@ BAD = {
     "numbers among tensors": (torch_file, good() | {"step": 3}, "'step' is of the kind int"),
     "a zip of a larger content": (packed_zip, good(), "it is compressed"),
     "a pickle of old": (old_pickle, {"a": 1}, "no tensors that can be read"),
-    "a view that is larger than its storage": (torch_file, good() | {"0.lora_A": torch.ones(1).expand(2, 8)}, "more values than"),
+    "a view larger than its storage": (torch_file, good() | {"0.lora_A": torch.ones(1).expand(2, 8)}, "more values than"),
     "a number in the place of A": (save_file, good() | {"0.lora_A": torch.tensor(1.0)}, "a matrix or a kernel"),
     "a sparse tensor": (torch_file, good() | {"0.lora_A": torch.ones(2, 8).to_sparse()}, "sparse"),
 }

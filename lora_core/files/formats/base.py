@@ -39,7 +39,7 @@ class Layer:
     """What an adapter has for one layer.
 
     Attributes:
-        tensors: {table of the method: tensor}, shaped as in PEFT's files: "lora_A", "lora_B", "lora_magnitude".
+        tensors: {table of the method: tensor}, shaped as in PEFT's files: "lora_A", "lora_B", MAGNITUDE.
         alpha: the numerator of the scaling alpha / r; None: the file does not say.
         embedding: whether the layer is an embedding.
     """

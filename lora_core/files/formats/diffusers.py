@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, FileFormatError
-from ...methods.registry import all_tables
+from ...methods.registry import MAGNITUDE, all_tables
 from ...spec.config import LoraConfig
 from ...spec.patterns import END, limited, refusal
 from ..disk import to_safetensors, write_whole
@@ -41,7 +41,7 @@ class Diffusers(AdapterFormat):
 
     name, tool = "diffusers", "diffusers"
     files = (WEIGHTS,)
-    holds = ("lora_A", "lora_B", "lora_magnitude")
+    holds = ("lora_A", "lora_B", MAGNITUDE)
 
     def recognises(self, source: Source) -> bool:
         return source.kind != GGUF and any(_parsed(name) is not None for name in source.names)

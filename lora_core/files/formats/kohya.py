@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError
+from ...methods.registry import MAGNITUDE
 from ..disk import to_safetensors, write_whole
 from .base import AdapterFormat, Base, Contents, Layer
 from .pipeline import WRAPPER, component_of, dotted, one_component
@@ -26,7 +27,7 @@ from .shared import paired, refuse_unmapped, renamed
 from .source import GGUF, Source
 
 WEIGHTS = "lora.safetensors"
-TABLES = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": "lora_magnitude"}
+TABLES = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": MAGNITUDE}
 ALPHA = "alpha"
 #: {how a name begins: the component}; of several for one component the first is written.
 PREFIXES = {
@@ -63,7 +64,7 @@ class Kohya(AdapterFormat):
     """The files of kohya's sd-scripts and LyCORIS."""
 
     name, tool = "kohya", "kohya (sd-scripts, LyCORIS)"
-    holds = ("lora_A", "lora_B", "lora_magnitude")
+    holds = ("lora_A", "lora_B", MAGNITUDE)
 
     def recognises(self, source: Source) -> bool:
         return source.kind != GGUF and any(
@@ -85,8 +86,8 @@ class Kohya(AdapterFormat):
         refuse_unmapped(source, unknown, "lora_down, lora_up, alpha and dora_scale are read; LoHa, LoKr and lora_mid are not")
         layers = {}
         for path, pair in paired(source, found).items():
-            if "lora_magnitude" in pair:
-                pair["lora_magnitude"] = _magnitude(source, path, pair)
+            if MAGNITUDE in pair:
+                pair[MAGNITUDE] = _magnitude(source, path, pair)
             layers[path] = Layer(pair, alphas.pop(path, float(len(pair["lora_A"]))))
         refuse_unmapped(source, list(alphas), "they have an alpha alone")
         return Contents(layers)
@@ -112,7 +113,7 @@ class Kohya(AdapterFormat):
             if layer.embedding:
                 raise ConfigError(f"{self.tool} adapts no embeddings, and {name} is one")
             for table, tensor in layer.tensors.items():
-                if table == "lora_magnitude":
+                if table == MAGNITUDE:
                     tensor = tensor.reshape(-1, *(1,) * (layer.tensors["lora_A"].dim() - 1))
                 tensors[f"{name}.{ends[table]}"] = tensor
             tensors[f"{name}.{ALPHA}"] = torch.tensor(float(layer.alpha), device="cpu")
@@ -149,7 +150,7 @@ def _number(source: Source, name: str, tensor: Tensor) -> float:
 
 def _magnitude(source: Source, path: str, pair: Mapping[str, Tensor]) -> Tensor:
     """One magnitude for each output, as PEFT's files have them: (d_out,), or (1, d_out, 1, 1) of a convolution."""
-    tensor, dims = pair["lora_magnitude"], pair["lora_A"].dim()
+    tensor, dims = pair[MAGNITUDE], pair["lora_A"].dim()
     if tuple(tensor.shape) != (len(pair["lora_B"]), *(1,) * (dims - 1)):
         raise FileFormatError(
             f"{source}: dora_scale of {path} is {tuple(tensor.shape)}; one for each output, (d_out, 1), is read, and LyCORIS' "

@@ -4,7 +4,7 @@
     adapter_config.json      fine_tune_type, num_layers, lora_parameters: {rank, scale, dropout, keys}
 
 Both factors stand transposed, and y gains scale (x a) b, so alpha = scale r. The layers have the paths of the checkpoint on the
-Hub, but where mlx-lm's model is built otherwise (PATHS). Source: mlx_lm/tuner/lora.py, dora.py and utils.py (`load_adapters`).
+Hub, but where mlx-lm's model is built otherwise (PATHS). Source: mlx_lm/tuner/ (`load_adapters`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError
+from ...methods.registry import MAGNITUDE, Dora, Lora
 from ..disk import to_safetensors, write_whole
 from .base import AdapterFormat, Base, Contents, Layer
 from .shared import one_alpha, paired, refuse_unmapped, renamed
 from .source import SAFETENSORS, Source
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
-TABLES = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_magnitude"}
+TABLES = {"lora_a": "lora_A", "lora_b": "lora_B", "m": MAGNITUDE}
 ENDS = {table: end for end, table in TABLES.items()}
 #: {model_type: (how paths begin in transformers, how in mlx-lm)}; elsewhere they are the same.
 PATHS = {"gpt2": ("transformer.", "model."), "gpt_bigcode": ("transformer.", "model.")}
@@ -33,7 +34,7 @@ class Mlx(AdapterFormat):
 
     name, tool = "mlx", "MLX (mlx-lm)"
     files = (WEIGHTS,)
-    holds = ("lora_A", "lora_B", "lora_magnitude")
+    holds = ("lora_A", "lora_B", MAGNITUDE)
 
     def recognises(self, source: Source) -> bool:
         return (
@@ -80,14 +81,14 @@ class Mlx(AdapterFormat):
         if len(ranks) > 1:
             raise ConfigError(f"{self.tool} has one rank for all layers, and this adapter has {sorted(ranks)}")
         (rank,), (contents, alpha) = ranks, one_alpha(contents)
-        kinds = {"lora_magnitude" in layer.tensors for layer in contents.layers.values()}
+        kinds = {MAGNITUDE in layer.tensors for layer in contents.layers.values()}
         if len(kinds) > 1:
             raise ConfigError(f"{self.tool} has either DoRA on all layers or on none")
         for path, layer in contents.layers.items():
             for table, tensor in layer.tensors.items():
                 tensors[f"{path}.{ENDS[table]}"] = _transposed(tensor, table)
         settings = {
-            "fine_tune_type": "dora" if True in kinds else "lora",
+            "fine_tune_type": Dora.name if True in kinds else Lora.name,
             "model": contents.fields.get("base_model_name_or_path"),
             "num_layers": 0,  # the keys below are whole paths, which are looked up in the model and not in its last blocks
             "lora_parameters": {"rank": rank, "scale": alpha / rank, "dropout": 0.0, "keys": list(contents.layers)},
@@ -103,4 +104,4 @@ def _moved(path: str, old: str, new: str) -> str | None:
 def _transposed(tensor: Tensor, table: str) -> Tensor:
     if tensor.dim() > 2:
         raise ConfigError("MLX (mlx-lm) adapts linear layers and embeddings, not convolutions")
-    return tensor if table == "lora_magnitude" else tensor.t().contiguous()
+    return tensor if table == MAGNITUDE else tensor.t().contiguous()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileFormatError
+from ...methods.registry import ASKED, MAGNITUDE
 from ..adapter import FLOAT_DTYPES
 from .base import Base, Contents, Layer
 from .source import Source
@@ -48,8 +49,8 @@ def check_factors(source: object, contents: Contents) -> None:
         if A.dim() != B.dim() or A.dim() not in (2, 3, 4, 5) or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
             raise FileFormatError(f"{source}: {path} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are of no one rank")
         for table, tensor in layer.tensors.items():
-            if table == "lora_magnitude" and tensor.numel() != len(B):
-                raise FileFormatError(f"{source}: {path} has {tensor.numel()} magnitudes for {len(B)} outputs")
+            if table == MAGNITUDE and tensor.numel() != len(B):
+                raise FileFormatError(f"{source}: {path} has {tensor.numel()} values of {table} for {len(B)} outputs")
             if not tensor.isfinite().all():
                 raise FileFormatError(f"{source} has NaN or infinite values ({path}, {table})")
         if layer.alpha is not None and not (math.isfinite(layer.alpha) and layer.alpha > 0):
@@ -103,7 +104,7 @@ def reordered(contents: Contents, base: Base, change: Callable[[Tensor, int], Te
         if layer.tensors["lora_B"].shape[0] != heads * width or width % 2:
             rows = layer.tensors["lora_B"].shape[0]
             raise FileFormatError(f"{path} has {rows} rows, and the base has {heads} heads of {width}; it is of another base")
-        for table in ("lora_B", "lora_magnitude"):
+        for table in ("lora_B", MAGNITUDE):
             layer = layer.mapped(table, lambda rows, heads=heads: change(rows.contiguous(), heads))
         layers[path] = layer
     return replace(contents, layers=layers)
@@ -141,7 +142,7 @@ def config_fields(contents: Contents, base: Base) -> dict[str, Any]:
     fields = {key: value for key, value in contents.fields.items() if value is not None}
     fields |= {"r": r, "lora_alpha": alpha, "target_modules": _targets(set(layers), base)}
     fields |= {"rank_pattern": _pattern(ranks, r), "alpha_pattern": _pattern(alphas, alpha)}
-    fields |= {"use_dora": any("lora_magnitude" in layer.tensors for layer in layers.values())}
+    fields |= {ASKED: any(MAGNITUDE in layer.tensors for layer in layers.values())}
     return fields | {"bias": "lora_only" if contents.biases else "none"}
 
 

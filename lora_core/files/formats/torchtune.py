@@ -13,13 +13,14 @@ import json
 from pathlib import Path
 
 from ...errors import FileFormatError
+from ...methods.registry import MAGNITUDE
 from ..disk import to_safetensors, write_whole
 from .base import AdapterFormat, Base, Contents, Layer
 from .shared import by_pattern, halved, interleaved, one_alpha, paired, refuse_unmapped, renamed, reordered
 from .source import Source
 
 WEIGHTS, SETTINGS = "adapter_model_torchtune.safetensors", "adapter_config.json"
-TABLES = {".lora_a.weight": "lora_A", ".lora_b.weight": "lora_B", ".magnitude": "lora_magnitude"}
+TABLES = {".lora_a.weight": "lora_A", ".lora_b.weight": "lora_B", ".magnitude": MAGNITUDE}
 #: {torchtune's path: that of transformers} of Llama and what is built like it.
 NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -41,7 +42,7 @@ class Torchtune(AdapterFormat):
 
     name, tool = "torchtune", "torchtune"
     files = (WEIGHTS, "adapter_model.pt")
-    holds = ("lora_A", "lora_B", "lora_magnitude")
+    holds = ("lora_A", "lora_B", MAGNITUDE)
 
     def recognises(self, source: Source) -> bool:
         return any(name.endswith(".lora_a.weight") for name in source.names)
