@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -230,12 +231,23 @@ def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str
     for path, layer in changed_layers(model, adapter):
         if path in adapter.tokens:
             layer.check_shape(path, adapter_name)
+            _check_ids(model, path, adapter_name, adapter.config.trainable_token_indices)
             rows = layer.lora_tokens[adapter_name]
             if stored.setdefault(id(rows), path) == path:  # what is tied to these embeddings has the same
                 tensors[token_key(path)] = whole(rows.detach())
     for path, copy in copies_of(model, adapter_name).items():
         tensors[copy_key(path, adapter.layers, adapter.tokens)] = whole(copy.detach())
     return tensors
+
+
+def _check_ids(model: nn.Module, path: str, name: str, tokens: Any) -> None:
+    """Raises a StateError if a layer's rows are no longer those of the tokens that the configuration names."""
+    known = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+    if (found := tuple(_layer_ids(model, path, name))) not in map(tuple, known):
+        raise StateError(
+            f"{path}: adapter {name!r} has rows of the tokens {found!r:.99}, and its configuration names others: it got the "
+            "state dict of another adapter; load that one's files, with load_adapter"
+        )
 
 
 def _layer_ids(model: nn.Module, path: str, name: str) -> list[int]:
@@ -263,7 +275,7 @@ def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan
         and _method(adapter.config) == _method(config)
         and adapter.layers == found.layers.paths
         and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
-        and all(adapter.scale * adapter.config.scaling_for(p) == config.scaling_for(p) for p in adapter.layers)
+        and all(math.isclose(adapter.scale * adapter.config.scaling_for(p), config.scaling_for(p)) for p in adapter.layers)
         and set(adapter.copied) == set(found.copies)
         and set(adapter.kept) == set(found.kept)
         and {p: (*_layer_ids(model, p, name),) for p in adapter.tokens} == {p: rows.ids for p, rows in found.tokens.items()}

@@ -95,23 +95,36 @@ class LoraHost(nn.Module):
     lora_weights: nn.ModuleDict
 
     def __getattr__(self, name: str) -> Any:
-        read = self.__dict__.get("lora_read")
-        if read and name in (own := read.get(_thread(), ())):
+        own = (self.__dict__.get("lora_read") or {}).get(_thread())
+        if own and name in own:
             return own[name]
+        slots = self._modules.get(SLOTS, ())
+        if own is None and name in slots and _is_in_backward() and slots[name].applies:
+            raise StateError(
+                f"a checkpoint inside of the forward of a {self.lora_host_class.__name__} reads {name!r} again when that is "
+                "over, and would miss its adapters; put the checkpoint around the module"
+            )
         return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        slots = {name: slot for name, slot in self.lora_weights.items() if slot.applies}
-        for slot in slots.values():
-            slot.check_stored(())
-        if not slots:
-            return super().forward(*args, **kwargs)
         thread = _thread()
-        self.lora_read[thread] = {name: slot.updated(self._parameters[name]) for name, slot in slots.items()}
+        outer = self.lora_read.get(thread)  # of a forward that calls itself
+        self.lora_read[thread] = {}
         try:
+            slots = {name: slot for name, slot in self.lora_weights.items() if slot.applies}
+            for slot in slots.values():
+                slot.check_stored(())
+            self.lora_read[thread] = {name: slot.updated(self._parameters[name]) for name, slot in slots.items()}
             return super().forward(*args, **kwargs)
         finally:
-            del self.lora_read[thread]
+            if outer is None:
+                del self.lora_read[thread]
+            else:
+                self.lora_read[thread] = outer
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _thread() -> int:

@@ -87,36 +87,9 @@ def lora_linear(
     mask = None
     if dropout:
         mask = draw(x, dropout) if draw else draw_keep_mask((x.numel() // x.shape[-1], x.shape[-1]), dropout, x.device)
-    if not torch.is_grad_enabled():
-        return fused(x, weight, bias, lora_A, lora_B, scaling, mask, dense, dtype, result, linear)[0]
     return _LoraLinear.apply(
         x, weight, bias, lora_A, lora_B, scaling, mask, dropout, dense, dtype, result, linear, draw is not None
     )
-
-
-def fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    s: float,
-    mask: KeepMask | None,
-    dense: Callable[[Tensor], Tensor] | None,
-    dtype: torch.dtype,
-    result: torch.dtype,
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """The layer in place: y, (..., d_out), and dropout(x) A^T, (T, r), or None where W + s B A was multiplied with."""
-    x2 = x.reshape(-1, x.shape[-1])  # T d_in
-    if not mask and A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
-        return linear(x.to(dtype), fold(weight, A, B, s, dense), bias).to(result), None
-    # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-    y = linear(x.to(dtype), dense(weight) if dense else weight, bias)  # ... d_out
-    if mask:
-        s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
-    h = thin(x).narrow(x2, A, mask.keep if mask else None)  # T r
-    return thin(x).add(y.reshape(-1, len(B)), h, B, s, result).view(y.shape), h
 
 
 def _is_watched() -> bool:
@@ -157,7 +130,17 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, p, dense, dtype, result, linear, shared):
         need_A, need_B = ctx.needs_input_grad[3:5]
-        y, h = fused(x, weight, bias, A, B, s, mask, dense, dtype, result, linear)
+        x_cast, x2 = x.to(dtype), x.reshape(-1, x.shape[-1])  # ... d_in, T d_in
+        h = None
+        if mask:
+            s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
+        if not mask and A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
+            y = linear(x_cast, fold(weight, A, B, s, dense), bias).to(result)  # ... d_out
+        else:
+            # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
+            y = linear(x_cast, dense(weight) if dense else weight, bias)  # ... d_out
+            h = thin(x).narrow(x2, A, mask.keep if mask else None)  # T r
+            y = thin(x).add(y.reshape(-1, len(B)), h, B, s, result).view(y.shape)
         ctx.save_for_backward(
             x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
             weight,
@@ -166,7 +149,7 @@ class _LoraLinear(torch.autograd.Function):
             h if need_B else None,
             mask.source if mask else None,
         )
-        ctx.s, ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = s / mask.kept if mask else s, p, dense, dtype, x.dtype
+        ctx.s, ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = s, p, dense, dtype, x.dtype
         ctx.same_mask = same_shared_mask if shared else same_keep_mask
         return y
 

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_map
 
 from .lora import lora_linear, update_dtype
 
+#: What torch's products call their two operands, in order.
+_OPERANDS = ("input", "weight", "other", "mat2")
 #: What the sum has in common with W.
 _LIKE_W = frozenset({"device", "dim", "dtype", "is_cpu", "is_cuda", "ndim", "numel", "shape", "size"})
 
@@ -41,7 +43,9 @@ class UpdatedWeight:
         self._each: list[tuple[Tensor, Tensor]] = []
 
     def dense(self) -> Tensor:
-        """The sum, in the dtype of W: in 16 bits it is rounded to that. Made once."""
+        """The sum, in the dtype of W: in 16 bits it is rounded to that. Made once; one without gradients is not kept."""
+        if not torch.is_grad_enabled():
+            return added(self.W, self.L, self.R, self.scaling)
         if self._dense is None:
             self._dense = added(self.W, self.L, self.R, self.scaling)
         return self._dense
@@ -63,7 +67,7 @@ class UpdatedWeight:
         whole = not isinstance(index, Tensor) or index.dtype in (torch.int32, torch.int64)
         if self.W.dim() == 2 or not isinstance(index, (int, Tensor)) or isinstance(index, bool) or not whole:
             return self.dense()[index]
-        if isinstance(index, Tensor) and index.dim():
+        if (isinstance(index, Tensor) and index.dim()) or not torch.is_grad_enabled():
             return UpdatedWeight(self.W[index], self.L[index], self.R[index], self.scaling)
         if not self._each:  # all at once: then they have one backward, and not each one of the size of all
             self._each = list(zip(self.L.unbind(), self.R.unbind(), strict=True))
@@ -83,8 +87,9 @@ class UpdatedWeight:
         cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        product = _PRODUCTS.get(getattr(func, "__name__", ""))
-        result = product(func, *args, **kwargs) if product else NotImplemented
+        product, named = _PRODUCTS.get(getattr(func, "__name__", "")), dict(kwargs)
+        operands = [named.pop(name) for name in _OPERANDS if name in named]
+        result = product(func, *args, *operands, **named) if product else NotImplemented
         if result is not NotImplemented:
             return result
         args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, UpdatedWeight) else a, (tuple(args), dict(kwargs)))
@@ -96,7 +101,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 # Python asks the class for these, and not `__getattr__`.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg"):
+_ARITHMETIC = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs")
+for _name in (*_ARITHMETIC, "eq", "ne", "lt", "le", "gt", "ge"):
     setattr(UpdatedWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -121,6 +127,8 @@ def _linear(func: Callable, x: Any, M: Any, bias: Tensor | None = None) -> Any: 
 
 def _matmul(func: Callable, x: Any, M: Any) -> Any:
     if isinstance(M, UpdatedWeight) and isinstance(x, Tensor):  # ... p -> ... q
+        if x.dim() == 1 and M.W.dim() > 2:  # one vector by a stack: broadcast, its products would be matrices
+            return NotImplemented
         y, update = func(x, M.W), M.thin
     elif isinstance(x, UpdatedWeight) and isinstance(M, Tensor) and M.dim() > 1:  # the matrix stands before the vectors
         x, M = M, x

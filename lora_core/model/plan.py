@@ -229,6 +229,9 @@ def _check_targets(
             raise TargetError(f"{field}: {path!r} is in {outer!r}, which target_modules names too; leave one of them out")
         if not outer and path not in paths:
             raise TargetError(f"{field}: {path!r} is the model's own, and PEFT's files have no place for its adapter")
+        parent = modules.get(outer if path in paths else outer.rpartition(".")[0], model)
+        if path not in paths and isinstance(parent, nn.MultiheadAttention):
+            raise TargetError(f"{field}: attention reads {path!r} by itself; name the attention, in target_modules")
         refuse_hidden_forward(path, kind.caller(modules[path]), field)
         owner = targets.owner(path)
         r, scaling = config.rank_for(owner), config.scaling_for(owner)
@@ -237,7 +240,6 @@ def _check_targets(
             raise TargetError(f"{field}: {path!r} would have a scaling of {scaling}; check lora_alpha")
         if reason := kind.unsupported(modules[path], config, r):
             raise TargetError(f"{field}: {path!r} {reason}")
-        parent = modules.get(outer if path in paths else outer.rpartition(".")[0], model)
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise TargetError(
                 f"{field}: {path!r} is in an nn.TransformerEncoderLayer, which in eval mode reads the weights of "
@@ -295,6 +297,4 @@ def _trained_biases(model: nn.Module, config: LoraConfig, layers: Sequence[str],
 
 def _check_bias(path: str, module: nn.Module) -> None:
     if "bias" not in module._parameters and isinstance(getattr(module, "bias", None), Tensor):
-        raise TargetError(
-            f"{path}: its bias is computed from other tensors (pruned, say); make it a plain one, or use bias='none'"
-        )
+        raise TargetError(f"{path}: its bias is computed from other tensors (pruned, say); make it plain, or use bias='none'")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import StateError
 from ..spec.config import check_finite
-from .registry import adapter_layers, find_adapter
+from .registry import adapter_layers, find_adapter, registry_of
 from .verbs import changes_adapters
 
 
@@ -26,12 +26,14 @@ class Scaled:
 
     def __init__(self, model: nn.Module, name: str, before: float) -> None:
         self._model, self._name, self.before = model, name, before
+        self._adapter = find_adapter(model, name)
 
     def __enter__(self) -> Scaled:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        scale_adapter(self._model, self._name, self.before)
+        if registry_of(self._model).adapters.get(self._name) is self._adapter:  # not another one in its place
+            scale_adapter(self._model, self._name, self.before)
 
 
 @changes_adapters

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from lora_core import (
     LoraConfig,
@@ -335,3 +336,42 @@ def test_all_linear_says_how_to_target_them_and_not_of_those_that_are():
     with pytest.warns(UserWarning, match=r'="all-linear" leaves out .*target_parameters=\[\'experts.gate_up_proj\'\]'):
         report = inject(model, LoraConfig(r=2, target_modules="all-linear", target_parameters=["experts.down_proj"]))
     assert {path.rpartition(".")[2] for path in report.left_out} == {"gate_up_proj", "lm_head"}
+
+
+class Host(nn.Module):
+    """A module that multiplies by a parameter of its own, in a way of its own."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.way = nn.Parameter(torch.randn(2, 4, 3)), way
+
+    def forward(self, x, depth=1):
+        return self.way(self, x, depth)
+
+
+def hosted(way):
+    model = nn.ModuleDict({"host": Host(way)})
+    inject(model, LoraConfig(r=2, target_modules=[], target_parameters=["host.w"]))
+    return tiny.randomize(model)
+
+
+def test_a_forward_that_calls_itself_reads_its_adapters_after_that():
+    model = hosted(lambda self, x, depth: (self(x, depth - 1) if depth else 0) + x @ self.w[0])
+    x = torch.randn(5, 4)
+    found = model["host"](x).detach()
+    merge_and_unload(model)
+    torch.testing.assert_close(found, model["host"](x).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_inside_of_the_forward_is_refused_not_wrong():
+    inside = hosted(lambda self, x, depth: checkpoint(lambda x: x @ self.w[0], x, use_reentrant=True))
+    y = inside["host"](torch.randn(5, 4, requires_grad=True))
+    with pytest.raises(StateError, match="put the checkpoint around the module"):
+        y.sum().backward()
+
+
+def test_the_weight_that_attention_reads_by_itself_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TargetError, match="name the attention, in target_modules"):
+        inject(model, LoraConfig(target_modules=[], target_parameters=["out_proj.weight"]))

@@ -352,6 +352,9 @@ def test_functional_transforms_are_refused_not_wrong():
     tensors, _ = make((3,))
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda A: lora_linear(tensors["x"], tensors["W"], None, A, tensors["B"], 1.0).sum())(tensors["A"])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="setup_context"):  # a tangent is no gradient
+        x = tensors["x"].detach()
+        torch.func.jvp(lambda x: lora_linear(x, tensors["W"], None, tensors["A"], tensors["B"], 1.0), (x,), (x,))
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

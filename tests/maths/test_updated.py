@@ -24,6 +24,10 @@ PRODUCTS = {
     "stack": (lambda x, M: x @ M, True),
     "several of a stack": (lambda x, M: (x @ M[1:]).sum(0), True),
     "einsum": (lambda x, M: torch.einsum("sp,epq->esq", x, M), True),
+    "by name": (lambda x, M: F.linear(input=x, weight=M.mT) + torch.matmul(x, other=M), False),
+    "compared": (lambda x, M: x @ M * (M != 0).all() * (M == M).all() + abs(M).sum() * (M > 0).any(), False),
+    "a vector": (lambda x, M: x[0] @ M, False),
+    "a vector by a stack": (lambda x, M: x[0] @ M, True),
     "moved": (lambda x, M: x @ M.transpose(0, 1).transpose(0, 1), True),
 }
 
@@ -98,3 +102,13 @@ def test_in_sixteen_bits_an_update_below_the_weight_s_last_place_counts():
     M = UpdatedWeight(W, L, R, 1.0)
     assert not (x @ M.dense()).any()  # lost where the sum is made
     assert torch.equal((x @ M), torch.full((1, 8), 2.0**-10, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("look", [lambda M: M[0].dense(), lambda M: M.abs()], ids=["at one", "at all"])
+def test_a_look_without_gradients_leaves_those_of_what_follows(look):
+    W, L, R, x = parts(True)
+    M = UpdatedWeight(W, L, R, 1.5)
+    with torch.no_grad():
+        assert not look(M).requires_grad
+    y = x @ M[0] + torch.einsum("sp,epq->sq", x, M)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.sum(), (L, R)))

@@ -117,3 +117,24 @@ def test_vera_is_scaled_and_not_stored_so(tmp_path):
     scale_adapter(model, "default", 0.5)
     with pytest.raises(ConfigError, match="VeRA's files have no scaling"):
         save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1 / 3, 0.5])
+@pytest.mark.parametrize("settings", [{}, {"r": 3, "lora_alpha": 7}, {"use_rslora": True}], ids=str)
+def test_a_scaled_adapter_loads_the_file_that_it_wrote(tmp_path, factor, settings):
+    model = adapted(**settings)
+    scale_adapter(model, "default", factor)
+    parameters, expected = list(model.parameters()), model(X)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_leaving_scales_no_other_adapter_that_took_the_name(tmp_path):
+    model, other = adapted(), adapted(r=4)
+    save_adapter(other, tmp_path)
+    with scale_adapter(model, "default", 2.0):
+        load_adapter(model, tmp_path, replace=True)
+        expected = model(X)
+    assert torch.equal(model(X), expected)

@@ -261,3 +261,14 @@ def test_rows_that_two_names_of_one_tensor_have_otherwise_are_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(FileFormatError, match="differ, and the model ties them"):
         load_adapter(llama(), tmp_path)
+
+
+def test_the_rows_of_other_tokens_are_not_saved_under_these(tmp_path):
+    """A state dict has the ids of its tokens too, and strict=True finds nothing wrong with others."""
+    model, other = llama(), llama()
+    with_rows(model)
+    with_rows(other, tokens=TOKENS[::-1])
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(StateError, match="names others: it got the state dict of another adapter"):
+        save_adapter(other, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
