@@ -107,16 +107,19 @@ def let_go(model: nn.Module, before: dict[str, Any]) -> None:
 
 
 def refuse_saving(model: nn.Module) -> None:
-    """Makes a transformers model raise an error when it is told to save itself; `unfold_all` calls it too."""
-    for name in SAVING:
-        if callable(getattr(model, name, None)):
-            setattr(model, name, refuse_to_save)
+    """Makes a transformers model, and those inside, raise an error when told to save itself; `unfold_all` calls it too."""
+    for module in model.modules():
+        for name in SAVING:
+            if callable(getattr(module, name, None)) and (module is model or name not in vars(module)):
+                setattr(module, name, refuse_to_save)
 
 
 def allow_saving(model: nn.Module, before: dict[str, Any]) -> None:
     """Lets it save itself again: its adapters are gone, or folded in, so that what is saved loads as it computes."""
-    for name in SAVING:
-        vars(model).pop(name, None)
+    for module in model.modules():
+        for name in SAVING:
+            if vars(module).get(name) is refuse_to_save:
+                delattr(module, name)
     vars(model).update({name: before[name] for name in SAVING if name in before})
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .copies import base_tensors, original_of
 from .registry import adapter_parameters, has_adapters, registry_of
 
 _models: WeakSet[nn.Module] = WeakSet()
@@ -21,6 +22,7 @@ _hooks: list[Any] = []
 def watch_optimizers(model: nn.Module) -> None:
     """Looks at each optimiser, once, at its first step from now on, and warns if it should have been made after `inject`."""
     _models.add(model)
+    _seen.clear()
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_look))
 
@@ -43,5 +45,6 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
 def _has_only_what_was_frozen(model: nn.Module, held: set[int]) -> bool:
     registry = registry_of(model)
     trained = {id(parameter) for name in registry.adapters for parameter in adapter_parameters(model, name)}
-    frozen = {id(p) for path, p in model.named_parameters() if path in registry.trainable_before and not p.requires_grad}
+    before = registry.trainable_before.intersection(base_tensors(model))
+    frozen = {id(original_of(model, path)) for path in before}  # wherever it waits while a copy is trained
     return not held.isdisjoint(frozen - trained) and held.isdisjoint(trained)

@@ -124,6 +124,26 @@ def test_an_optimiser_that_was_made_before_says_so_at_its_first_step(kind):
         a_step(model, optimizer)
 
 
+def test_one_that_holds_only_a_head_that_is_trained_as_a_copy_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=1e-3)
+    inject(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    with pytest.warns(UserWarning, match="make it after inject"):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+
+
+def test_one_that_trained_the_whole_model_before_says_so_after_inject():
+    other, model = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    inject(other, LoraConfig(r=2, target_modules=["0"]))  # optimisers are looked at from here on
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    inject(model, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="make it after inject"):
+        optimizer.step()
+
+
 def test_one_that_was_made_after_says_nothing():
     model = tiny.build("bert")
     inject(model, QUERY)
