@@ -81,8 +81,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         quantized = [replace(middle, nf4=True)]
     directions = (True,) if settings.quick else (True, False)
     yield from dict.fromkeys(
-        replace(shape, dropout=p, backward=b)
-        for shape, p, b in itertools.product([*shapes, *quantized], DROPOUTS, directions)
+        replace(shape, dropout=p, backward=b) for shape, p, b in itertools.product([*shapes, *quantized], DROPOUTS, directions)
     )
 
 

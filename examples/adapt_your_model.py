@@ -1,5 +1,7 @@
 """LoRA on a model of your own: inject, train, save, load, merge. Nothing but torch is needed.
 
+Example:
+
     python examples/adapt_your_model.py
 """
 

@@ -1,5 +1,7 @@
 """Several adapters on one base: switch them, use a different one for each row of a batch, make one of two.
 
+Example:
+
     python examples/many_adapters.py
 """
 

@@ -1,5 +1,7 @@
 """QLoRA: the frozen base in 4 bits, the adapter in float32. Needs `pip install 'lora-core[nf4]'`.
 
+Example:
+
     python examples/qlora.py
 """
 

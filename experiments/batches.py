@@ -23,6 +23,8 @@ CHUNK = 1024
 class TokenisedTexts(Dataset):
     """N tokenised sentences. Indexed by a list of B indices, it gives one padded batch of tensors.
 
+    Batch:
+
         input_ids       (B, T) int64, padded on the right with `pad_id`
         attention_mask  (B, T) int64, 1 for a token and 0 for padding
         labels          (B,)   int64, if there are labels

@@ -117,6 +117,8 @@ class TokenisedCompletions(TokenisedTexts):
 def packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rows of a padded batch end to end, as one row without padding; N tokens in all.
 
+    Returns:
+
         input_ids     (1, N)
         position_ids  (1, N), which begin anew with each row: transformers' masks keep the rows apart by that
         labels        (1, N)

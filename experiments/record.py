@@ -1,5 +1,7 @@
 """What a run leaves behind, and how to read it back.
 
+The files of a run:
+
     OUTPUT/metrics.json                 every number of the run; written last, so it marks a finished run
     OUTPUT/adapter/                     the adapter in PEFT's format, with the tokenizer
     OUTPUT/adapter/experiment.json      what predict must know of the run: `AdapterNote`

@@ -102,9 +102,7 @@ class Space:
             found[setting] = None
             if len(found) == trials:
                 return list(found)
-        raise ExperimentError(
-            f"--trials: the ranges hold {len(found)} different settings at most; ask for fewer than {trials}"
-        )
+        raise ExperimentError(f"--trials: the ranges hold {len(found)} different settings at most; ask for fewer than {trials}")
 
 
 def _rounded(value: float, digits: int = 2) -> float:

@@ -233,4 +233,3 @@ class Progress(TrainerCallback):
         """End the bar's line, so that what is printed next has one of its own."""
         if self.bar is not None:
             self.bar.close()
-

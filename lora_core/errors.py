@@ -5,7 +5,6 @@ Every error that a user's input can cause is a `LoraError`, and also a subclass 
 and what to do.
 """
 
-
 #: The longest message. What was found may be a megabyte of somebody's file.
 LONGEST = 1_000
 

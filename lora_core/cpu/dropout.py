@@ -151,4 +151,3 @@ class _Seed(ISeedSequence):
 
     def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
         return self.words[:n_words]
-

@@ -1,5 +1,7 @@
 """What an adapter's files have for one layer, and that layer with it on: built from the layer's weight alone.
 
+Example:
+
     layer = carrier(update.plain_layer(weight, transposed=False))
     update.put_on(layer, "default")
 """

@@ -234,6 +234,4 @@ def _check(update: LayerUpdate, config: LoraConfig, directory: Path) -> None:
         form = wanted[name].form
         if tensor.dim() < (1 if form == "rank" else 2) or tensor.shape[along[form]] != update.rank * update.matrices:
             shapes = " and ".join(f"{n.removeprefix('lora_')} {tuple(t.shape)}" for n, t in ranked.items())
-            raise FileFormatError(
-                f"{directory}: {update.path} has {shapes}, and its configuration says rank {update.rank}"
-            )
+            raise FileFormatError(f"{directory}: {update.path} has {shapes}, and its configuration says rank {update.rank}")

@@ -1,5 +1,7 @@
 """What an adapter directory holds: PEFT's two files, read and checked by themselves, without a model.
 
+Example:
+
     config, tensors, fingerprint = read_adapter("out/")      # out/adapter_config.json, out/adapter_model.safetensors
 """
 

@@ -1,5 +1,7 @@
 """A base model's files, read tensor by tensor: one safetensors file, or shards and their index. Never a model.
 
+Example:
+
     base = open_checkpoint("llama/")
     base.tensors["lm_head.weight"].read()          # one tensor in memory, straight from its place in the file
 """

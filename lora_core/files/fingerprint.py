@@ -66,7 +66,7 @@ def _describe(layer: nn.Module) -> str:
 
 
 def describe_layer(layer: nn.Module, name: str = "weight") -> str:
-    """"float32 384x384 1f0c6a52e4b8d937": what the layer's weight is, in one line: format, shape and hash."""
+    """What the layer's weight is, in one line of format, shape and hash: "float32 384x384 1f0c6a52e4b8d937"."""
     base = base_of(layer)
     if not base.packed:
         return describe_dense(stored_weight(layer, name=name))

@@ -1,5 +1,7 @@
 """The names of an adapter's tensors in PEFT's files. The only owner of them, with the methods that say how theirs end.
 
+Four kinds of names:
+
     base_model.model.PATH.lora_A.weight         a tensor of one layer (an embedding's ends otherwise)
     base_model.model.experts.base_layer.lora_A.weight      one of a parameter: see `parameter_paths`
     base_model.vera_A                           one that all layers share

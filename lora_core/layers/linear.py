@@ -1,5 +1,7 @@
 """LoRA on linear layers: `nn.Linear`, Falcon's, those whose weight is packed (see `bases/`), and GPT-2's `Conv1D`.
 
+What such a layer computes:
+
     y = x W^T + b + sum over active adapters of scaling * dropout(x) A^T B^T
 """
 

@@ -1,5 +1,7 @@
 """Subclasses that carry adapters, made for the classes of a model's own modules, so that pickle finds them again.
 
+Example:
+
     subclass(LoraLinear, MyLinear)      # class LoraMyLinear(LoraLinear, MyLinear)
 """
 

@@ -1,5 +1,7 @@
 """LoRA whose B has a bias of its own, c, trained from zero.
 
+What it computes:
+
     W x + s (B A dropout(x) + c)
 """
 

@@ -81,9 +81,7 @@ class LoftqReport:
 
 @changes_adapters
 @torch.no_grad()
-def initialize_eva(
-    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, rho: float = 1.0
-) -> EvaReport:
+def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, rho: float = 1.0) -> EvaReport:
     """Starts an adapter of linear layers from what their inputs are, in place; make the optimiser afterwards.
 
     The model runs as it is, in eval mode, without gradients. Vectors at places where a batch's `attention_mask` is zero do
@@ -204,9 +202,7 @@ def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[st
 
 @changes_adapters
 @torch.no_grad()
-def initialize_loftq(
-    model: nn.Module, dense: nn.Module | Mapping[str, Tensor], adapter_name: str = "default"
-) -> LoftqReport:
+def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], adapter_name: str = "default") -> LoftqReport:
     """Starts an adapter on 4-bit layers from what quantisation took from them, in place.
 
     Args:

@@ -1,5 +1,7 @@
 """A model's own layers, made of what costs less on a CPU: the same meaning, and other kernels.
 
+Example:
+
     use_fast_linear(model)       # nn.Linear, by oneDNN where that is faster: see `cpu/products.py`
     use_fast_dropout(model)      # nn.Dropout, with masks that are cheap to draw: see `cpu/dropout.py`
 """

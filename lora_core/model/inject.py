@@ -1,5 +1,7 @@
 """`inject`: gives an adapter to each layer that a configuration means, and freezes the rest.
 
+Example:
+
     inject(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
 """
 

@@ -1,5 +1,7 @@
 """The linear layers of a model, packed in place.
 
+Example:
+
     report = quantize_nf4(model, skip=["classifier"])     # then inject(...): QLoRA
     report = quantize(model, form, skip=["classifier"])   # in any format that a base has: see `bases/`
 """

@@ -169,5 +169,3 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise AdapterNameError(
             f"the model has an adapter {name!r} already; choose another adapter_name or delete_adapter(model, {name!r})"
         )
-
-

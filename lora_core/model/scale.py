@@ -1,5 +1,7 @@
 """How strongly an adapter changes the model, set while it runs.
 
+Example:
+
     scale_adapter(model, "film", 0.5)              # half of its updates, from now on
     with scale_adapter(model, "film", 1.5):        # or for a while
         model(**inputs)

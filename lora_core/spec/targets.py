@@ -218,7 +218,7 @@ def _as_names(expression: str, paths: Sequence[str]) -> str:
 
 
 def closest(pattern: str, paths: Sequence[str], noun: str = "module") -> str:
-    """"; closest: 'q_lin' (6 modules)": the names, as deep as the pattern, that look most like it."""
+    """The names, as deep as the pattern, that look most like it, as the end of a message: "; closest: 'q_lin' (6 modules)"."""
     depth = pattern.count(".") + 1
     names = Counter(".".join(p.split(".")[-depth:]) for p in paths if p)
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)

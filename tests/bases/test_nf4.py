@@ -159,9 +159,9 @@ def test_evaluating_changes_no_packed_byte(adapted):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_weight_that_bitsandbytes_repacked_is_still_read(double_quant):
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(
-        128, 64, quant_type="nf4", compute_dtype=torch.bfloat16, compress_statistics=double_quant
-    ).to("cpu")
+    layer = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.bfloat16, compress_statistics=double_quant).to(
+        "cpu"
+    )
     W = dequantized(layer).clone()
     with torch.no_grad():
         layer.eval()(torch.randn(2, 64).bfloat16())

@@ -42,7 +42,7 @@ def test_reads_sentences_and_labels(tmp_path):
     "sentence",
     [
         'an opening " that never closes',
-        '"quoted" and \'single\'',
+        "\"quoted\" and 'single'",
         "a\ttab inside",
         "a next-line \x85 and a line separator \u2028 inside",
         "trailing comma, and ; signs",

@@ -601,5 +601,3 @@ def test_registering_refuses_what_is_no_format(extension):
     for wrong, words in ((Twin(), "a format 'mlx' already"), (Nameless(), "with a name"), ("npz", "not 'npz'")):
         with pytest.raises(ConfigError, match=words):
             register_format(wrong)
-
-

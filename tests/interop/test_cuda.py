@@ -152,7 +152,7 @@ def test_the_same_bytes_are_packed_on_both():
         if tensor.dtype == torch.uint8 and "quant_state" not in name and "nested" not in name:
             # A value on the edge of two levels, or a scale: 8 bits of a float32 that was summed in another order.
             wrong = (tensor.int() - other[name].cpu().int()).abs()
-            assert (wrong.max() <= 1 if "absmax" in name else (wrong != 0).sum() <= tensor.numel() * 1e-3), name
+            assert wrong.max() <= 1 if "absmax" in name else (wrong != 0).sum() <= tensor.numel() * 1e-3, name
 
 
 @pytest.mark.parametrize("shared", [False, True])

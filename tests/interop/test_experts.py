@@ -176,6 +176,7 @@ def test_a_sixteen_bit_base_rounds_less_of_the_update_than_in_peft(tmp_path):
 def test_deepseek_s_experts(tmp_path):
     settings = {"first_k_dense_replace": 1, "n_routed_experts": 4, "moe_intermediate_size": 12, "n_group": 1, "topk_group": 1}
     settings |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
     def deepseek():
         torch.manual_seed(0)
         small = {key: value for key, value in experts.SMALL.items() if key != "head_dim"}

@@ -1,5 +1,7 @@
 """What is broken, wrong or hostile, a line each: one error of its own kind, in one line, within seconds, and nothing changes.
 
+Example:
+
     pytest tests/security/test_bad_input.py -s | grep "bad inputs"      how many there are, here and in the other tests
 """
 

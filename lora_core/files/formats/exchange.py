@@ -1,5 +1,7 @@
 """Reading an adapter of whatever format, for a base: what `load_adapter`, `inspect` and `convert` do with a format.
 
+Example:
+
     form, files, others = read_any(Path("adapters.safetensors"), hints, lambda: base_of_model(model))
 """
 

@@ -58,9 +58,7 @@ class Mlx(AdapterFormat):
             found[name] = path, TABLES[end], tensor.t().contiguous() if tensor.dim() == 2 else tensor
         refuse_unmapped(source, unknown, "an adapter of mlx-lm on linear layers or embeddings is read")
         base = settings.get("model")
-        layers = {
-            path: Layer(tensors, scale * len(tensors["lora_A"])) for path, tensors in paired(source, found).items()
-        }
+        layers = {path: Layer(tensors, scale * len(tensors["lora_A"])) for path, tensors in paired(source, found).items()}
         return Contents(layers, {"base_model_name_or_path": base if isinstance(base, str) else None})
 
     def to_base(self, contents: Contents, base: Base) -> Contents:

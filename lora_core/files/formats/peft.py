@@ -1,5 +1,7 @@
 """PEFT's two files from the contents of another tool's, and back.
 
+Example:
+
     config, tensors, _ = as_peft("lora.safetensors", contents, base)
     contents = contents_of("adapter/", config, tensors)
 """
