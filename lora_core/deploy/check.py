@@ -25,7 +25,7 @@ from ..integrations.pretrained import in_float32, load_model, tokenize
 from ..model.adapters import set_adapter
 from ..model.copies import submodule
 from ..model.registry import adapter_layers, find_adapter, registry_of
-from ..spec.config import check_tolerance
+from ..spec.checks import check_tolerance
 from .basis import load_base
 from .probe import PROBE_FILE, read_probe, run_probe
 from .recipe import choices

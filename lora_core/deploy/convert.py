@@ -34,7 +34,8 @@ from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
 from ..methods.registry import all_tables, method_of
 from ..methods.start import start
-from ..spec.config import ALL_LINEAR, LoraConfig, check_alpha, check_rank, starts_from_weight
+from ..spec.checks import check_alpha, check_rank
+from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
 from .basis import settings
 from .companions import companions, copy_companions
 from .exchange import ExchangeReport, exchange

@@ -18,7 +18,7 @@ from ..layers import LoraLayer, lora_class
 from ..layers.experts import slot_of, unstack
 from ..methods.base import Method
 from ..methods.registry import all_tables
-from ..spec.config import MAX_FACTOR
+from ..spec.checks import MAX_FACTOR
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 

@@ -10,7 +10,7 @@ import torch
 from ..bases import PACKED
 from ..bases.base import Base
 from ..errors import ConfigError
-from ..spec.config import check_finite
+from ..spec.checks import check_finite
 
 ORIGINAL = "original"
 DEQUANTIZED = "-dequantized"  # after the name of a base that packs weights

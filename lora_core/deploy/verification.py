@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, FileFormatError, WrongBaseError, one_line
 from ..files.storage import load_adapter
 from ..integrations.pretrained import tokenize
-from ..spec.config import check_tolerance
+from ..spec.checks import check_tolerance
 from .basis import Basis, load_base
 from .probe import Probe, read_probe, run_probe, versions, weights_hash
 from .updates import AdapterUpdates, read_updates

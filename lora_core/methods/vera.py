@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..bases.forwards import stored_entry
 from ..errors import ConfigError, TargetError
-from ..spec.config import LoraConfig, check_finite
+from ..spec.checks import check_finite
+from ..spec.config import LoraConfig
 from .base import Method, Table
 
 #: Settings of LoRA that VeRA has no use for; its dropout is `vera_dropout`, its scaling 1.

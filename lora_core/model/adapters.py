@@ -17,7 +17,7 @@ from ..errors import StateError
 from ..layers import LoraLayer
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
-from ..spec.config import check_alpha
+from ..spec.checks import check_alpha
 from .atomic import insist
 from .lifecycle import activate, forget_replaced, remove, rename, unfold_all
 from .registry import (

@@ -32,7 +32,7 @@ from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
-from ..spec.config import check_finite
+from ..spec.checks import check_finite
 from .registry import Adapter, adapter_layers, find_adapter
 from .verbs import changes_adapters
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..maths.pruning import MAJORITIES, PRUNING
 from ..methods.base import refuse_foreign_factors, refuse_no_product
 from ..methods.registry import method_of
-from ..spec.config import check_rank
+from ..spec.checks import check_rank
 from .registry import Adapter, adapter_layers
 from .verbs import as_names
 

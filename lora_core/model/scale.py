@@ -14,7 +14,7 @@ from types import TracebackType
 from torch import nn
 
 from ..errors import StateError
-from ..spec.config import check_finite
+from ..spec.checks import check_finite
 from .registry import adapter_layers, find_adapter, registry_of
 from .verbs import changes_adapters
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .patterns import END, LAYERS, WHOLE, expression_of, is_name, matches
+from .checks import check_alpha, check_choice, check_rank, check_regex, is_number
+from .patterns import END, LAYERS, WHOLE, matches
 from .peft_fields import TakesFieldsOfPeft
 from .tokens import frozen_tokens
 
@@ -32,12 +32,6 @@ AFTERWARDS = {"eva": "initialize_eva(model, batches)", "loftq": "initialize_loft
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
-
-#: No layer is so wide; what is larger is a mistake, and too much for a tensor's shape.
-MAX_RANK = 2**20
-
-#: The largest factor before an update: what float32 holds.
-MAX_FACTOR = 2**128 - 2**104
 
 #: The heads that a task adds to a pretrained model: new, so trained and saved whole (PEFT's lists, by task).
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -115,11 +109,11 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be a probability in [0, 1), not {self.lora_dropout!r}")
-        _check_choice("bias", self.bias, BIAS_MODES)
+        check_choice("bias", self.bias, BIAS_MODES)
         if self.task_type is not None:
-            _check_choice("task_type", self.task_type, TASK_TYPES)
+            check_choice("task_type", self.task_type, TASK_TYPES)
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -130,11 +124,11 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             value = getattr(self, name)
             form = LAYERS if name == "layers_pattern" else WHOLE
             if isinstance(value, str):
-                _check_regex(name, value, form)
+                check_regex(name, value, form)
                 continue
             self._freeze_names(name, value)
             for entry in (value or ()) if form == LAYERS else ():
-                _check_regex(name, entry, form)
+                check_regex(name, entry, form)
         for name in ("modules_to_save", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -174,7 +168,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         if not isinstance(pattern, Mapping):
             raise ConfigError(f"{name} must be a dictionary of pattern to value, not {pattern!r}")
         for key, value in pattern.items():
-            _check_regex(name, key, END)
+            check_regex(name, key, END)
             check(f"{name}[{key!r}]", value)
         object.__setattr__(self, name, dict(pattern))
 
@@ -248,53 +242,3 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 def starts_from_weight(init: Any) -> bool:
     """Whether A and B start from the weight that they are for, and from nothing else."""
     return isinstance(init, str) and FROM_WEIGHT.fullmatch(init) is not None
-
-
-def check_rank(name: str, value: Any) -> None:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise ConfigError(f"{name} must be a positive integer{_bound(value, MAX_RANK)}, not {_shown(value)}")
-
-
-def check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= MAX_FACTOR:
-        raise ConfigError(f"{name} must be a positive number{_bound(value, MAX_FACTOR)}, not {_shown(value)}")
-
-
-def check_finite(name: str, value: Any) -> None:
-    if not _is_number(value) or not abs(value) <= sys.float_info.max:  # an integer may be too large for isfinite
-        raise ConfigError(f"{name} must be a finite number, not {_shown(value)}")
-
-
-def check_tolerance(name: str, value: Any) -> None:
-    check_finite(name, value)
-    if value < 0:
-        raise ConfigError(f"{name} must be zero or more, not {value!r}: nothing deviates by less")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-
-def _shown(value: Any) -> str:
-    return "an integer of more than 19 digits" if isinstance(value, int) and abs(value) >= 10**19 else repr(value)
-
-
-def _bound(value: Any, most: int) -> str:
-    if not _is_number(value) or not most < value < math.inf:
-        return ""
-    return f" up to {most:,}" if most < 10**19 else f" up to {float(most):.3g}"
-
-
-def _check_regex(name: str, pattern: Any, form: str) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{name} must be a non-empty pattern, not {pattern!r}")
-    try:
-        if not is_name(pattern):  # there may be thousands, and expressions take time to make
-            expression_of(pattern, form)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None

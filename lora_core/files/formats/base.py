@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError
-from ...spec.config import check_alpha
+from ...spec.checks import check_alpha
 from .source import Source
 
 #: What a user may say of a file that does not say it itself.
