@@ -1,11 +1,6 @@
-"""Checkpoints and adapters made of random numbers, straight into files: no model is built, whatever their size.
-
-python -m bench.checkpoints DIR        a 1.1B-parameter Llama in DIR/base, 2.2 GB, and an adapter of it in DIR/adapter
-"""
+"""Checkpoints and adapters made of random numbers, straight into files: no model is built, whatever their size."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 
@@ -97,9 +92,3 @@ def copy_files(source, target):
             with open(path, "rb") as before, open(directory / path.name, "wb") as after:
                 while chunk := before.read(8 * 2**20):
                     after.write(chunk)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    llama(Path(sys.argv[1], "base"), LLAMA_1B, shards=5)
-    adapter(Path(sys.argv[1], "adapter"), LLAMA_1B)

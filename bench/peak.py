@@ -12,44 +12,53 @@ import gc
 import json
 import resource
 import sys
+from collections.abc import Sequence
 
-import torch
+from lora_core.cli.command_line import Parser
 
 from .quiet import quieten
 
 STEPS = 3
 
 
-def main(candidate: str, quantize: str, batch: str, length: str, device: str, threads: str) -> None:
+def parser() -> Parser:
+    """The command line; `memory.py` writes it."""
+    p = Parser(prog="python -m bench.peak", description=__doc__)
+    p.add_argument("candidate", help="one of models.py's: frozen, full, ours, peft")
+    p.add_argument("quantize", type=int, choices=(0, 1), help="whether the base lies in NF4")
+    p.add_argument("batch", type=int, help="sentences in a step")
+    p.add_argument("length", type=int, help="tokens of each")
+    p.add_argument("device", choices=("cpu", "cuda"))
+    p.add_argument("threads", type=int, help="of torch")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(argv)
     quieten()  # before the libraries are there
+    import torch
+
     from .models import classifier, packaged, tokens
     from .training import Step
 
-    torch.set_num_threads(int(threads))
-    model = classifier(candidate, quantize=bool(int(quantize)), device=device)
-    step = Step(model, [tokens(int(batch), int(length), device)])
+    torch.set_num_threads(given.threads)
+    model = classifier(given.candidate, quantize=bool(given.quantize), device=given.device)
+    step = Step(model, [tokens(given.batch, given.length, given.device)])
     packaged.cache_clear()  # the copy that `classifier` copied
     gc.collect()
-    before = _now(device)
-    _forget_peak(device)
+    on_gpu = given.device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else _status("VmRSS") or _high_water()
+    # Loading a model may take more than a step does: the high-water mark starts again from here.
+    torch.cuda.reset_peak_memory_stats() if on_gpu else _forget_peak()
     for _ in range(STEPS):
         step()
-    print(json.dumps({"before": before, "peak": _peak(device)}))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") or _high_water()
+    print(json.dumps({"before": before, "peak": peak}))
+    return 0
 
 
-def _now(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS") or _high_water()
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM") or _high_water()
-
-
-def _forget_peak(device: str) -> None:
-    """Loading a model may take more than a step does: the high-water mark starts again from here, where that is allowed."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
+def _forget_peak() -> None:
+    """Sets the process's high-water mark to what it holds now, where that is allowed."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -71,4 +80,4 @@ def _high_water() -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

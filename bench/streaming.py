@@ -11,14 +11,28 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
+
+from lora_core.cli.command_line import Parser
 
 
-def main(candidate: str, base: str, adapter: str, output: str) -> None:
+def parser() -> Parser:
+    """The command line; `merging.py` writes it."""
+    p = Parser(prog="python -m bench.streaming", description=__doc__)
+    p.add_argument("candidate", choices=CANDIDATES)
+    for name in ("base", "adapter", "output"):
+        p.add_argument(name, metavar=name.upper(), help="a directory")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(argv)
     before = _status("VmRSS")
-    merge = {"ours": _ours, "peft": _peft}[candidate](base, adapter, output)
+    merge = CANDIDATES[given.candidate](given.base, given.adapter, given.output)
     start = time.perf_counter()
     merge()
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": _status("VmHWM") - before}))
+    return 0
 
 
 def _ours(base: str, adapter: str, output: str):
@@ -42,6 +56,9 @@ def _peft(base: str, adapter: str, output: str):
     return merge
 
 
+CANDIDATES = {"ours": _ours, "peft": _peft}
+
+
 def _status(field: str) -> int:
     """A size from Linux's record of this process, in bytes; 0 elsewhere."""
     try:
@@ -52,4 +69,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

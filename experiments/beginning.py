@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .checkpoints import Checkpoint
 
 
+#: Where a sweep's trials go: judged on other sentences, so no results of the study.
+TRIALS = "trials"
+
+
 def default_output(plan: dict[str, Any]) -> Path:
     """runs/METHOD-DATA-MODEL-seedN: readable, and the same for the same choices."""
     parts = (plan["method"], plan["data"]["name"], Path(plan["base_model"]["name"]).name, f"seed{plan['seed']}")

@@ -107,10 +107,10 @@ def budget(plan: dict[str, Any]) -> str:
 
 def compare(args: argparse.Namespace) -> int:
     """Do what is not done, show how far it is, then write and print the report."""
-    from . import measured, record, report
+    from . import measured, record, reporting
 
     directory = args.output_dir or DEFAULT
-    report.require_matplotlib()
+    reporting.require_matplotlib()
     runs = planned(args, directory)
     done = [p for p in runs if not args.overwrite and record.finished(p.output, p.plan)]
     todo = [p for p in runs if p not in done]
@@ -121,9 +121,9 @@ def compare(args: argparse.Namespace) -> int:
     if len(failed) == len(runs):
         raise ExperimentError(failure)
 
-    path = report.write(directory)
+    path = reporting.write(directory)
     found = [run for run in measured.read(directory) if run.path.parent in {p.output for p in runs}]
-    print("\n".join(f"\n{group.budget}\n{report.table(group)}" for group in measured.grouped(found)))
+    print("\n".join(f"\n{group.budget}\n{reporting.table(group)}" for group in measured.grouped(found)))
     print(f"\nreport: {path}\ncheck it: python -m experiments.compare --check --output-dir {directory}")
     if failed:
         raise ExperimentError(failure)
@@ -182,7 +182,7 @@ def check(directory: Path) -> int:
     """
     from . import measured
     from .expected import ITSELF, MET, NOT_MET, NOT_RUN, judge
-    from .report import check_table
+    from .reporting import check_table
 
     runs = measured.read(directory)
     rows = judge(runs)

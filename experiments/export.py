@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.files.disk import write_whole
-
 from .command import Parser, run
 from .errors import ExperimentError
 
@@ -42,6 +40,8 @@ def export(directory: Path) -> float:
     """
     import torch
     from torch import Tensor, nn
+
+    from lora_core.files.disk import write_whole
 
     class Logits(nn.Module):
         def __init__(self, model: nn.Module) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from . import record
+from .beginning import TRIALS
 from .errors import ExperimentError
 from .methods import METHODS, QUANTIZE, Method
 from .models import PROJECTIONS, layer_names
 
-#: Directories of a sweep's trials: judged on other sentences, so no results of the study.
-TRIALS = "trials"
 #: 1.96 standard errors to each side: 95 %.
 Z = statistics.NormalDist().inv_cdf(0.975)
 #: Settings of an adapter in which a run may differ from its method's recipe; a row's label names them.

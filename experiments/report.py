@@ -11,138 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_core.files.disk import write_whole
-
-from . import claims, measured
 from .command import Parser, leave_out_unused, run
-from .errors import ExperimentError
-from .expected import NOT_RUN, judge
-from .measured import Group, Row
-from .table import markdown
-
-REPORT = "report.md"
-FIGURES = "figures"
-COLUMNS = (
-    "method", "accuracy", "95 % interval", "F1", "trained, adapter only", "trained, with head", "base weights",
-    "peak memory", "peak GPU", "training", "seeds",
-)  # fmt: skip
-HOW = (
-    "Accuracy and F1 are those of the last epoch, means over the seeds, ± one standard deviation where there are several; the "
-    "interval is Wilson's, of the mean, for one set of validation sentences. Trained parameters are shares of all that the "
-    "model holds. Base weights, the head included, are bytes counted on the model; peak memory is the most that the process "
-    "held, measured by the system, and peak GPU what torch allocated there: the largest of the seeds. Training is its time "
-    "alone, without loading and evaluating."
-)
-
-
-def write(directory: Path) -> Path:
-    """Writes the report on the runs below `directory`, and its figures; returns the report's path.
-
-    Raises:
-        ExperimentError: there is no run there.
-    """
-    runs = measured.read(directory)
-    if not runs:
-        raise ExperimentError(f"--output-dir: there is no run below {str(directory)!r}; run python -m experiments.compare")
-    groups = measured.grouped(runs)
-    figures = _figures(groups[0], directory / FIGURES)
-    text = "\n\n".join(["# Results", HOW, *_sections(groups, figures), *_published(), _check(runs)]) + "\n"
-    write_whole(directory / REPORT, text.encode())
-    return directory / REPORT
-
-
-def require_matplotlib() -> None:
-    """Raises an ExperimentError where the figures can't be drawn: better before hours of training than after."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ExperimentError("the figures need matplotlib; run pip install 'lora-core[compare]'") from None
-
-
-def _figures(group: Group, directory: Path) -> list[Path]:
-    require_matplotlib()
-    from .figures import draw
-
-    return draw(group, directory)
-
-
-def _sections(groups: Sequence[Group], figures: Sequence[Path]) -> list[str]:
-    parts = []
-    for group in groups:
-        parts += [f"## {group.budget}", table(group), _machine(group)]
-        if group is groups[0]:
-            parts.append("\n".join(f"![{path.stem.replace('_', ' ')}]({FIGURES}/{path.name})" for path in figures))
-        # The first group is the study; of the others, what can be said.
-        for title, found in (("The study's findings", claims.findings(group)), ("Aims", claims.aims(group))):
-            shown = [claim for claim in found if group is groups[0] or claim.verdict != claims.NOT_RUN]
-            if shown:
-                parts.append(f"{title}:\n\n" + "\n".join(map(_claim, shown)))
-    return parts
-
-
-def _claim(claim: claims.Claim) -> str:
-    return f"- {claim.text}: **{claim.verdict}**." + (f" {claim.numbers}." if claim.numbers else "")
-
-
-def table(group: Group) -> str:
-    """The rows of one budget as Markdown."""
-    return markdown(COLUMNS, [_cells(row) for row in group.rows])
-
-
-def _cells(row: Row) -> list[str]:
-    low, high = row.interval
-    deviation = f" ± {100 * row.deviation:.1f}" if row.deviation is not None else ""
-    total, gpu = row.mean("total_parameters"), row.most("peak_cuda_mb")
-    return [
-        row.label,
-        f"{100 * row.accuracy:.1f}{deviation} %",
-        f"{100 * low:.1f} to {100 * high:.1f} %",
-        f"{row.mean('f1'):.3f}",
-        _share(row.mean("adapter_parameters"), total),
-        _share(row.mean("trainable_parameters"), total),
-        f"{row.mean('base_weight_bytes') / 2**20:.1f} MiB",
-        f"{row.most('peak_rss_mb'):,.0f} MiB",
-        f"{gpu:,.0f} MiB" if gpu is not None else "-",
-        _duration(row.mean("train_seconds")),
-        ", ".join(str(run["seed"]) for run in row.runs),
-    ]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s" if seconds else "-"
-
-
-def _share(count: float, total: float) -> str:
-    return f"{count:,.0f} ({100 * count / total:.3g} %)" if count else "-"
-
-
-def _machine(group: Group) -> str:
-    runs = [run for row in group.rows for run in row.runs]
-    devices = " and ".join(sorted({str(run.metrics.get("device")) for run in runs}))
-    libraries = [run.metrics.get("versions", {}) for run in runs]
-    versions = {", ".join(f"{name} {found.get(name, '?')}" for name in ("torch", "transformers")) for found in libraries}
-    return f"On {devices}; {' and '.join(sorted(versions))}."
-
-
-def _published() -> list[str]:
-    header = ("method", "published share", "adapter only", "with head", "all parameters")
-    return [
-        "## Where the published figures do not add up",
-        "The study that this one re-implements published a table for DistilBERT on SST-2. Recounted from the architecture:",
-        markdown(header, list(claims.recounted())),
-        "\n".join(f"- {text}" for text in claims.disagreements()),
-    ]
-
-
-def _check(runs: Sequence[measured.Run]) -> str:
-    return "## Expected and found\n\n" + check_table(runs)
-
-
-def check_table(runs: Sequence[measured.Run]) -> str:
-    """Every expectation and its verdict, what was not run last."""
-    rows = sorted(judge(runs), key=lambda row: row.verdict == NOT_RUN)
-    cells = [(row.what, row.expected, row.found, row.source, row.verdict) for row in rows]
-    return markdown(("what", "expected", "found", "source", "verdict"), cells)
 
 
 def parser() -> Parser:
@@ -154,7 +23,13 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return run(lambda: print(f"report: {write(args.output_dir)}"))
+
+    def command() -> None:
+        from .reporting import write
+
+        print(f"report: {write(args.output_dir)}")
+
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .beginning import TRIALS
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import listed, names, schedule_flags, schedule_of, source_flags
-from .measured import TRIALS
 from .methods import METHODS, Method
 
 CSV, FIGURE = "sweep.csv", "sweep.png"
@@ -171,7 +171,7 @@ def sweep(args: argparse.Namespace) -> int:
     settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
     schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
     from . import data, models, record
-    from .report import require_matplotlib
+    from .reporting import require_matplotlib
 
     require_matplotlib()
     sentences = split(data.load(args.data), args.train_samples, args.held_out, args.seed)

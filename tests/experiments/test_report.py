@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import measured, report
+from experiments import measured, report, reporting
 from experiments.errors import ExperimentError
 from tests.support import fabricated
 
@@ -22,7 +22,7 @@ def written(tmp_path_factory):
     short = fabricated.metrics("dora", 0.8, train_seconds=42.0)
     short["hyperparameters"]["epochs"] = 1
     directory = fabricated.write(tmp_path_factory.mktemp("runs"), *made, short)
-    return report.write(directory).read_text(), directory
+    return reporting.write(directory).read_text(), directory
 
 
 def row(text, method):
@@ -76,7 +76,7 @@ def test_every_table_is_whole(written):
 
 def test_without_a_run_there_is_no_report(tmp_path):
     with pytest.raises(ExperimentError, match="there is no run below"):
-        report.write(tmp_path)
+        reporting.write(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
