@@ -10,6 +10,7 @@ Double quantisation stores the block scales in 8 bits too, with one float32 for 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class NF4(Base):
 
     def dequantizer(self, layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         state = _undo_repacking(layer)
-        return lambda packed: bitsandbytes().functional.dequantize_4bit(packed, state).to(dtype)
+        return lambda packed: _unpacked(packed, state).to(dtype)
 
     def dense_dtype(self, layer: nn.Module) -> torch.dtype:
         state = layer.weight.quant_state
@@ -183,6 +184,20 @@ def _pack(W: Tensor, form: NF4Format, module: nn.Module | None = None) -> nn.Par
         module=module,
     )
     return packed.to(W.device)  # bitsandbytes quantises when the parameter is moved
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    """The dense weight, in the dtype that the state says.
+
+    On CPUs with AVX512 bitsandbytes 0.50 takes the wrong scales where a row has a multiple of 16 values and no whole number of
+    blocks. As one row all is right.
+    """
+    functional, shape = bitsandbytes().functional, state.shape
+    if shape[-1] % state.blocksize:
+        flat = torch.Size([math.prod(shape)])
+        parts = state.absmax, flat, state.code, state.blocksize, state.quant_type, state.dtype, state.offset, state.state2
+        state = functional.QuantState(*parts)
+    return functional.dequantize_4bit(packed, state).view(shape)
 
 
 def _note_dtype(weight: nn.Parameter, dtype: torch.dtype) -> None:

@@ -65,15 +65,17 @@ def quantiles():
     return torch.tensor([v / values[-1] for v in values], dtype=torch.float64)
 
 
-def test_each_block_is_rounded_to_the_nearest_nf4_value_times_its_largest_magnitude():
-    layer, _ = packed(double_quant=False)
+@pytest.mark.parametrize("shape", [(48, 64), (24, 80), (64, 16), (8, 96)], ids=str)
+def test_each_block_is_rounded_to_the_nearest_nf4_value_times_its_largest_magnitude(shape):
+    """Also where blocks and rows end at different places."""
+    layer, _ = packed(shape, double_quant=False)
     torch.manual_seed(0)
-    weight = nn.Linear(64, 48).weight.detach().double().view(-1, 64)
+    weight = nn.Linear(*reversed(shape)).weight.detach().double().view(-1, 64)
     scale = weight.abs().amax(1, keepdim=True)
     table = quantiles()
     nearest = table[((weight / scale)[..., None] - table).abs().argmin(-1)] * scale
     # The packed table has a few digits less than a float64 quantile.
-    torch.testing.assert_close(dequantized(layer).double().view(-1, 64), nearest, rtol=0, atol=1e-4 * scale.max().item())
+    torch.testing.assert_close(dense_weight(layer).double().view(-1, 64), nearest, rtol=0, atol=1e-4 * scale.max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
