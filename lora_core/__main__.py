@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .cli.command_line import Parser, finite, run, switches, tolerance
@@ -30,7 +31,7 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m lora_core", description=__doc__)
     p.add_argument("--version", action="version", version=f"lora-core {__version__}")
-    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_subparser)
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
     _inspect(commands.add_parser("inspect", help="what an adapter is, and how much it changes on each layer"))
     _merge(commands.add_parser("merge", help="fold adapters into a base's files: a plain checkpoint for any library"))
     _verify(commands.add_parser("verify", help="run the inputs that an adapter carries: is it still the same model?"))
@@ -40,10 +41,12 @@ def parser() -> Parser:
     return p
 
 
-def _subparser(**kwargs) -> Parser:
-    sub = Parser(**kwargs)
-    sub.add_argument("--json", action="store_true", help="print one JSON object, for machines")
-    return sub
+class _Command(Parser):
+    """The parser of one command, with what each of them takes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_argument("--json", action="store_true", help="print one JSON object, for machines")
 
 
 def _inspect(p: Parser) -> None:

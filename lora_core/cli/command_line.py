@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
         hidden = default in (None, argparse.SUPPRESS) or isinstance(default, tuple) or action.nargs == 0 or action.required
         return action.help if hidden else f"{action.help} (default: %(default)s)"
@@ -92,7 +92,7 @@ def show(result: Any, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {str(key): _plain(v) for key, v in value.items()}

@@ -123,8 +123,8 @@ def extract(args: Namespace) -> int:
         r=args.rank, lora_alpha=args.rank, target_modules=targets, task_type=args.task_type, base_model_name_or_path=args.base
     )
     tuned, base = (find_base(reference) for reference in (args.tuned, args.base))
-    dtype = open_checkpoint(base).tensors
-    dtype = next((t.dtype for t in dtype.values() if t.dtype.is_floating_point), torch.float32)
+    stored = open_checkpoint(base).tensors.values()
+    dtype = next((t.dtype for t in stored if t.dtype.is_floating_point), torch.float32)
     theirs = load_model(tuned, args.task_type, dtype, strict=False)
     ours = load_model(base, args.task_type, dtype, strict=False, num_labels=getattr(theirs.config, "num_labels", 2))
     report = extract_adapter(ours, theirs, config)

@@ -92,7 +92,7 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
     check_directory(directory, WANTED)
     name = AUTO_CLASSES.get(task or "") or (named[0] if isinstance(named, list) and named else "AutoModel")
     kind = getattr(library, str(name), None)
-    if not hasattr(kind, "from_pretrained"):
+    if kind is None or not hasattr(kind, "from_pretrained"):
         raise FileFormatError(f"{directory}: its class {name!r} is not known to this version of transformers")
     try:
         model, loading = kind.from_pretrained(
@@ -111,8 +111,8 @@ def load_model(directory: Path, task: str | None, dtype: torch.dtype, strict: bo
 def in_float32(model: nn.Module) -> nn.Module:
     """`model`, computing in float32: two models are then compared by their weights, not by their arithmetic."""
     for module in model.modules():
-        if getattr(module, "compute_dtype", None) is not None:
-            module.compute_dtype = torch.float32
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            module.compute_dtype = torch.float32  # type: ignore[assignment]  # torch knows tensors and modules there
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()

@@ -22,8 +22,9 @@ from ..errors import StateError
 from ..files.adapter import CONFIG_FILE
 from ..files.storage import load_adapter, save_adapter
 from ..model.adapters import disable_adapters
-from ..model.registry import adapter_parameters, find_adapter, registry_of, unwrap
+from ..model.registry import adapter_parameters, find_adapter, registry_of
 from ..model.sharding import is_spread
+from ..model.wrappers import unwrap
 
 
 class AdapterCheckpoint(TrainerCallback):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,6 +25,7 @@ from ..cpu.masks import MaskGroup
 from .wrappers import check_model
 
 T = TypeVar("T")
+Verb = TypeVar("Verb", bound=Callable[..., Any])  # what wraps a verb takes what it took
 
 
 class Record:
@@ -142,15 +143,15 @@ def attempt(model: nn.Module, change: Callable[[LastSteps], T], also: Iterable[o
         raise
 
 
-def all_or_nothing(verb: Callable[..., T]) -> Callable[..., T]:
+def all_or_nothing(verb: Verb) -> Verb:
     """Makes a verb, whose first argument is a model, leave that as it was if it raises anything."""
 
     @functools.wraps(verb)
-    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         check_model(model)
         return attempt(model, lambda _: verb(model, *args, **kwargs))
 
-    return whole
+    return cast(Verb, whole)
 
 
 def insist(step: Callable[[], object]) -> None:

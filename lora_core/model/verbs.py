@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from ..errors import StateError
-from .atomic import LastSteps, attempt
+from .atomic import LastSteps, Verb, attempt
 from .conventions import configs
 from .registry import has_adapters, registry_of, unwrap
 
@@ -33,14 +33,14 @@ def check_changeable(model: nn.Module) -> None:
         raise StateError("disable_adapters is open on this model; change its adapters after it is closed")
 
 
-def changes_adapters(verb: Callable[..., T]) -> Callable[..., T]:
+def changes_adapters(verb: Verb) -> Verb:
     """Makes a verb, whose first argument is a model, all or nothing, and refuses it where `check_changeable` does."""
 
     @functools.wraps(verb)
-    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+    def whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return change_adapters(model, lambda _: verb(model, *args, **kwargs))
 
-    return whole
+    return cast(Verb, whole)
 
 
 def change_adapters(model: nn.Module, change: Callable[[LastSteps], T]) -> T:

@@ -233,10 +233,11 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         return self._first_match("alpha_pattern", path, self.lora_alpha)
 
     def _first_match(self, name: str, path: str, default: Any) -> Any:
-        if (name, path) not in self._found:  # asked for often, and there may be a pattern for each layer
+        found: dict[tuple[str, str], Any] = self._found  # type: ignore[attr-defined]  # no field
+        if (name, path) not in found:  # asked for often, and there may be a pattern for each layer
             hits = (value for pattern, value in getattr(self, name).items() if matches(pattern, path, END))
-            self._found[name, path] = next(hits, default)
-        return self._found[name, path]
+            found[name, path] = next(hits, default)
+        return found[name, path]
 
 
 def starts_from_weight(init: Any) -> bool:

@@ -16,13 +16,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-
-try:
-    from re import _compiler, _parser
-except ImportError:  # Python 3.10
-    import sre_compile as _compiler
-    import sre_parse as _parser
-
+from re import _compiler, _parser  # type: ignore[attr-defined]
+from typing import Any
 
 CHARACTERS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 
@@ -78,7 +73,7 @@ def _row(items: Iterable, flags: int) -> Part:
     return parts[0] if len(parts) == 1 else row
 
 
-def _part(operation: str, argument, item: tuple, flags: int) -> Part:
+def _part(operation: str, argument: Any, item: tuple, flags: int) -> Part:
     if operation in CHARACTERS:
         return _step(_before(item, flags))
     if operation == "AT":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -38,7 +38,7 @@ def limited() -> Iterator[None]:
 
 
 @contextmanager
-def spending(what: str):
+def spending(what: str) -> Iterator[Callable[[], None]]:
     """Counts the time of its block as that of matching `what`; gives a function that raises when there is none left.
 
     Raises:
@@ -96,7 +96,7 @@ def layer_of(pattern: str, path: str) -> int | None:
             ends = {match.end() for match in [part.match(path)] if match}
         else:
             found = part(Text(path, tick), 1, False)
-            ends = (i for i in range(len(path)) if found >> i & 1)
+            ends = {i for i in range(len(path)) if found >> i & 1}
         numbers = (re.compile(r"(\d+)\.").match(path, end) for end in ends)
         return next((int(match[1]) for match in numbers if match), None)
 

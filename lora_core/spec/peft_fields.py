@@ -66,8 +66,10 @@ OF_PEFT = WITHOUT_MEANING | OF_A_START.keys() | ONLY.keys() | REASONS.keys()
 class TakesFieldsOfPeft(type):
     """The class of a configuration class: makes an object of what is known, and answers for all else."""
 
+    peft_type: str
+
     def __call__(cls, /, *args: Any, **fields: Any) -> Any:
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # its classes are dataclasses
         kind = plain(fields.pop("peft_type", None))
         if kind not in (None, cls.peft_type):
             raise ConfigError(f"peft_type is {kind!r}, and {cls.__name__} is for {cls.peft_type!r}; leave it out")

@@ -80,7 +80,7 @@ def select_targets(
     excluded = excluded_paths(config, paths, strict)
     chosen = [p for p in chosen if p not in excluded]
     chosen = [p for p in chosen if in_selected_layer(config, p)]
-    found = _select_parameters(config, parameters, excluded, strict) if config.target_parameters else {}
+    found = _select_parameters(config, parameters, excluded, strict)
     hits |= {pattern: len(hit) for pattern, hit in found.items()}
     matched = {p for hit in found.values() for p in hit if not _inside(p, saved)}
     chosen += [p for p in parameters if p in matched]
@@ -105,7 +105,7 @@ def _select_parameters(
     config: LoraConfig, parameters: Sequence[str], excluded: Collection[str], strict: bool
 ) -> dict[str, list[str]]:
     """{entry of `target_parameters`: the paths it matches}. In PEFT nothing thins them out."""
-    found = match_patterns("target_parameters", config.target_parameters, parameters, strict)
+    found = match_patterns("target_parameters", config.target_parameters or (), parameters, strict)
     paths = [p for hit in found.values() for p in hit]
     if strict and paths and config.layers_to_transform is not None:
         raise TargetError(
@@ -187,14 +187,16 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
 
 def in_selected_layer(config: LoraConfig, path: str) -> bool:
     """Whether `path` lies in a layer that `layers_to_transform` names, by PEFT's rules; True when it is not set."""
-    if config.layers_to_transform is None or path in config.target_modules:  # a whole path says its layer itself
+    wanted, names = config.layers_to_transform, config.target_modules or ()
+    if wanted is None or path in names:  # a whole path says its layer itself
         return True
     lists = config.layers_pattern
     if lists is None:
         lists = r"[^.]*\.[^.]*"  # any list, but not one at the top of the model
     # The first numbered segment counts: in "model.layers.1.experts.0.w" the layer is 1.
     found = (layer_of(name, path) for name in ((lists,) if isinstance(lists, str) else lists))
-    return next((layer for layer in found if layer is not None), None) in config.layers_to_transform
+    first = next((layer for layer in found if layer is not None), None)
+    return first == wanted if isinstance(wanted, int) else first in wanted
 
 
 def is_head(path: str) -> bool:

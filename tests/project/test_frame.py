@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -49,12 +50,36 @@ def test_torch_is_pinned_so_that_a_cpu_build_will_do():
     assert not any("+" in version for version in pins().values())
 
 
-def test_the_wheel_is_the_engine_alone_and_asks_for_four_packages(tmp_path):
-    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=tmp_path / "source", check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("lora_core-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """(sdist, wheel): what `python -m build` makes of the checkout, the wheel from the sdist."""
+    pytest.importorskip("build", reason="build is not installed, so no package was built")
+    place = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT, place / "source", ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__"))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place), str(place / "source")]
+    made = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
+    return next(place.glob("lora_core-*.tar.gz")), next(place.glob("lora_core-*.whl"))
+
+
+def test_a_package_index_would_take_them(distributions):
+    pytest.importorskip("twine", reason="twine is not installed, so the packages were not checked")
+    check = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
+    checked = subprocess.run(check, capture_output=True, text=True, timeout=120)
+    assert checked.returncode == 0 and checked.stdout.count("PASSED") == 2, checked.stdout + checked.stderr
+
+
+def test_the_sdist_is_the_checkout(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    packages = ("lora_core", "experiments", "bench", "tests", "examples")
+    sources = {path.relative_to(ROOT).as_posix() for package in packages for path in (ROOT / package).rglob("*.py")}
+    assert sources | {"Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE", "docs/index.md"} <= files
+    assert not [name for name in files if name.endswith(".pyc") or name.startswith(("runs", ".venv", "build/"))]
+
+
+def test_the_wheel_is_the_engine_alone_and_asks_for_four_packages(distributions):
+    with zipfile.ZipFile(distributions[1]) as archive:
         files = {name: archive.read(name).decode("utf-8", "replace") for name in archive.namelist()}
     (info,) = {name.split("/")[0] for name in files if not name.startswith("lora_core/")}
     assert info == f"lora_core-{lora_core.__version__}.dist-info"
