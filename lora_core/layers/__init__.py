@@ -5,6 +5,5 @@ from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .kinds import lora_class, why_not
 from .linear import LoraConv1D, LoraLinear
-from .rows import RowAdapters
 
-__all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "RowAdapters", "lora_class", "why_not"]
+__all__ = ["LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "lora_class", "why_not"]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..bases.forwards import stored_weight
 from .folding import FoldedLayer
-from .rows import RowAdapters, check_rows
 from .traits import Traits
 
 Product = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout
@@ -57,11 +56,6 @@ class LoraLayer(Traits, FoldedLayer):
         y = self.base_forward(x, bias)
         return sum((self.product(x, *product) for product in products), start=y).to(y.dtype)
 
-    def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
-        """y with each row's product added to it."""
-        own = rows.A[rows.index], rows.B[rows.index]  # N R d_in, N R d_out
-        return (y + torch.func.vmap(lambda x, A, B: self.product(x, A, B.t(), 1.0, 0.0))(x, *own)).to(y.dtype)
-
     def add_to_tokens(self, y: Tensor, x: Tensor, ids: Tensor, change: Tensor) -> Tensor:
         """The output y with what it changes that the weight's rows of the tokens `ids`, (k,), are others by `change`, (k, d).
 
@@ -86,7 +80,7 @@ class LoraLayer(Traits, FoldedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lora_rows and (rows := self.lora_rows.get(get_ident())):
-            return self._mixed_forward(x, rows)
+            return rows.forward(self, x)
         if self.lora_folded or not self.lora_active:
             return self.base_forward(x, self.bias)
         for name in self.lora_active:
@@ -150,16 +144,3 @@ class LoraLayer(Traits, FoldedLayer):
         """Whether the base gives 16 bits and the update has more: then what is made of their sum is rounded at the end."""
         dtype = x.dtype if x.is_floating_point() else self.weight.dtype
         return dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type)
-
-    def _mixed_forward(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        index = rows.index
-        check_rows(x, index)
-        y = self.base_forward(x, None if rows.scale is not None else self.bias)
-        dtype = y.dtype
-        if rows.A.shape[1]:
-            y = self.add_products_by_row(y, x, rows)
-        if rows.scale is not None:
-            y = y * self.spread(rows.scale[index], y)
-            y = y if self.bias is None else y + self.spread(self.bias, y)
-        y = y if rows.bias is None else y + self.spread(rows.bias[index], y)
-        return y.to(dtype)

@@ -21,7 +21,6 @@ from ..errors import StateError
 from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
 from ..maths.loss import Cost, cost
 from .base import LoraLayer, Product
-from .rows import RowAdapters
 
 
 class LinearLayer(LoraLayer):
@@ -46,18 +45,6 @@ class LinearLayer(LoraLayer):
         """What gives a dropout mask, if siblings share theirs."""
         group = self.lora_masks
         return None if group is None else lambda x, p: group.draw(self, x, p)
-
-    def add_products_by_row(self, y: Tensor, x: Tensor, rows: RowAdapters) -> Tensor:
-        dtype = update_dtype(x, rows.A)
-        x3 = x.to(dtype).reshape(len(x), -1, x.shape[-1])  # N T d_in
-        y3 = y.to(dtype).view(len(x), -1, y.shape[-1])  # N T d_out
-        A, B = rows.A.to(dtype), rows.B.to(dtype)
-        if rows.grouped.numel() * x3.shape[1] < len(x) * A.shape[1]:
-            # Few tokens: sort the rows by adapter, which moves fewer vectors than giving each row its A and B.
-            K, M = rows.grouped.shape
-            h = x3[rows.grouped.view(-1)].reshape(K, -1, x3.shape[-1]) @ A.mT  # K MT R
-            return y3.add_((h @ B).view(K * M, -1, y3.shape[-1])[rows.place]).view(y.shape)
-        return y3.baddbmm_(x3 @ A[rows.index].mT, B[rows.index]).view(y.shape)
 
 
 class LoraLinear(LinearLayer, nn.Linear):

@@ -23,8 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ..errors import StateError
-from ..layers import LoraLayer, RowAdapters
-from ..layers.rows import check_rows
+from ..layers.rows import check_rows, stack
 from .atomic import insist
 from .copies import copy_of, original_of, own_keys, without_copies
 from .registry import Adapter, Registry, adapter_layers, find_adapter, registry_of, unwrap
@@ -81,7 +80,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]
             registry.mixing.add(thread)
             for layer in layers:
                 undo.callback(layer.lora_rows.pop, thread, None)
-                layer.lora_rows[thread] = _stack_factors(layer, chosen, (index, grouped, place))
+                layer.lora_rows[thread] = stack(layer, chosen, (index, grouped, place))
             for path in dict.fromkeys(path for adapter in registry.adapters.values() for path in adapter.saved_modules):
                 hook = _row_hook(path, root.get_submodule(path), _stack_copies(root, registry, path, chosen), index, thread)
                 undo.callback(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
@@ -100,31 +99,6 @@ def _refuse_shared(name: str, adapter: Adapter) -> None:
             raise StateError(f"adapter {name!r} {what}, {path!r}, which all rows of a batch share")
     if adapter.tokens:
         raise StateError(f"adapter {name!r} trains tokens of {adapter.tokens[0]!r}, which all rows of a batch share")
-
-
-@torch.no_grad()
-def _stack_factors(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, Tensor, Tensor]) -> RowAdapters:
-    """What the rows need of the adapters `names` on one layer; those that are not on it change nothing there."""
-    d_in, d_out = layer.matrix_shape(layer)
-    like = layer.factors(next(name for name, method in layer.lora_method.items() if not method.replaces_rows))[0]
-    here = [name if name in layer.lora_scaling else None for name in (*names, None)]
-    nothing = like.new_zeros(0, d_in), like.new_zeros(d_out, 0)
-    pairs = [nothing if name is None else layer.factors(name) for name in here]
-    scaling = like.new_tensor([layer.lora_scaling.get(name, 0.0) for name in here])
-
-    def each(value: Callable[[str], Tensor | None], otherwise: Tensor) -> Tensor | None:
-        own = [None if name is None else value(name) for name in here]
-        if all(tensor is None for tensor in own):
-            return None
-        return torch.stack([otherwise if tensor is None else tensor.to(like) for tensor in own])
-
-    return RowAdapters(
-        *(tensor.to(like.device) for tensor in rows),
-        pad_sequence([A for A, _ in pairs], batch_first=True),
-        pad_sequence([B.t() for _, B in pairs], batch_first=True).mul_(scaling[:, None, None]),
-        each(layer.row_scale, like.new_ones(d_out)),
-        each(layer.own_bias, like.new_zeros(d_out)),
-    )
 
 
 def _stack_copies(root: nn.Module, registry: Registry, module: str, names: Sequence[str]) -> dict[str, Tensor]:
