@@ -29,9 +29,7 @@ from torch import nn
 
 from lora_core import LoraConfig, inject, merge_and_unload
 
-from .checkpoints import LLAMA_1B, adapter, copy_files
-from .checkpoints import LLAMA_TINY as TINY_FILES
-from .checkpoints import llama as llama_files
+from .checkpoints import LLAMA_1B, LLAMA_TINY as TINY_FILES, adapter, copy_files, llama as llama_files
 from .measure import Measure, Ratio
 from .models import LLAMA_7B, LLAMA_TINY, R, distilbert, llama
 from .peers import adapt_with_peft, agreed, randomize, relative_difference

@@ -6,98 +6,49 @@ from .deploy.recipe import Recipe as Recipe
 from .deploy.stream import merge_checkpoint as merge_checkpoint
 from .deploy.verification import verify as verify
 from .errors import LoraError as LoraError
-from .files.formats.base import AdapterFormat as AdapterFormat
-from .files.formats.base import register_format as register_format
-from .files.storage import load_adapter as load_adapter
-from .files.storage import save_adapter as save_adapter
+from .files.formats.base import AdapterFormat as AdapterFormat, register_format as register_format
+from .files.storage import load_adapter as load_adapter, save_adapter as save_adapter
 from .layers.kinds import register_kind as register_kind
 from .methods.base import Method as Method
 from .methods.registry import register_method as register_method
 from .methods.vera import VeraConfig as VeraConfig
 from .model.adapters import (
     ParameterCount as ParameterCount,
-)
-from .model.adapters import (
     base_weight_bytes as base_weight_bytes,
-)
-from .model.adapters import (
     count_parameters as count_parameters,
-)
-from .model.adapters import (
     delete_adapter as delete_adapter,
-)
-from .model.adapters import (
     disable_adapters as disable_adapters,
-)
-from .model.adapters import (
     lora_plus_groups as lora_plus_groups,
-)
-from .model.adapters import (
     print_trainable_parameters as print_trainable_parameters,
-)
-from .model.adapters import (
     rename_adapter as rename_adapter,
-)
-from .model.adapters import (
     set_adapter as set_adapter,
-)
-from .model.adapters import (
     share_dropout_masks as share_dropout_masks,
-)
-from .model.adapters import (
     trainable_parameters as trainable_parameters,
-)
-from .model.adapters import (
     unload as unload,
 )
 from .model.calibrate import (
-    EvaReport as EvaReport,
-)
-from .model.calibrate import (
-    LoftqReport as LoftqReport,
-)
-from .model.calibrate import (
     initialize_eva as initialize_eva,
-)
-from .model.calibrate import (
     initialize_loftq as initialize_loftq,
 )
-from .model.combine import CombineReport as CombineReport
 from .model.combine import combine_adapters as combine_adapters
-from .model.extract import ExtractReport as ExtractReport
 from .model.extract import extract_adapter as extract_adapter
-from .model.fast import use_fast_dropout as use_fast_dropout
-from .model.fast import use_fast_linear as use_fast_linear
+from .model.fast import use_fast_dropout as use_fast_dropout, use_fast_linear as use_fast_linear
 from .model.inject import inject as inject
 from .model.merge import (
     MergeReport as MergeReport,
-)
-from .model.merge import (
     is_merged as is_merged,
-)
-from .model.merge import (
     merge_adapter as merge_adapter,
-)
-from .model.merge import (
     merge_and_unload as merge_and_unload,
-)
-from .model.merge import (
     unmerge_adapter as unmerge_adapter,
 )
 from .model.mixed import mixed_batch as mixed_batch
 from .model.quantize import (
     QuantizationReport as QuantizationReport,
-)
-from .model.quantize import (
     quantize as quantize,
-)
-from .model.quantize import (
     quantize_int8 as quantize_int8,
-)
-from .model.quantize import (
     quantize_nf4 as quantize_nf4,
 )
-from .model.report import InjectionReport as InjectionReport
+from .model.report import FitReport as FitReport, InjectionReport as InjectionReport
 from .model.scale import scale_adapter as scale_adapter
 from .model.sharding import packed_parameters as packed_parameters
 from .spec.config import LoraConfig as LoraConfig

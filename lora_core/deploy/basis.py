@@ -6,10 +6,9 @@ that is not that, in any dtype that the base may have been loaded in, is another
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,9 @@ from ..bases import DEFAULT, base_for
 from ..bases.base import Format
 from ..errors import FileFormatError, WrongBaseError
 from ..files.checkpoint import Checkpoint
-from ..files.fingerprint import describe_dense, describe_layer, difference, fingerprint, same_values
+from ..files.fingerprint import describe_dense, describe_layer, difference, same_values, settings_hash
 from ..integrations.pretrained import load_model
 from ..model.quantize import quantize
-from ..spec.config import LoraConfig
 from .placement import Placement, label_rows
 from .updates import AdapterUpdates
 
@@ -85,7 +83,7 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
 
 def check_line(adapter: AdapterUpdates, path: str, line: str) -> None:
     """Raises a WrongBaseError if the weight at `path`, which `line` describes, is not what the adapter was trained on."""
-    found = {"base": {path: line}, "settings": settings(adapter.paths, adapter.config)}
+    found = {"base": {path: line}, "settings": settings_hash(adapter.config, adapter.settings)}
     try:
         differs = difference(adapter.fingerprint, found)
     except ValueError as error:
@@ -105,12 +103,6 @@ def check_stored(adapters: Sequence[AdapterUpdates], placement: Placement, base:
                 owner, _, name = path.rpartition(".")
                 what = f"the {name} of {owner} that it was trained on"
                 raise WrongBaseError(f"{adapter.directory} holds {what}; the base has another; merge it into its own")
-
-
-def settings(paths: Iterable[str], config: LoraConfig) -> str:
-    """The part of a fingerprint that is about an adapter's settings on layers of these paths."""
-    nothing = SimpleNamespace(weight=torch.empty(0, device="cpu"))  # the base does not count for it
-    return fingerprint([(path, nothing) for path in paths], config)["settings"]
 
 
 def _linear(W: Tensor) -> nn.Linear:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..files.adapter import CONFIG_FILE, FINGERPRINT, WEIGHTS_FILE, config_path,
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.config import HARMLESS_INITIALISERS, MAX_BYTES
 from ..files.disk import to_safetensors, write_whole
+from ..files.fingerprint import settings_hash
 from ..files.formats.peft import PEFT
 from ..files.formats.registry import is_foreign
 from ..files.keys import base_path, layer_keys_of, parse_key
@@ -36,9 +36,8 @@ from ..methods.registry import all_tables, method_of
 from ..methods.start import start
 from ..spec.checks import check_alpha, check_rank
 from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
-from .basis import settings
 from .companions import companions, copy_companions
-from .exchange import ExchangeReport, exchange
+from .exchange import ConversionReport, exchange, named
 from .layer_update import carrier
 from .placement import place
 from .updates import AdapterUpdates, read_updates
@@ -46,28 +45,6 @@ from .updates import AdapterUpdates, read_updates
 #: The files that go along with an adapter: the tokenizer and the like. A probe's logits would be another adapter's.
 BESIDE = ("*.json", "*.txt", "*.md", "*.model", "*.spm", "*.jinja")
 PLAIN = LoraConfig(target_modules=ALL_LINEAR)  # what decides the keys of plain LoRA
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert_adapter` did.
-
-    Attributes:
-        output: the new directory.
-        layers: number of adapted layers.
-        dtype: of its tensors, if they were cast.
-        energy: {path: share of the update's squared Frobenius norm that is kept}; 1 where nothing is lost but rounding.
-    """
-
-    output: str
-    layers: int
-    dtype: str | None
-    energy: Mapping[str, float]
-
-    def __str__(self) -> str:
-        cast = f" in {self.dtype}" if self.dtype else ""
-        kept = f", keeping at least {min(self.energy.values()):.4%} of an update's squared norm" if self.energy else ""
-        return f"wrote {self.output}: {self.layers} layers{cast}{kept}"
 
 
 def convert_adapter(
@@ -81,7 +58,7 @@ def convert_adapter(
     initial: str | Path | None = None,
     to: str | None = None,
     hints: Mapping[str, Any] | None = None,
-) -> ConversionReport | ExchangeReport:
+) -> ConversionReport:
     """Writes an adapter anew, in the directory `output`; as safetensors, also one that torch has pickled.
 
     Args:
@@ -139,16 +116,15 @@ def convert_adapter(
             cast_too = {key for key, t in tensors.items() if t.is_floating_point() and key not in stored}
             tensors = {key: cast(t, dtype, key) if key in cast_too else t for key, t in tensors.items()}
         if mark := parse_json(metadata.get(FINGERPRINT, "null"), once=False):
-            mark["settings"] = settings(made.layers, made.config)
+            mark["settings"] = settings_hash(made.config, made.settings)
             metadata[FINGERPRINT] = json.dumps(mark)
         write_whole(new / WEIGHTS_FILE, to_safetensors(tensors, metadata | {"format": "pt"}))
-    in_dtype = str(dtype).removeprefix("torch.") if dtype else None
-    return ConversionReport(str(output), len(made.layers), in_dtype, energy)
+    return ConversionReport(str(output), PEFT, PEFT, len(made.layers), named(dtype), energy)
 
 
 def _with_scalings(fields: dict[str, Any], updates: AdapterUpdates) -> dict[str, Any]:
     """The fields of plain LoRA with the same scalings: alpha = s r for each layer."""
-    alphas = {path: update.scaling * updates.config.rank_for(path) for path, update in updates.layers.items()}
+    alphas = {path: update.scaling * update.rank for path, update in updates.layers.items()}
     common = max(set(alphas.values()), key=list(alphas.values()).count)
     others = {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != common}
     return fields | {"use_rslora": False, "lora_alpha": common, "alpha_pattern": others}
@@ -166,7 +142,7 @@ def _approximated(
         layer = carrier(update.plain_layer(base.tensors[placement.names[f"{path}.weight"]].read(), updates.transposed))
         update.put_on(layer, "default")
         D = layer.as_matrix(layer.folded_weight(["default"])) - layer.as_matrix(layer.dense_weight())
-        ranks[path] = min(r or updates.config.rank_for(path), *D.shape)
+        ranks[path] = min(r or update.rank, *D.shape)
         A, B, energy[path] = best_of_matrix(D, ranks[path])
         old, shapes = next(iter(update.tensors.values())), layer.file_shapes(layer, len(A))
         keys = layer_keys_of(path, update.embedding, PLAIN)

@@ -10,7 +10,7 @@ place for, and layers whose names can't be mapped, are refused before anything i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ from ..maths.loss import cast
 
 
 @dataclass(frozen=True)
-class ExchangeReport:
-    """What `exchange` did.
+class ConversionReport:
+    """What `convert_adapter` did.
 
     Attributes:
         output: the new directory.
         read, written: the tools whose formats the files have.
         layers: number of adapted layers.
-        files: names of the files that were written.
+        dtype: of its tensors, if they were cast.
+        energy: {path: share of the update's squared Frobenius norm that is kept}, where it is not all but rounding.
         others: what the file held for other models, and was not written.
     """
 
@@ -43,12 +44,21 @@ class ExchangeReport:
     read: str
     written: str
     layers: int
-    files: tuple[str, ...]
+    dtype: str | None = None
+    energy: Mapping[str, float] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        tools = "" if self.read == self.written else f", read from {self.read} and written for {self.written}"
+        cast = f" in {self.dtype}" if self.dtype else ""
+        kept = f", keeping at least {min(self.energy.values()):.4%} of an update's squared norm" if self.energy else ""
         others = f"; left out: {', '.join(self.others)}" if self.others else ""
-        return f"wrote {self.output} for {self.written}: {self.layers} layers, read from {self.read}{others}"
+        return f"wrote {self.output}: {self.layers} layers{cast}{tools}{kept}{others}"
+
+
+def named(dtype: torch.dtype | None) -> str | None:
+    """A dtype's name, as it stands in a report: "bfloat16"."""
+    return str(dtype).removeprefix("torch.") if dtype else None
 
 
 def exchange(
@@ -59,7 +69,7 @@ def exchange(
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     hints: Mapping[str, Any] | None = None,
-) -> ExchangeReport:
+) -> ConversionReport:
     """Writes an adapter in a tool's format, in the directory `output`.
 
     Args:
@@ -97,9 +107,8 @@ def exchange(
             write_peft(directory, contents, known)
         else:
             target.write(directory, contents, known)
-        files = tuple(sorted(path.name for path in directory.iterdir()))
     tools = [PEFT if f is None else f.tool for f in (form, target)]
-    return ExchangeReport(str(output), *tools, len(contents.layers), files, others)
+    return ConversionReport(str(output), *tools, len(contents.layers), named(dtype), others=others)
 
 
 def _cast(contents: Contents, dtype: torch.dtype) -> Contents:

@@ -25,11 +25,12 @@ from ..errors import FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, AdapterFiles, read_adapter
 from ..files.config import MAX_BYTES, other_base
 from ..files.formats.registry import find_format, is_foreign
-from ..files.keys import PREFIX, TOKENS, base_path, parameter_paths, parse_key
+from ..files.keys import PREFIX, TOKENS, base_path, owner_path, parameter_paths, parse_key
 from ..files.reading import read_object
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig, starts_from_weight
 from ..spec.patterns import limited, spending
+from ..spec.targets import LayerPlan
 from .layer_update import LayerUpdate
 
 #: What a tensor that was trained whole may be stored in besides: buffers are, with the module that has them.
@@ -65,9 +66,9 @@ class AdapterUpdates:
     kept: frozenset[str] = frozenset()
 
     @property
-    def paths(self) -> list[str]:
-        """The paths of the layers in the model that it was trained on."""
-        return list(dict.fromkeys(self.split.get(path, path) for path in self.layers))
+    def settings(self) -> dict[str, LayerPlan]:
+        """{path of a layer in the model that it was trained on: its rank and scaling}."""
+        return {self.split.get(p, p): LayerPlan(p, update.rank, update.scaling) for p, update in self.layers.items()}
 
     @property
     def trained_on(self) -> str | None:
@@ -164,10 +165,10 @@ def updates_of(directory: Path, files: AdapterFiles, *, finite: bool = True, tra
         parameters = parameter_paths(by_path, config, directory)
         for key, parts in by_path.items():
             path = parameters.get(key, key)
-            r = config.rank_for(path)
-            E = max(len(parts["lora_A"]) // r, 1) if key in parameters and "lora_A" in parts else 1
-            scaling = config.scaling_for(path)
-            layers[path] = LayerUpdate(path, parts | shared, scaling, key in embeddings, method, r, key in parameters, E)
+            own = LayerPlan.of(config, owner_path(path))
+            E = max(len(parts["lora_A"]) // own.r, 1) if key in parameters and "lora_A" in parts else 1
+            embedding, parameter = key in embeddings, key in parameters
+            layers[path] = LayerUpdate(path, parts | shared, own.scaling, embedding, method, own.r, parameter, E)
     for update in layers.values():
         _check(update, config, directory)
     tokens = _tokens(rows, config, directory)

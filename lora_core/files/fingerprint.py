@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,20 +28,30 @@ from ..layers import LoraLayer, lora_class
 from ..methods.registry import method_of
 from ..model.sharding import values_at
 from ..spec.config import LoraConfig
+from ..spec.targets import LayerPlan
 
 SAMPLES = 1024
 
 
-def fingerprint(layers: Iterable[tuple[str, nn.Module]], config: LoraConfig) -> dict[str, Any]:
-    """The fingerprint of an adapter with these settings on these layers, (path, layer), adopted or not; for JSON."""
-    layers = dict(layers)
-    settings = [[path, config.rank_for(path), f"{config.scaling_for(path):.6g}"] for path in sorted(layers)]
+def fingerprint(
+    layers: Iterable[tuple[str, nn.Module]], config: LoraConfig, settings: Mapping[str, LayerPlan]
+) -> dict[str, Any]:
+    """The fingerprint, for JSON, of an adapter on these layers.
+
+    Args:
+        layers: (path, layer) of each, adopted or not.
+        config: the adapter's settings.
+        settings: {path: what they mean there}.
+    """
+    return {"base": {path: _describe(layer) for path, layer in layers}, "settings": settings_hash(config, settings)}
+
+
+def settings_hash(config: LoraConfig, layers: Mapping[str, LayerPlan]) -> str:
+    """The part of a fingerprint that is about an adapter's settings, which mean this on each of its layers."""
+    settings = [[path, layer.r, f"{layer.scaling:.6g}"] for path, layer in sorted(layers.items())]
     settings += [*method_of(config).settings(config), config.bias]
     settings += [config.trainable_token_indices] if config.trainable_token_indices else []
-    return {
-        "base": {path: _describe(layer) for path, layer in layers.items()},
-        "settings": hash_of([json.dumps(settings).encode()]),
-    }
+    return hash_of([json.dumps(settings).encode()])
 
 
 def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:

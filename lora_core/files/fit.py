@@ -30,7 +30,7 @@ def plan_for_file(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Te
     """The plan for an adapter from a file, whose tensors say whether what `ensure_weight_tying` means was trained as one."""
     found = plan(model, config, strict=False)
     if config.ensure_weight_tying:
-        absent = [path for path in found.copies if copy_key(path, found.layers.paths, found.tokens) not in tensors]
+        absent = [path for path in found.copies if copy_key(path, found.targets.paths, found.tokens) not in tensors]
         present = {path.split(".")[-2] for path in found.copies if path not in absent}
         if absent and present.isdisjoint(TIED_BY_PEFT):
             return plan(model, dataclasses.replace(config, ensure_weight_tying=False), strict=False)
@@ -46,7 +46,7 @@ def fitting_tensors(
         FileFormatError: tensors are missing, unexpected, of another shape or dtype, not finite, or two where one is needed.
         StateError: the model has no weights yet.
     """
-    for path in found.layers.paths:
+    for path in found.targets.paths:
         layer = submodule(model, path)
         stored_weight(layer, path, lora_class(layer).weight_name)  # or the file's values would be lost on the meta device
     expected = _expected_tensors(model, config, found)
@@ -77,7 +77,7 @@ def check_base(
         return
     layers = [(old, submodule(model, path)) for path, old in names.items()]
     try:
-        now = fingerprint(layers, config)
+        now = fingerprint(layers, config, {old: found.targets.layers[path] for path, old in names.items()})
         for path, old in names.items():
             if lora_class(submodule(model, path)).weight_path(path) in found.kept:  # the file brings its own
                 del now["base"][old]
@@ -125,11 +125,11 @@ def _is_of_the_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
 def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict[str, Tensor]:
     """{key: a tensor of that shape and kind} of what a file with this configuration must hold for this model."""
     expected, sizes, tables = {}, [], all_tables()
-    for path in found.layers.paths:
+    for path, settings in found.targets.layers.items():
         module = submodule(model, path)
         kind = lora_class(module)
-        shapes = kind.file_shapes(module, config.rank_for(found.layers.owner(path)))
-        for table, key in layer_keys(path, module, found.layers.paths, config).items():
+        shapes = kind.file_shapes(module, settings.r)
+        for table, key in layer_keys(path, module, found.targets.paths, config).items():
             expected[key] = torch.empty(shapes[tables[table].form], device="meta")
         sizes.append(kind.matrix_shape(module))
     shared = method_of(config).shared_shapes(config, sizes)
@@ -139,7 +139,7 @@ def _expected_tensors(model: nn.Module, config: LoraConfig, found: Plan) -> dict
         weight = model.get_submodule(path).weight
         expected[token_key(rows.owner)] = torch.empty(len(rows.ids), weight.shape[1], device="meta")
     for path in found.copies:
-        expected[copy_key(path, found.layers.paths, found.tokens)] = original_of(model, path)
+        expected[copy_key(path, found.targets.paths, found.tokens)] = original_of(model, path)
     return expected
 
 
@@ -164,7 +164,7 @@ def _tied_tensors(tensors: Mapping[str, Tensor], config: LoraConfig, found: Plan
     """
     filled: dict[str, Tensor] = {}
     first: dict[object, str] = {}
-    keys = {path: copy_key(path, found.layers.paths, found.tokens) for path in found.copies}
+    keys = {path: copy_key(path, found.targets.paths, found.tokens) for path in found.copies}
     for path, group in found.copies.items():
         if keys[path] not in tensors:
             continue

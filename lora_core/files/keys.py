@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import FileFormatError
 from ..layers import lora_class
+from ..layers.attention import LoraAttention
 from ..methods.base import Table
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
@@ -89,6 +90,12 @@ def base_path(path: str) -> str:
     """The path of a tensor of the base, from what `parse_key` says, which may be inside of PEFT's wrapper of a layer."""
     owner, _, name = path.rpartition(".")
     return f"{owner.removesuffix('.base_layer').removesuffix(f'.{TOKENS}')}.{name}"
+
+
+def owner_path(path: str) -> str:
+    """The path whose settings a layer in an adapter's keys has: its own; of attention's second weight, the attention's."""
+    attention, _, name = path.rpartition(".base_layer.")
+    return attention if attention and name in LoraAttention.parts else path
 
 
 def parameter_paths(paths: Iterable[str], config: LoraConfig, source: object) -> dict[str, str]:

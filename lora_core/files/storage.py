@@ -94,7 +94,7 @@ def save_adapter(
     tensors |= grown
     check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
     config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2) + "\n"
-    mark = fingerprint(adapter_layers(model, adapter), adapter.stored)
+    mark = fingerprint(adapter_layers(model, adapter), adapter.stored, adapter.stored_layers)
     if lines := describe_vocabulary(unwrap(model), adapter_name, grown):
         mark["vocabulary"] = lines
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
@@ -169,12 +169,12 @@ def load_adapter(
         )
     elif any(adapter_name in layer.lora_folded for _, layer in changed_layers(root, find_adapter(root, adapter_name))):
         raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
-    if not found.layers.paths:
+    if not found.targets.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     tensors = fitting_tensors(root, config, tensors, found, directory)
-    names = {path: moved.names.get(path, path) for path in found.layers.paths}
+    names = {path: moved.names.get(path, path) for path in found.targets.paths}
     check_base(directory, files.fingerprint, root, settled, names, found, strict)
-    unmatched = [pattern for pattern, count in found.layers.hits.items() if not count]
+    unmatched = [pattern for pattern, count in found.targets.hits.items() if not count]
     if unmatched:
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
 
@@ -273,9 +273,8 @@ def _same_structure(model: nn.Module, name: str, config: LoraConfig, found: Plan
     return (
         adapter.config.as_stored() is adapter.config  # else the file's tensors hold its start too
         and _method(adapter.config) == _method(config)
-        and adapter.layers == found.layers.paths
-        and all(adapter.config.rank_for(p) == config.rank_for(p) for p in adapter.layers)
-        and all(math.isclose(adapter.scale * adapter.config.scaling_for(p), config.scaling_for(p)) for p in adapter.layers)
+        and [(p, own.r) for p, own in adapter.layers.items()] == [(p, new.r) for p, new in found.targets.layers.items()]
+        and all(math.isclose(adapter.scale * s.scaling, found.targets.layers[p].scaling) for p, s in adapter.layers.items())
         and set(adapter.copied) == set(found.copies)
         and set(adapter.kept) == set(found.kept)
         and {p: (*_layer_ids(model, p, name),) for p in adapter.tokens} == {p: rows.ids for p, rows in found.tokens.items()}

@@ -10,9 +10,7 @@ from ..spec.config import LoraConfig
 from ..spec.peft_fields import plain
 from .base import FORMS, METHODS, Method, Table
 from .bias import LoraWithBias
-from .dora import ASKED as ASKED
-from .dora import MAGNITUDE as MAGNITUDE
-from .dora import Dora
+from .dora import ASKED as ASKED, MAGNITUDE as MAGNITUDE, Dora
 from .lora import Lora
 from .tokens import TokenRows
 from .vera import Vera

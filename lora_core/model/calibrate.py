@@ -20,7 +20,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,55 +32,17 @@ from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
 from ..spec.checks import check_finite
+from ..spec.targets import LayerPlan
 from .registry import Adapter, adapter_layers, find_adapter
+from .report import FitReport
 from .verbs import changes_adapters
-
-
-@dataclass(frozen=True)
-class EvaReport:
-    """What `initialize_eva` did.
-
-    Attributes:
-        ranks: {path: rank of the layer now}.
-        explained: {path: share of the inputs' second moment that A's directions explain}.
-        vectors: {path: number of input vectors seen}.
-    """
-
-    ranks: dict[str, int]
-    explained: dict[str, float]
-    vectors: dict[str, int]
-
-    def __str__(self) -> str:
-        ranks, shares = sorted(self.ranks.values()), sorted(self.explained.values())
-        return (
-            f"EVA on {len(ranks)} layers: ranks {ranks[0]} to {ranks[-1]}, directions explain {100 * shares[0]:.1f} to "
-            f"{100 * shares[-1]:.1f} % of the inputs"
-        )
-
-
-@dataclass(frozen=True)
-class LoftqReport:
-    """What `initialize_loftq` did.
-
-    Attributes:
-        before: {path: |W - Q| / |W| of the 4-bit weight Q, in Frobenius norms}.
-        after: {path: the same of Q + s B A}.
-    """
-
-    before: dict[str, float]
-    after: dict[str, float]
-
-    def __str__(self) -> str:
-        before, after = (sum(errors.values()) / len(errors) for errors in (self.before, self.after))
-        return f"LoftQ on {len(self.before)} layers: mean relative error {before:.4f} -> {after:.4f}"
-
 
 # --- EVA ------------------------------------------------------------------------------------------------------------
 
 
 @changes_adapters
 @torch.no_grad()
-def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, rho: float = 1.0) -> EvaReport:
+def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, rho: float = 1.0) -> FitReport:
     """Starts an adapter of linear layers from what their inputs are, in place; make the optimiser afterwards.
 
     The model runs as it is, in eval mode, without gradients. Vectors at places where a batch's `attention_mask` is zero do
@@ -95,7 +56,7 @@ def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str =
             further directions explain less (none falls below 1); the sum and each layer's scaling stay.
 
     Returns:
-        Ranks and explained shares, by layer.
+        Its ranks, and which share of its inputs A's directions explain, by layer.
 
     Raises:
         ConfigError: a layer is not linear, rho is below 1, or the inputs are too few or too short for a rank, all zero or
@@ -136,7 +97,7 @@ def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str =
                 del start[adapter_name]
         layer.lora_method[adapter_name].settle(layer, adapter_name)
     _settle(adapter, layers, ranks, adapter_name)
-    return EvaReport(ranks, {p: spectra[p][:r].sum().item() for p, r in ranks.items()}, vectors)
+    return FitReport(adapter_name, "EVA of the inputs", ranks, {p: spectra[p][:r].sum().item() for p, r in ranks.items()})
 
 
 def _second_moments(
@@ -184,7 +145,7 @@ def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[st
     """Makes the adapter's configuration say what its layers are now."""
     config, scaling = adapter.config, {path: layer.lora_scaling[name] for path, layer in layers.items()}
     alpha = {path: scaling[path] * (math.sqrt(r) if config.use_rslora else r) for path, r in ranks.items()}
-    changed = {path for path, r in ranks.items() if r != config.rank_for(path)}
+    changed = {path for path, r in ranks.items() if r != adapter.layers[path].r}
     rank_pattern = {re.escape(path): ranks[path] for path in ranks if path in changed}
     alpha_pattern = {re.escape(path): alpha[path] for path in ranks if path in changed}
     adapter.config = dataclasses.replace(
@@ -193,8 +154,9 @@ def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[st
         rank_pattern=rank_pattern | dict(config.rank_pattern),  # the first hit wins, so whole paths come first
         alpha_pattern=alpha_pattern | dict(config.alpha_pattern),
     )
+    adapter.layers = {path: LayerPlan.of(adapter.config, path) for path in adapter.layers}
     for path, layer in layers.items():
-        layer.lora_scaling[name] = adapter.config.scaling_for(path)
+        layer.lora_scaling[name] = adapter.layers[path].scaling
 
 
 # --- LoftQ ----------------------------------------------------------------------------------------------------------
@@ -202,7 +164,7 @@ def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[st
 
 @changes_adapters
 @torch.no_grad()
-def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], adapter_name: str = "default") -> LoftqReport:
+def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], adapter_name: str = "default") -> FitReport:
     """Starts an adapter on 4-bit layers from what quantisation took from them, in place.
 
     Args:
@@ -212,7 +174,7 @@ def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], 
         adapter_name: which adapter. On its layers that are not 4-bit it stays as it is.
 
     Returns:
-        How far each 4-bit weight is from the dense one, before and after.
+        Which share of what quantisation took it holds, by layer.
 
     Raises:
         StateError: no layer of the adapter is 4-bit, or a dense weight is missing or of another shape.
@@ -227,18 +189,17 @@ def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], 
         _dense_weight(tensors, path, layer)
         if adapter_name in layer.lora_A0:
             raise LoraError(f"adapter {adapter_name!r} starts from the weight of {path}; inject it with init_lora_weights=True")
-    before, after = {}, {}
+    ranks, energy = {}, {}
     for path, layer in layers.items():
         W = _dense_weight(tensors, path, layer).detach().to(layer.weight.device, torch.float32)
         lost = W - layer.dense_weight()
-        A, B, energy = best_of_matrix(lost, len(layer.lora_A[adapter_name]), layer.lora_scaling[adapter_name])
+        ranks[path] = len(layer.lora_A[adapter_name])
+        A, B, energy[path] = best_of_matrix(lost, ranks[path], layer.lora_scaling[adapter_name])
         own = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         own[0].data, own[1].data = (torch.zeros_like(parameter) for parameter in own)
         own[0].data[: len(A)], own[1].data[:, : len(A)] = A, B
         layer.lora_method[adapter_name].settle(layer, adapter_name)
-        before[path] = (lost.norm() / W.norm()).item()
-        after[path] = before[path] * math.sqrt(1 - energy)
-    return LoftqReport(before, after)
+    return FitReport(adapter_name, "LoftQ of what quantisation took", ranks, energy)
 
 
 def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:

@@ -28,43 +28,14 @@ from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix, best_of_product
 from ..maths.pruning import PRUNING, Rule
 from ..spec.config import LoraConfig
-from ..spec.targets import Targets, match_patterns
+from ..spec.targets import LayerPlan, Targets, match_patterns
 from .combinable import check_records, check_settings, weights_of
 from .copies import original_of
 from .inject import attach
 from .plan import base_modules, plan_copies
 from .registry import Adapter, adapter_layers, check_new_name, copies_of, find_adapter, unwrap
+from .report import FitReport
 from .verbs import changes_adapters
-
-
-@dataclass(frozen=True)
-class CombineReport:
-    """What `combine_adapters` made.
-
-    Attributes:
-        adapter_name: the new adapter.
-        sources: {name of an adapter that it was made of: its weight}.
-        method: how.
-        ranks: {path: rank of the new adapter on that layer}.
-        energy: {path: share of the combination's squared Frobenius norm that this rank keeps}; 1.0 if nothing was cut off.
-        modules_to_save: paths of the modules of which it has a combined copy, exact.
-    """
-
-    adapter_name: str
-    sources: Mapping[str, float]
-    method: str
-    ranks: Mapping[str, int]
-    energy: Mapping[str, float]
-    modules_to_save: tuple[str, ...]
-
-    def __str__(self) -> str:
-        sources = " + ".join(f"{weight:g} {name!r}" for name, weight in self.sources.items())
-        least, most = min(self.ranks.values()), max(self.ranks.values())
-        return (
-            f"adapter {self.adapter_name!r} = {self.method} of {sources} on {len(self.ranks)} layers: rank "
-            f"{most if least == most else f'{least} to {most}'}, keeping at least {100 * min(self.energy.values()):.4g} % of "
-            "a layer's squared norm"
-        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +60,7 @@ def combine_adapters(
     density: float | None = None,
     majority: str = "total",
     seed: int = 0,
-) -> CombineReport:
+) -> FitReport:
     """Adds an adapter whose update combines those of others. It is not active yet; the others stay as they are.
 
     The adapters may differ in rank, alpha, scaling and layers: one counts as zero where it has no layer. Their modules
@@ -135,7 +106,9 @@ def combine_adapters(
     whole = {path for record in records.values() for path in record.saved_modules}
     saved = tuple(p for p in base_modules(root) if p in whole and not any(p.startswith(f"{outer}.") for outer in whole))
     config = _config(root, records, {path: len(part.A) for path, part in parts.items()}, saved)
-    found = plan_copies(root, Targets(tuple(parts), {}), saved, keep_ties=config.ensure_weight_tying)
+    found = plan_copies(
+        root, Targets({path: LayerPlan.of(config, path) for path in parts}, {}), saved, keep_ties=config.ensure_weight_tying
+    )
     copies = _combine_copies(root, found.copies, sources, rule)
     attach(root, config, adapter_name, found, trainable=any(record.trainable for record in records.values()))
     for path, layer in adapter_layers(root, find_adapter(root, adapter_name)):
@@ -146,7 +119,8 @@ def combine_adapters(
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = copies[path].to(copy)
     energy = {path: part.energy for path, part in parts.items()}
-    return CombineReport(adapter_name, sources, method, {p: len(part.A) for p, part in parts.items()}, energy, saved)
+    made_of = f"{method} of {' + '.join(f'{weight:g} {name!r}' for name, weight in sources.items())}"
+    return FitReport(adapter_name, made_of, {path: len(part.A) for path, part in parts.items()}, energy, saved)
 
 
 # --- one layer, one module --------------------------------------------------------------------------------------------

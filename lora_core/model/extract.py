@@ -11,7 +11,6 @@ silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,39 +28,14 @@ from .inject import attach
 from .notices import warn_of_untied
 from .plan import plan
 from .registry import adapter_layers, check_new_name, copies_of, find_adapter, has_adapters, unwrap
+from .report import FitReport
 from .verbs import changes_adapters
 
 Tuned = nn.Module | Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class ExtractReport:
-    """What `extract_adapter` made.
-
-    Attributes:
-        adapter_name: the new adapter.
-        energy: {path: share of the difference's squared Frobenius norm that the adapter keeps on that layer}; 1.0 where the
-            weight did not change.
-        modules_to_save: paths of the modules that were copied whole.
-        not_captured: names of the other tensors that differ from the base's, or that the base does not have.
-    """
-
-    adapter_name: str
-    energy: Mapping[str, float]
-    modules_to_save: tuple[str, ...]
-    not_captured: tuple[str, ...]
-
-    def __str__(self) -> str:
-        whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
-        missed = f"; not captured: {len(self.not_captured)} other changed tensors ({_listed(self.not_captured)})"
-        return (
-            f"adapter {self.adapter_name!r} keeps at least {100 * min(self.energy.values()):.4g} % of the difference's "
-            f"squared norm on each of {len(self.energy)} layers{whole}{missed if self.not_captured else ''}"
-        )
-
-
 @changes_adapters
-def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_name: str = "default") -> ExtractReport:
+def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_name: str = "default") -> FitReport:
     """Adds to `model` the adapter that brings it nearest to `tuned`, in place; as with `inject`, the first one is active.
 
     The weight of a 4-bit layer is the dequantised one, so the adapter of a dense `tuned` also takes up what it can of the
@@ -92,12 +66,12 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     names = _match_names(root, source)
 
     updates, biases, energy = {}, {}, {}
-    for path in found.layers.paths:
-        layer, s = submodule(root, path), config.scaling_for(path)
+    for path, settings in found.targets.layers.items():
+        layer, s = submodule(root, path), settings.scaling
         if not lora_class(layer).any_factors:
             raise ConfigError(f"{path} is a {type(layer).__name__} that no adapter can be extracted for; exclude it")
         D = _difference(root, source, f"{path}.weight", names[f"{path}.weight"])
-        *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), config.rank_for(path), s)
+        *updates[path], energy[path] = best_of_matrix(lora_class(layer).as_matrix(layer, D), settings.r, s)
         if method_of(config).bias_table and layer.bias is not None:
             biases[path] = _difference(root, source, f"{path}.bias", names[f"{path}.bias"]) / s
     copies = {path: _read(source, names[path]).detach() for path in found.copies}
@@ -118,7 +92,8 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
             getattr(layer, method_of(config).bias_table)[adapter_name].data.copy_(biases[path])
     for path, copy in copies_of(root, adapter_name).items():
         copy.data = copies[path].to(copy, copy=True)
-    return ExtractReport(adapter_name, energy, adapter.saved_modules, tuple(sorted(missed)))
+    ranks = {path: settings.r for path, settings in adapter.layers.items()}
+    return FitReport(adapter_name, "the difference", ranks, energy, adapter.saved_modules, tuple(sorted(missed)))
 
 
 # --- the tensors of a model, or of a state dict, by name --------------------------------------------------------------

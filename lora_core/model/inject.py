@@ -71,14 +71,15 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     if config.bias != "none" and has_adapters(model):
         others = ", ".join(map(repr, registry_of(model).adapters))
         raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")
-    method, modules = method_of(config), {path: submodule(model, path) for path in found.layers.paths}
+    method, modules = method_of(config), {path: submodule(model, path) for path in found.targets.paths}
     layers = {path: m if isinstance(m, LoraLayer) else lora_class(m).adopt(m) for path, m in modules.items()}
     shared = share(method.shared(config, [layer.matrix_shape(layer) for layer in layers.values()]), layers.values())
     for path, layer in layers.items():
+        settings = found.targets.layers[path]
         layer.add_adapter(
             name,
-            r=config.rank_for(found.layers.owner(path)),
-            scaling=layer.scale * config.scaling_for(found.layers.owner(path)),
+            r=settings.r,
+            scaling=layer.scale * settings.scaling,
             dropout=config.lora_dropout,
             init=method.start_of(config),
             method=method,
@@ -87,7 +88,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     _add_tokens(model, name, found)
     adapter = Adapter(
         config,
-        found.layers.paths,
+        found.targets.layers,
         found.saved_modules,
         tuple(found.copies),
         tuple(found.untied),

@@ -26,7 +26,8 @@ def warn_of_left_out(config: LoraConfig, found: Plan) -> None:
 
 def warn_of_dropout(model: nn.Module, config: LoraConfig, found: Plan) -> None:
     """Says that dropout does not apply to attention, where the update is added to a weight."""
-    modules = {path: submodule(unwrap(model), path) for path in found.layers.owners.values() if config.lora_dropout}
+    owners = {settings.owner for path, settings in found.targets.layers.items() if settings.owner != path}
+    modules = {path: submodule(unwrap(model), path) for path in owners if config.lora_dropout}
     if path := next(iter(modules), None):
         kind = lora_class(modules[path]).__name__
         warnings.warn(

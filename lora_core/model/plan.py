@@ -41,7 +41,7 @@ class Plan:
     """The modules of one model that one configuration means.
 
     Attributes:
-        layers: the layers to adapt, and how often each pattern hit.
+        targets: the layers to adapt, with rank and scaling, and how often each pattern hit.
         saved_modules: paths of the modules to train whole.
         copies: {path of a tensor of the base to train a copy of: what is equal for the paths that share one copy}.
         untied: {path of such a tensor: paths that the base ties it to, and the adapter does not}.
@@ -50,7 +50,7 @@ class Plan:
         kept: those of `copies` that are not trained, and come from a file: see `files/vocabulary.py`.
     """
 
-    layers: Targets
+    targets: Targets
     saved_modules: tuple[str, ...]
     copies: Mapping[str, object]
     untied: Mapping[str, tuple[str, ...]]
@@ -200,11 +200,11 @@ def _with_parts(modules: Mapping[str, nn.Module], targets: Targets, excluded: Co
                 f"target_modules: attention reads the weight of {path!r} without calling it; name the attention itself, "
                 f"{parent!r}, which adapts both of its weights"
             )
-    paths: list[str] = []
-    for path in targets.paths:
+    layers = {}
+    for path, settings in targets.layers.items():
         if path not in owners:
-            paths += [path, *(part for part, owner in owners.items() if owner == path)]
-    return Targets(tuple(paths), targets.hits, owners)
+            layers |= dict.fromkeys([path, *(part for part, owner in owners.items() if owner == path)], settings)
+    return Targets(layers, targets.hits)
 
 
 def _check_targets(
@@ -214,7 +214,7 @@ def _check_targets(
 
     `paths` are those of the model's modules: the other targets are parameters.
     """
-    for path in targets.paths:
+    for path, settings in targets.layers.items():
         kind, outer = lora_class(modules[path]), path.rpartition(".")[0]
         field = "target_modules" if path in paths else "target_parameters"
         if kind is None and path not in paths:
@@ -233,12 +233,10 @@ def _check_targets(
         if path not in paths and isinstance(parent, nn.MultiheadAttention):
             raise TargetError(f"{field}: attention reads {path!r} by itself; name the attention, in target_modules")
         refuse_hidden_forward(path, kind.caller(modules[path]), field)
-        owner = targets.owner(path)
-        r, scaling = config.rank_for(owner), config.scaling_for(owner)
-        method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]), r)
-        if not 0 < scaling < math.inf:
-            raise TargetError(f"{field}: {path!r} would have a scaling of {scaling}; check lora_alpha")
-        if reason := kind.unsupported(modules[path], config, r):
+        method_of(config).check(config, path, modules[path], kind.matrix_shape(modules[path]), settings.r)
+        if not 0 < settings.scaling < math.inf:
+            raise TargetError(f"{field}: {path!r} would have a scaling of {settings.scaling}; check lora_alpha")
+        if reason := kind.unsupported(modules[path], config, settings.r):
             raise TargetError(f"{field}: {path!r} {reason}")
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise TargetError(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..bases import Base
 from ..errors import AdapterNameError, ConfigError
 from ..layers.base import LoraLayer
 from ..spec.config import LoraConfig
+from ..spec.targets import LayerPlan
 from . import copies
 from .atomic import Record
 from .copies import submodule
@@ -30,7 +31,7 @@ class Adapter(Record):
 
     Attributes:
         config: its settings.
-        layers: paths of the layers that carry its A and B.
+        layers: {path of a layer that carries its A and B: its rank and scaling there}.
         saved_modules: paths of the modules that it trains whole.
         copied: paths of the base's tensors that it has a copy of, in place of the base's while it is active.
         untied: those of them that the base ties to tensors which it has no part in.
@@ -38,11 +39,10 @@ class Adapter(Record):
         tokens: paths of the layers that it trains some rows of, one for each token.
         trainable: whether its tensors require gradients while it is active.
         scale: what its updates are multiplied by, besides what its configuration says (`scale_adapter`).
-        unscaled: {path: the factor before B A without that}, since it was first scaled.
     """
 
     config: LoraConfig
-    layers: tuple[str, ...]
+    layers: Mapping[str, LayerPlan]
     saved_modules: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
@@ -50,7 +50,6 @@ class Adapter(Record):
     tokens: tuple[str, ...] = ()
     trainable: bool = True
     scale: float = 1.0
-    unscaled: dict[str, float] = field(default_factory=dict)
 
     @property
     def stored(self) -> LoraConfig:
@@ -61,6 +60,11 @@ class Adapter(Record):
         """
         config = self.config.as_stored()
         return config if self.scale == 1 else config.scaled_by(self.scale)
+
+    @property
+    def stored_layers(self) -> Mapping[str, LayerPlan]:
+        """{path: what those settings mean there}. Raises as `stored` does."""
+        return {path: LayerPlan.of(self.stored, settings.owner) for path, settings in self.layers.items()}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What an adapter came to be on a model: the report of `inject` and `load_adapter`."""
+"""What an adapter came to be on a model: the reports of what makes one."""
 
 from __future__ import annotations
 
@@ -64,9 +64,41 @@ class InjectionReport:
         )
 
 
+@dataclass(frozen=True)
+class FitReport:
+    """How much an adapter holds of what it was made from: other adapters, a difference, or what its start goes by.
+
+    Attributes:
+        adapter_name: the adapter.
+        source: what it was made from, in words.
+        ranks: {path: rank of the adapter on that layer}.
+        energy: {path: share of the source's squared Frobenius norm that this rank holds}; 1.0 where nothing was cut off.
+        modules_to_save: paths of the modules of which it has a copy from the same source, whole.
+        not_captured: names of the source's tensors that it has no part of.
+    """
+
+    adapter_name: str
+    source: str
+    ranks: Mapping[str, int]
+    energy: Mapping[str, float]
+    modules_to_save: tuple[str, ...] = ()
+    not_captured: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        least, most = min(self.ranks.values()), max(self.ranks.values())
+        whole = f" and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
+        few = ", ".join((*self.not_captured[:3], *(["..."] if len(self.not_captured) > 3 else [])))
+        missed = f"; not captured: {len(self.not_captured)} other tensors ({few})" if self.not_captured else ""
+        return (
+            f"adapter {self.adapter_name!r} = {self.source} on {len(self.ranks)} layers{whole}: rank "
+            f"{most if least == most else f'{least} to {most}'}, keeping at least {100 * min(self.energy.values()):.4g} % of "
+            f"a layer's squared norm{missed}"
+        )
+
+
 def describe(model: nn.Module, name: str, found: Plan) -> InjectionReport:
     """The report on an adapter that is on the model, by the plan that it has."""
     size = sum(p.numel() for p in adapter_parameters(model, name))
-    layers, tokens = found.layers, {path: rows.ids for path, rows in found.tokens.items()}
-    report = InjectionReport(name, layers.paths, layers.hits, found.saved_modules, size, found.untied, found.left_out)
+    targets, tokens = found.targets, {path: rows.ids for path, rows in found.tokens.items()}
+    report = InjectionReport(name, targets.paths, targets.hits, found.saved_modules, size, found.untied, found.left_out)
     return dataclasses.replace(report, tokens=tokens, kept=found.kept, trained=find_adapter(model, name).trainable)

@@ -65,7 +65,6 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> Scaled:
     if any(adapter_name in layer.lora_folded for layer in layers.values()):
         raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before scaling it")
     before, adapter.scale = adapter.scale, float(factor)
-    adapter.unscaled = adapter.unscaled or {path: layer.lora_scaling[adapter_name] for path, layer in layers.items()}
     for path, layer in layers.items():
-        layer.lora_scaling[adapter_name] = adapter.scale * adapter.unscaled[path]
+        layer.lora_scaling[adapter_name] = adapter.scale * layer.scale * adapter.layers[path].scaling
     return Scaled(model, adapter_name, before)

@@ -7,7 +7,6 @@ a misspelt target must not pass because another one matched.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections import Counter
@@ -26,22 +25,39 @@ FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | di
 
 
 @dataclass(frozen=True)
+class LayerPlan:
+    """What a configuration means for one layer. It is worked out once, and carried to whatever asks.
+
+    Attributes:
+        owner: the path that its settings are for: its own, or that of the layer that it goes with.
+        r: rank.
+        scaling: s, the factor before B A.
+    """
+
+    owner: str
+    r: int
+    scaling: float
+
+    @classmethod
+    def of(cls, config: LoraConfig, owner: str) -> LayerPlan:
+        return cls(owner, config.rank_for(owner), config.scaling_for(owner))
+
+
+@dataclass(frozen=True)
 class Targets:
     """The layers that a configuration selects.
 
     Attributes:
-        paths: paths of modules, and then of parameters, each in model order.
+        layers: {path: what it means there}: paths of modules, and then of parameters, each in model order.
         hits: {pattern: number of paths it matched, before exclusions}.
-        owners: {path of a layer that goes with another one: that one, whose settings it has}.
     """
 
-    paths: tuple[str, ...]
+    layers: Mapping[str, LayerPlan]
     hits: Mapping[str, int]
-    owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def owner(self, path: str) -> str:
-        """The path whose rank and scaling the layer at `path` has."""
-        return self.owners.get(path, path)
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self.layers)
 
 
 def select_targets(
@@ -84,8 +100,9 @@ def select_targets(
     hits |= {pattern: len(hit) for pattern, hit in found.items()}
     matched = {p for hit in found.values() for p in hit if not _inside(p, saved)}
     chosen += [p for p in parameters if p in matched]
+    layers = {path: LayerPlan.of(config, path) for path in chosen}
     if not strict:
-        return Targets(tuple(chosen), hits)
+        return Targets(layers, hits)
     if not chosen:
         raise TargetError(
             f"target_modules {targets!r} leaves no layer to adapt; "
@@ -98,7 +115,7 @@ def select_targets(
                 raise TargetError(
                     f"{field}: {pattern!r} matched none of the {len(chosen)} adapted layers{closest(pattern, chosen)}"
                 )
-    return Targets(tuple(chosen), hits)
+    return Targets(layers, hits)
 
 
 def _select_parameters(

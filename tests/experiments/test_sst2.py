@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from experiments import sst2 as command
-from experiments import train
+from experiments import sst2 as command, train
 from experiments.flags import schedule_of
 from experiments.methods import Schedule
 

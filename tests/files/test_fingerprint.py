@@ -89,7 +89,7 @@ def test_a_4_bit_weight_that_differs_in_scale_alone_is_another():
     for model in weights:
         quantize_nf4(model, double_quant=False)
         inject(model, LoraConfig(target_modules=["0"]))
-        marks.append(fingerprint([("0", model[0])], CONFIG))
+        marks.append(fingerprint([("0", model[0])], CONFIG, {}))
     assert torch.equal(weights[0][0].weight.data, weights[1][0].weight.data)
     assert difference(*marks)
 

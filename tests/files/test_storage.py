@@ -69,7 +69,7 @@ def test_a_round_trip_is_exact(tmp_path, settings):
     ours, theirs = adapter_tensors(model), adapter_tensors(loaded)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[k]) and t.dtype == theirs[k].dtype for k, t in ours.items())
-    assert report.targets == find_adapter(model, "default").layers
+    assert report.targets == tuple(find_adapter(model, "default").layers)
     config, again = find_adapter(model, "default").config, find_adapter(loaded, "default").config
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "layers_to_transform")
     for field in fields:

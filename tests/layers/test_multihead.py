@@ -14,6 +14,7 @@ from lora_core import (
     combine_adapters,
     disable_adapters,
     inject,
+    inspect_adapter,
     load_adapter,
     merge_adapter,
     merge_and_unload,
@@ -106,12 +107,15 @@ def test_the_forward_is_the_equation(kind, grad):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attention": 3}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"attention": 3}, "alpha_pattern": {"attention": 7}}], ids=str
+)
 def test_files_go_both_ways_with_peft(kind, settings, tmp_path):
     ours, x = adapted(kind, **settings), read()
     save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(build(kind), tmp_path / "ours").eval()
     near(ours(x), theirs(x))
+    assert {view.rank for view in inspect_adapter(tmp_path / "ours").layers} == {len(ours.attention.lora_A["default"])}
     theirs.save_pretrained(tmp_path / "theirs")
     other = build(kind).eval()
     report = load_adapter(other, tmp_path / "theirs")

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from lora_core import (
@@ -170,9 +169,9 @@ def test_heads_are_copied_and_what_else_differs_is_named():
     blocks = [f"layers.{i}.{name}" for i in (0, 1) for name in ("out.bias", "out.weight", "q.bias", "v.bias", "v.weight")]
     assert report.not_captured == tuple(sorted(["classifier.bias", "classifier.weight", *blocks]))
     assert str(report) == (
-        f"adapter 'default' keeps at least {100 * min(report.energy.values()):.4g} % of the difference's squared norm on each "
-        "of 4 layers and norm whole; not captured: 12 other changed tensors (classifier.bias, classifier.weight, "
-        "layers.0.out.bias, ...)"
+        f"adapter 'default' = the difference on 4 layers and norm whole: rank 64, keeping at least "
+        f"{100 * min(report.energy.values()):.4g} % of a layer's squared norm; not captured: 12 other tensors "
+        "(classifier.bias, classifier.weight, layers.0.out.bias, ...)"
     )
     assert "not captured" not in str(extract_adapter(tiny.classifier(), tiny.classifier(), LoraConfig(target_modules=["q"])))
 

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from experiments import checkpoints as runs
-from experiments import models
+from experiments import checkpoints as runs, models
 from lora_core import LoraError, load_adapter
 from lora_core.__main__ import main
 from lora_core.errors import one_line
