@@ -26,6 +26,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor, nn
 
 from ..errors import StateError
+from .traced import is_traced
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -39,7 +40,8 @@ def first_derivative_only(backward: Callable) -> Callable:
     def checked(ctx, *gradients):
         if torch.is_grad_enabled():
             raise StateError(
-                "LoRA layers and fast dropout have no second derivative; call backward() or grad() without create_graph"
+                "LoRA layers and fast dropout have no second derivative here; call backward() or grad() without create_graph, "
+                "or take it with torch.func"
             )
         return backward(ctx, *gradients)
 
@@ -48,7 +50,7 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes each element of x, (...), with probability p and scales the others by 1 / (1 - p); p is rounded as above."""
-    if not p or torch.compiler.is_compiling():
+    if not p or is_traced():
         return F.dropout(x, p)
     return _Dropout.apply(x, p)
 

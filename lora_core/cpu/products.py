@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import first_derivative_only
+from .traced import is_traced
 
 #: Multiplications from which oneDNN makes up for its dearer call.
 WORTH = 2**22
@@ -94,7 +95,7 @@ def frozen_linear(
     """
     dtype = dtype or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
+    if is_traced():
         return F.linear(x, dense(weight) if dense else weight, bias)
     return _FrozenLinear.apply(x, weight, bias, dense)
 

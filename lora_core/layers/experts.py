@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..bases import base_of
 from ..bases.forwards import change_class, is_offloaded
+from ..cpu.traced import is_traced
 from ..errors import StateError
 from ..maths.updated import UpdatedWeight, added
 from ..methods.base import Method
@@ -257,7 +258,7 @@ class LoraParameter(LoraLayer, ParameterSlot):
         L, R = (B, A) if _upright(self, W) is W else (A.mT, B.mT)
         config = getattr(self.place[0], "config", None)
         known = getattr(config, "_experts_implementation", None) in _BY_TORCH
-        return UpdatedWeight(W, L, R, s) if known and not torch.compiler.is_compiling() else added(W, L, R, s)
+        return UpdatedWeight(W, L, R, s) if known and not is_traced() else added(W, L, R, s)
 
     def check_stored(self, names: Iterable[str]) -> None:
         host, name = self.place

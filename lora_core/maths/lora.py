@@ -33,6 +33,7 @@ from ..cpu import thin as cpu_thin
 from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
 from ..cpu.masks import same_shared_mask
 from ..cpu.products import product
+from ..cpu.traced import is_traced
 from ..gpu import thin as gpu_thin
 
 Draw = Callable[[Tensor, float], KeepMask]
@@ -79,8 +80,7 @@ def lora_linear(
             dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
     bias, wide = None if bias is None else bias.to(dtype), update_dtype(x, lora_A)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    if torch.compiler.is_compiling() or weight.requires_grad or _is_watched():
-        # A compiler fuses plain operations better than it sees through ours; and ours has no gradient for W.
+    if is_traced() or weight.requires_grad or _is_watched():  # ours has no gradient for W
         W = dense(weight) if dense else weight
         y = F.linear(x.to(dtype), W, bias)
         return (y + lora_product(x, lora_A, lora_B, scaling, dropout)).to(result)

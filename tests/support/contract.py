@@ -157,6 +157,23 @@ def check_gradients(case: Case) -> None:
         torch.testing.assert_close((parameter.grad * way).sum(), slope, rtol=1e-6, atol=1e-7, msg=path)
 
 
+def check_transforms(case: Case) -> None:
+    """torch.func goes through it: gradients of each sample by itself, all at once, are those of one after the other."""
+    model, x = case.adapted().eval(), case.read()
+    samples = torch.stack([x, x.flip(0)])
+    trained = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(model, parameters):
+            return case.run(model, x).sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, samples)
+    for i, sample in enumerate(samples):
+        expected = torch.autograd.grad(loss(trained, sample), list(trained.values()))
+        for path, gradient in zip(trained, expected, strict=True):
+            case.assert_near(found[path][i], gradient)
+
+
 def check_disabled(case: Case) -> None:
     """Switched off, it is the base."""
     model, expected = case.adapted().eval(), case.output(case.base().eval())
@@ -205,6 +222,7 @@ def check_unload(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     "forward": check_forward,
     "gradients": check_gradients,
+    "transforms": check_transforms,
     "disabled": check_disabled,
     "files": check_files,
     "fold": check_fold,
