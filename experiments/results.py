@@ -63,7 +63,7 @@ def write(
         save = save_adapter if job.method.adapts else type(model).save_pretrained
         save(model, directory)
         if job.method.adapts:
-            save_probe(model, directory, inputs, texts)
+            save_probe(model, directory, inputs, texts, loaded.tokenizer)
         loaded.tokenizer.save_pretrained(directory)
         record.AdapterNote(job.method.quantize, job.schedule.max_length).write(directory)
     record.write_json(output / record.METRICS, metrics)

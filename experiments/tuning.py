@@ -98,7 +98,7 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
         metrics = metrics_of(job, model, counts, outcome, SCORES, CURVES, speed="tokens_per_second")
         if first:
             texts = [template.prompt(conversation) for conversation in held_out[:PROBES]]
-            inputs = loaded.tokenizer(texts, padding=True, return_tensors="pt")
+            inputs = loaded.tokenizer(texts, add_special_tokens=not template.has_own, padding=True, return_tensors="pt")
             write(job, output, metrics, loaded, {name: inputs[name] for name in ("input_ids", "attention_mask")}, texts)
             checkpoints.prune(course.directory, 0)
     return metrics

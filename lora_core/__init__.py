@@ -24,6 +24,7 @@ _PUBLIC = {
     "deploy.inspection": "inspect_adapter",
     "deploy.probe": "save_probe",
     "deploy.recipe": "Recipe",
+    "deploy.serving": "verify_server",
     "deploy.stream": "merge_checkpoint",
     "deploy.verification": "verify",
     "errors": "LoraError",

@@ -3,6 +3,7 @@ from .deploy.convert import convert_adapter as convert_adapter
 from .deploy.inspection import inspect_adapter as inspect_adapter
 from .deploy.probe import save_probe as save_probe
 from .deploy.recipe import Recipe as Recipe
+from .deploy.serving import verify_server as verify_server
 from .deploy.stream import merge_checkpoint as merge_checkpoint
 from .deploy.verification import verify as verify
 from .errors import LoraError as LoraError

@@ -3,6 +3,7 @@
     python -m lora_core inspect adapter/ --for vllm
     python -m lora_core merge --base BASE --adapter adapter/ --output merged/ --check
     python -m lora_core verify adapter/ --base BASE
+    python -m lora_core verify adapter/ --server http://localhost:8000
     python -m lora_core COMMAND --help
 
 BASE is a directory with config.json and safetensors weights, or the name of a model of the Hugging Face Hub. Exit codes:
@@ -97,11 +98,22 @@ def _verify(p: Parser) -> None:
     p.description = """Load an adapter onto a base, run the probe inputs that it carries, and compare the logits with those
 it gave when it was saved. Says what drifted: the adapter's or the base's weights, the tokenizer,
 the dtype, a library. Exit code 1 if the logits are others, or weights or tokens are. Needs
-transformers."""
+transformers. A language model is judged by the tokens of its answers too.
+
+With --server no model is loaded: an OpenAI-compatible server (vLLM, llama.cpp's, TGI) is asked for
+the answers to the probe's prompts, with log-probabilities. Says whether it serves the adapter, the
+base alone, or something else; exit code 1 if it does not serve the adapter. If the server asks for
+a key, put it into LORA_CORE_SERVER_KEY."""
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory with adapter_config.json and probe.safetensors")
     _base(p)
     p.add_argument("--dtype", choices=DTYPES, help="dtype of the base's weights; what it was if not given")
-    _tolerance(p)
+    _tolerance(p, last="; with --server: mean difference of a log-probability, 0.15 if not given")
+    p.add_argument("--server", metavar="URL", help="ask this server instead, such as http://localhost:8000")
+    p.add_argument("--model", metavar="NAME", help="with --server: which of its models; its only one if not given, or else "
+                   "the one that is called as the adapter's directory")  # fmt: skip
+    p.add_argument(
+        "--timeout", type=finite, metavar="S", help="with --server: seconds that an answer may take; 120 if not given"
+    )
 
 
 def _combine(p: Parser) -> None:
@@ -165,9 +177,9 @@ def _output(p: Parser) -> None:
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
 
 
-def _tolerance(p: Parser, when: str = "") -> None:
+def _tolerance(p: Parser, when: str = "", last: str = "") -> None:
     text = "largest deviation of a logit that passes, as a share of the largest logit; by the dtype if not given"
-    p.add_argument("--tolerance", type=tolerance, metavar="X", help=when + text)
+    p.add_argument("--tolerance", type=tolerance, metavar="X", help=when + text + last)
 
 
 def call(args: argparse.Namespace) -> int:

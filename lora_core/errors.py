@@ -48,6 +48,12 @@ class OutputError(LoraError, OSError):
     """Files can't be written where they should go; what was begun is gone."""
 
 
+class ServerError(LoraError, ConnectionError):
+    """A server can't be asked, refuses, or answers with what is no answer; `status` is what HTTP calls it, if it answered."""
+
+    status: int | None = None
+
+
 class MissingDependencyError(LoraError, ImportError):
     """An optional library is needed for this and is not installed."""
 

@@ -83,9 +83,24 @@ def _checked(stream: StreamMerge, directory: Path, texts: list[str] | None, args
 
 
 def verify(args: Namespace) -> int:
+    if args.server is not None:
+        return _verify_server(args)
+    if unused := [flag for flag in ("model", "timeout") if getattr(args, flag) is not None]:
+        raise ConfigError(f"--{unused[0]} is for --server; give that too")
     from ..deploy.verification import verify
 
     result = verify(args.adapter, _base(args.base, args.adapter), _dtype(args.dtype), args.tolerance)
+    show({**asdict(result), "passed": result.passed} if args.json else result, args.json)
+    return DONE if result.passed else CHECK_FAILED
+
+
+def _verify_server(args: Namespace) -> int:
+    from ..deploy.serving import TIME_LIMIT, verify_server
+
+    if unused := [flag for flag in ("base", "dtype") if getattr(args, flag) is not None]:
+        raise ConfigError(f"--{unused[0]} is for a model that is loaded here; leave it out with --server")
+    seconds = TIME_LIMIT if args.timeout is None else args.timeout
+    result = verify_server(args.adapter, args.server, args.model, args.tolerance, seconds)
     show({**asdict(result), "passed": result.passed} if args.json else result, args.json)
     return DONE if result.passed else CHECK_FAILED
 

@@ -3,15 +3,16 @@
     original          largest logit deviation 1.2e-06, 0.0 % of labels changed, layers off by at most 3.1e-07    <- merged
     and what packed bases would have given: ...
 
-The adapted model is the yardstick: the base as the adapter was trained on it, with the adapter. All compute in float32, so
-that weights are compared and not arithmetic. A layer's error is |W' - (W + D)| / |D|, with W' the merged weight, W + D the
-adapted one and D the update: 1 means that the merge changed as much as the adapter did.
+The adapted model is the yardstick: the base as the adapter was trained on it, with the adapter. A language model is compared
+at every token of what the adapted one answers, other models at their labels. All compute in float32, so that weights are
+compared and not arithmetic. A layer's error is |W' - (W + D)| / |D|, with W' the merged weight, W + D the adapted one and D
+the update: 1 means that the merge changed as much as the adapter did.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from ..bases import base_for, dense_weight, is_packed
 from ..errors import CheckFailedError, LoraError, one_line
 from ..files.storage import load_adapter
-from ..integrations.pretrained import in_float32, load_model, tokenize
+from ..integrations.pretrained import ask, in_float32, load_model, tokenize
 from ..model.adapters import set_adapter
+from ..model.conventions import is_causal
 from ..model.copies import submodule
 from ..model.registry import adapter_layers, find_adapter, registry_of
 from ..spec.checks import check_tolerance
 from .basis import load_base
+from .completions import NEW_TOKENS, greedy, outputs, prompts_of
 from .probe import PROBE_FILE, read_probe, run_probe
 from .recipe import choices
 from .stream import StreamMerge
@@ -35,7 +38,8 @@ from .stream import StreamMerge
 #: sums in another order; a rounding of each weight; a new quantisation, which can only be called a change of model.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 TOLERANCE_PACKED = 0.5
-RANDOM_SHAPE = (16, 32)
+RANDOM_SHAPE = (8, 32)
+CAUSAL = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Deviation:
         base_as: what was merged into.
         largest: the largest difference of a logit.
         relative: the same, over the largest logit of the adapted model.
-        changed: share of the inputs whose label (largest logit) is another.
+        changed: share of the inputs whose label (largest logit), or whose greedy answer, is another.
         layers: {path: error of the layer's weight, as above}.
         obstacle: why it could not be measured; None if it was.
+        judged: "labels", or "answers" of a language model.
     """
 
     base_as: str
@@ -57,23 +62,50 @@ class Deviation:
     changed: float = 0.0
     layers: Mapping[str, float] | None = None
     obstacle: str | None = None
+    judged: str = "labels"
 
     def __str__(self) -> str:
         if self.obstacle:
             return f"{self.base_as:<16} not measured: {self.obstacle}"
+        worst = max((self.layers or {}).values(), default=0)
         return (
             f"{self.base_as:<16} largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit), "
-            f"{self.changed:.1%} of labels changed, layers off by at most {max((self.layers or {}).values(), default=0):.2g}"
+            f"{self.changed:.1%} of {self.judged} changed, layers off by at most {worst:.2g}"
         )
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the adapted model gives for some inputs: the logits of each, (N, C), or of a language model its answers, (N, K)."""
+
+    model: nn.Module
+    inputs: Mapping[str, Tensor]
+    logits: Tensor | None = None
+    answers: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Tensor]) -> Expected:
+        """Runs the model."""
+        if is_causal(model):
+            return cls(model, inputs, answers=greedy(model, prompts_of(inputs), NEW_TOKENS))
+        return cls(model, inputs, logits=run_probe(model, inputs))
+
+    def beside(self, merged: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each input the merged model's logits and the adapted one's: (K, V) at the tokens of an answer, else (1, C)."""
+        if self.answers is None:
+            return zip(run_probe(merged, self.inputs)[:, None], self.logits[:, None], strict=True)
+        prompts = prompts_of(self.inputs)
+        return zip(*(outputs(model, prompts, self.answers) for model in (merged, self.model)), strict=True)
+
+
 def probe_inputs(merge: StreamMerge, texts: Sequence[str] | None) -> dict[str, Tensor]:
-    """What to run: the given texts, else the inputs that an adapter carries, else random token ids."""
+    """What to run: the given texts, to a language model as questions; else what an adapter carries; else random token ids."""
     directories = [*(adapter.directory for adapter in merge.adapters), merge.base.directory]
     probe = next((a.directory for a in merge.adapters if (a.directory / PROBE_FILE).is_file()), None)
     if texts is None and probe is not None:
         return read_probe(probe).inputs
-    inputs = _random_inputs(merge) if texts is None else tokenize(directories, texts)
+    causal = merge.adapters[0].config.task_type == CAUSAL
+    inputs = _random_inputs(merge) if texts is None else (ask if causal else tokenize)(directories, texts)
     if merge.base.config.get("is_encoder_decoder"):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
@@ -111,18 +143,17 @@ def check_merge(
         tolerance = TOLERANCE_PACKED if merge.repacks else TOLERANCES[merge.result_dtype]
     inputs = probe_inputs(merge, texts)
     try:
-        adapted = in_float32(_adapted(merge))
-        expected = run_probe(adapted, inputs)
+        expected = Expected.of(in_float32(_adapted(merge)), inputs)
     except LoraError:
         raise
     except Exception as error:  # of any library that runs it
         raise CheckFailedError(f"the adapted model can't be run: {_in_words(error)}") from None
     try:
-        mine = _deviation(merge, directory, adapted, expected, inputs)
+        mine = _deviation(merge, directory, expected)
     except Exception as error:
         raise CheckFailedError(f"the merged model can't be run: {_in_words(error)}") from None
     others = [
-        _deviation_of(base_as, merge, directory, adapted, expected, inputs)
+        _deviation_of(base_as, merge, directory, expected)
         for base_as in choices([base_for(merge.form or merge.basis.form).name])
         if base_as != merge.base_as
     ]
@@ -143,15 +174,13 @@ def _adapted(merge: StreamMerge) -> nn.Module:
     return model
 
 
-def _deviation_of(
-    base_as: str, merge: StreamMerge, directory: Path, adapted: nn.Module, expected: Tensor, inputs: Mapping[str, Tensor]
-) -> Deviation:
+def _deviation_of(base_as: str, merge: StreamMerge, directory: Path, expected: Expected) -> Deviation:
     """The same for another base: merged beside `directory`, run and removed."""
     try:
         other = StreamMerge(merge.base, merge.adapters, replace(merge.recipe, base_as=base_as))
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as place:
             other.write(Path(place))
-            return _deviation(other, Path(place), adapted, expected, inputs)
+            return _deviation(other, Path(place), expected)
     except Exception as error:  # of any library: that a comparison can't be had says nothing of the merge
         return Deviation(base_as, obstacle=_in_words(error))
 
@@ -160,13 +189,13 @@ def _in_words(error: Exception) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
-def _deviation(
-    merge: StreamMerge, directory: Path, adapted: nn.Module, expected: Tensor, inputs: Mapping[str, Tensor]
-) -> Deviation:
-    task = merge.adapters[0].config.task_type
+def _deviation(merge: StreamMerge, directory: Path, expected: Expected) -> Deviation:
+    task, adapted = merge.adapters[0].config.task_type, expected.model
     merged = in_float32(load_model(directory, task, merge.result_dtype, strict=True))
-    found = run_probe(merged, inputs)
-    largest = (found - expected).abs().max().item()
+    largest, top, changed = 0.0, torch.finfo(torch.float32).tiny, []
+    for found, was in expected.beside(merged):
+        largest, top = max(largest, (found - was).abs().max().item()), max(top, was.abs().max().item())
+        changed.append(not torch.equal(found.argmax(-1), was.argmax(-1)))
     errors = {}
     names = registry_of(adapted).active
     for name in names:
@@ -180,7 +209,8 @@ def _deviation(
     return Deviation(
         base_as=merge.base_as,
         largest=largest,
-        relative=largest / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny),
-        changed=(found.argmax(-1) != expected.argmax(-1)).double().mean().item(),
+        relative=largest / top,
+        changed=sum(changed) / len(changed),
         layers=errors,
+        judged="labels" if expected.answers is None else "answers",
     )

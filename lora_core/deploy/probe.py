@@ -2,8 +2,10 @@
 
     save_adapter(model, "out/");  save_probe(model, "out/", tokenizer(texts, ...), texts)      # out/probe.safetensors
 
-Whoever loads the adapter later, elsewhere, can run them again and see whether it is the same model: `verification.py`. The
-file also says in what dtype the model was and which of its layers were in 4 bits, which an adapter's other files do not.
+Of a language model the inputs are prompts, as its chat template writes them, and what it says to them is kept too, with and
+without the adapter. Whoever loads the adapter later, elsewhere, can run them again and see whether it is the same model
+(`verification.py`), or ask a server that should have it (`serving.py`). The file also says in what dtype the model was and
+which of its layers were in 4 bits, which an adapter's other files do not.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,14 @@ from ..errors import ConfigError, FileFormatError
 from ..files.adapter import weights_path
 from ..files.disk import read_safetensors, to_safetensors, write_whole
 from ..files.reading import open_file, parse_json
+from ..model.adapters import disable_adapters
+from ..model.conventions import is_causal
 from ..model.registry import unwrap
+from .completions import ABSENT, Completions, complete, prompts_of
 
 PROBE_FILE = "probe.safetensors"
 ABOUT = "lora_core.probe"  # in the file's metadata
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 LIBRARIES = ("torch", "transformers", "tokenizers", *libraries())
 
 
@@ -44,6 +50,9 @@ class Probe:
         texts: what the inputs were tokenised from; None if that is not known.
         versions: {library: version}.
         weights: a hash of the adapter's weights file.
+        adapter: of a language model, its greedy completions of the inputs; else None.
+        base: those of the model without the adapter.
+        pieces: {token: its text, among others}, of every token in the two; empty if no tokenizer was given.
     """
 
     inputs: dict[str, Tensor]
@@ -53,21 +62,33 @@ class Probe:
     texts: tuple[str, ...] | None
     versions: dict[str, str]
     weights: str
+    adapter: Completions | None = None
+    base: Completions | None = None
+    pieces: Mapping[int, str] = field(default_factory=dict)
 
 
 def save_probe(
-    model: nn.Module, directory: str | os.PathLike, inputs: Mapping[str, Tensor], texts: Sequence[str] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike,
+    inputs: Mapping[str, Tensor],
+    texts: Sequence[str] | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Runs `model` on some inputs and writes them, with its logits, beside the adapter that was saved in `directory`.
+
+    A language model of transformers also answers them, greedily, with and without its adapters: so give it prompts as it will
+    get them, written by its chat template.
 
     Args:
         model: the model, with the adapter active.
         directory: where `save_adapter` has put the adapter.
         inputs: its arguments, (N, T) each: input_ids, attention_mask, ...
         texts: the N texts that the inputs were tokenised from, so that a changed tokenizer shows.
+        tokenizer: of a language model; whatever has `decode(ids)`. With it servers that speak in text can be verified.
 
     Raises:
         ConfigError: the model gives no logits, or the number of texts is another than that of inputs.
+        StateError: the adapters of a language model are merged, so that it can't answer without them.
     """
     root, directory = unwrap(model), Path(directory)
     if texts is not None and len(texts) != len(inputs["input_ids"]):
@@ -82,6 +103,13 @@ def save_probe(
         "weights": weights_hash(directory),
     }
     tensors = {"logits": logits} | {f"input.{name}": tensor.cpu() for name, tensor in inputs.items()}
+    if is_causal(root) and inputs.keys() <= TEXT_INPUTS:
+        prompts = prompts_of(inputs)
+        said = {"adapter": complete(root, prompts)}
+        with disable_adapters(root):
+            said["base"] = complete(root, prompts)
+        tensors |= {f"{who}.{name}": tensor for who, one in said.items() for name, tensor in vars(one).items()}
+        about["pieces"] = {} if tokenizer is None else pieces(tokenizer, prompts, said.values())
     data = to_safetensors(tensors, {"format": "pt", ABOUT: json.dumps(about)})
     write_whole(directory / PROBE_FILE, data)
 
@@ -103,9 +131,34 @@ def read_probe(directory: Path) -> Probe:
             raise ValueError
         texts = None if about["texts"] is None else tuple(map(str, about["texts"]))
         quantized = tuple(map(str, about["quantized"]))
-        return Probe(inputs, tensors["logits"], str(about["dtype"]), quantized, texts, about["versions"], str(about["weights"]))
-    except (KeyError, TypeError, ValueError):
+        said = {who: _completions(tensors, who, len(inputs["input_ids"])) for who in ("adapter", "base")}
+        told = {int(token): str(text) for token, text in about.get("pieces", {}).items()}
+        about = {"dtype": str(about["dtype"]), "versions": about["versions"], "weights": str(about["weights"])}
+        return Probe(inputs, tensors["logits"], quantized=quantized, texts=texts, **about, **said, pieces=told)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise FileFormatError(f"{path} is not as written here; save the adapter and its probe again") from None
+
+
+def _completions(tensors: Mapping[str, Tensor], who: str, size: int) -> Completions | None:
+    """What `who` said, checked; None if that is not in the file."""
+    if f"{who}.tokens" not in tensors:
+        return None
+    said = Completions(*(tensors[f"{who}.{name}"] for name in ("tokens", "likeliest", "logprobs")))
+    ids, values = {said.tokens.dtype, said.likeliest.dtype}, said.logprobs
+    shapes = said.tokens.shape == said.likeliest.shape[:2] and said.likeliest.shape == values.shape
+    if not shapes or len(said.tokens) != size or 0 in values.shape or ids != {torch.int64} or values.dtype != torch.float32:
+        raise ValueError
+    if said.tokens.min() < ABSENT or said.tokens[:, 0].min() < 0 or said.likeliest.min() < 0 or not values.isfinite().all():
+        raise ValueError
+    return said
+
+
+def pieces(tokenizer: Any, prompts: Sequence[Tensor], said: Iterable[Completions]) -> dict[int, str]:
+    """The text of each token among others, for some tokenizers drop the space before a token that stands alone."""
+    before = int(prompts[0][-1])
+    alone = tokenizer.decode([before])
+    ids = {token for one in said for token in (*one.tokens.flatten().tolist(), *one.likeliest.flatten().tolist())}
+    return {token: tokenizer.decode([before, token])[len(alone) :] for token in sorted(ids - {ABSENT})}
 
 
 def quantized_layers(directory: Path) -> tuple[str, ...] | None:

@@ -1,23 +1,25 @@
 """Is a loaded adapter still the model that was saved? Its probe inputs are run again, and what drifted is named.
 
-verify("adapter/", "base/")      # weights, tokenizer, dtype, library: each in a line if it is not what it was
+    verify("adapter/", "base/")      # weights, tokenizer, dtype, library: each in a line if it is not what it was
+
+A language model is also judged by what it says: by each token of its answers to the probe's prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ..errors import ConfigError, FileFormatError, WrongBaseError, one_line
 from ..files.storage import load_adapter
 from ..integrations.pretrained import tokenize
 from ..spec.checks import check_tolerance
 from .basis import Basis, load_base
-from .probe import Probe, read_probe, run_probe, versions, weights_hash
+from .completions import Differing, difference, outputs, prompts_of
+from .probe import PROBE_FILE, Probe, read_probe, run_probe, versions, weights_hash
 from .updates import AdapterUpdates, read_updates
 
 #: By the dtype of the model: sums in another order; on another machine or version also products rounded otherwise.
@@ -31,11 +33,13 @@ class Verification:
 
     Attributes:
         inputs: how many were run.
-        largest: the largest difference of a logit from what it was.
+        largest: the largest difference of a logit from what it was; of a log-probability too, at each token of an answer.
         relative: the same, over the largest logit then.
-        changed: share of the inputs whose label (largest logit) is another.
+        changed: share of the inputs whose label (largest logit), or whose answer, is another.
         tolerance: what `relative` may be.
         drifted: {what is not as it was ("adapter", "base", "tokenizer", "dtype" or "library"): how}.
+        differing: where an answer is another, for each such.
+        judged: "labels", or "answers" of a language model.
     """
 
     inputs: int
@@ -44,6 +48,8 @@ class Verification:
     changed: float
     tolerance: float
     drifted: dict[str, str]
+    differing: tuple[Differing, ...] = ()
+    judged: str = "labels"
 
     @property
     def passed(self) -> bool:
@@ -53,7 +59,8 @@ class Verification:
     def __str__(self) -> str:
         lines = [
             f"{self.inputs} inputs: largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit, "
-            f"tolerance {self.tolerance:g}), {self.changed:.1%} of labels changed",
+            f"tolerance {self.tolerance:g}), {self.changed:.1%} of {self.judged} changed",
+            *map(str, self.differing),
             *(f"{name}: {one_line(how)}" for name, how in self.drifted.items()),
             "verified" if self.passed else "NOT the model that was saved",
         ]
@@ -102,31 +109,44 @@ def verify(
     logits = run_probe(model, probe.inputs)
     if logits.shape != probe.logits.shape:
         raise ConfigError(f"the model gives logits of {tuple(logits.shape)}, and the probe has {tuple(probe.logits.shape)}")
-    largest = (logits - probe.logits).abs().max().item()
+    largest, changed, differing = (logits - probe.logits).abs().max().item(), logits.argmax(-1) != probe.logits.argmax(-1), ()
+    if probe.adapter is not None:
+        off, differing = _answers(model, probe)
+        largest, changed = max(largest, off), torch.tensor([d is not None for d in differing])
     return Verification(
         inputs=len(logits),
         largest=largest,
         relative=largest / max(probe.logits.abs().max().item(), torch.finfo(torch.float32).tiny),
-        changed=(logits.argmax(-1) != probe.logits.argmax(-1)).double().mean().item(),
+        changed=changed.double().mean().item(),
         tolerance=max(TOLERANCES[dtype], TOLERANCES[was]) if tolerance is None else tolerance,
         drifted=drifted,
+        differing=tuple(d for d in differing if d is not None),
+        judged="labels" if probe.adapter is None else "answers",
     )
+
+
+def _answers(model: nn.Module, probe: Probe) -> tuple[float, list[Differing | None]]:
+    """The largest difference of a log-probability at the tokens of the probe's answers, and where each leaves what it was."""
+    said, largest, differing = probe.adapter, 0.0, []
+    if max(int(said.likeliest.max()), int(said.tokens.max())) >= probe.logits.shape[-1]:
+        raise FileFormatError(f"{PROBE_FILE} names tokens that the model does not have; save the adapter and its probe again")
+    for row, logits in enumerate(outputs(model, prompts_of(probe.inputs), said.tokens)):
+        size = len(logits)
+        found = logits.log_softmax(-1).gather(-1, said.likeliest[row, :size])
+        largest = max(largest, (found - said.logprobs[row, :size]).abs().max().item())
+        differing.append(difference(row, said.tokens[row, :size], logits))
+    return largest, differing
 
 
 def _tokens(probe: Probe, updates: AdapterUpdates, base: Path) -> dict[str, str]:
     """Whether the tokenizer gives the texts the token ids that they had."""
     if probe.texts is None:
         return {}
-    try:
-        found = tokenize([updates.directory, base], probe.texts, probe.inputs["input_ids"].shape[1])
-    except FileFormatError as error:
-        return {"tokenizer": str(error)}
-    was = _without_padding(probe.inputs)
-    different = sum(before != now for before, now in zip(was, _without_padding(found), strict=True))
-    return {"tokenizer": f"gives other tokens for {different} of {len(was)} texts"} if different else {}
-
-
-def _without_padding(inputs: Mapping[str, Tensor]) -> list[list[int]]:
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+    was, different = prompts_of(probe.inputs), []
+    for special in (True, False):  # a chat template writes the special tokens itself
+        try:
+            found = tokenize([updates.directory, base], probe.texts, probe.inputs["input_ids"].shape[1], special)
+        except FileFormatError as error:
+            return {"tokenizer": str(error)}
+        different.append(sum(not torch.equal(*pair) for pair in zip(was, prompts_of(found), strict=True)))
+    return {"tokenizer": f"gives other tokens for {min(different)} of {len(was)} texts"} if min(different) else {}

@@ -119,12 +119,39 @@ def in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
-def tokenize(directories: Sequence[Path], texts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
-    """Texts as a padded batch, by the first tokenizer that one of the directories has.
+def tokenize(
+    directories: Sequence[Path], texts: Sequence[str], max_length: int | None = None, special: bool = True
+) -> dict[str, Tensor]:
+    """Texts as a padded batch, by the first tokenizer that one of the directories has; `special`: with its tokens around them.
 
     Raises:
         FileFormatError: none has one.
     """
+    tokenizer = _tokenizer(directories)
+    longest = min(max_length or 512, tokenizer.model_max_length)
+    settings = {"padding": True, "truncation": True, "max_length": longest, "add_special_tokens": special}
+    return dict(tokenizer(list(texts), **settings, return_tensors="pt"))
+
+
+def ask(directories: Sequence[Path], questions: Sequence[str]) -> dict[str, Tensor]:
+    """Questions as a padded batch of prompts, each as the tokenizer's chat template has a user ask it; without a template, as
+    they are.
+
+    Raises:
+        FileFormatError: none of the directories has a tokenizer, or its template can't write them.
+    """
+    tokenizer = _tokenizer(directories)
+    if not tokenizer.chat_template:
+        return tokenize(directories, questions)
+    turns = ([{"role": "user", "content": question}] for question in questions)
+    try:
+        prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    except Exception as error:  # whatever a template raises
+        raise FileFormatError(f"the chat template of {tokenizer.name_or_path} refuses a question: {error}") from None
+    return tokenize(directories, prompts, special=False)
+
+
+def _tokenizer(directories: Sequence[Path]) -> Any:
     directory = next((d for d in directories if (d / TOKENIZER_CONFIG).is_file()), None)
     if directory is None:
         raise FileFormatError(f"neither of {', '.join(map(str, directories))} has a tokenizer ({TOKENIZER_CONFIG})")
@@ -135,8 +162,7 @@ def tokenize(directories: Sequence[Path], texts: Sequence[str], max_length: int 
         raise FileFormatError(f"the tokenizer in {directory} can't be loaded: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    longest = min(max_length or 512, tokenizer.model_max_length)
-    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+    return tokenizer
 
 
 def _transformers() -> Any:

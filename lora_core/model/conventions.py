@@ -30,6 +30,29 @@ def input_layer(model: object) -> object | None:
         return None
 
 
+def is_causal(model: object) -> bool:
+    """Whether a model of transformers goes on from a prompt by itself: a language model, and none with an encoder."""
+    can = getattr(model, "can_generate", None)
+    return callable(can) and bool(can()) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def end_tokens(model: object) -> set[int]:
+    """The ids of the tokens that end an answer of a model of transformers; none if it does not say."""
+    for name in ("generation_config", "config"):
+        ids = getattr(getattr(model, name, None), "eos_token_id", None)
+        if ids is not None:
+            return set(ids if isinstance(ids, (list, tuple)) else [ids])
+    return set()
+
+
+def most_tokens(model: object) -> int | None:
+    """How many tokens a model of transformers can read, its answer among them; None if it does not say."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((size for size in found if isinstance(size, int)), None)
+
+
 def kept_in_float32(model: nn.Module) -> set[str]:
     """The paths of what models of transformers, `model` or parts of it, keep in float32 and dense, whatever the rest is.
 
