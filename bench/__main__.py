@@ -12,7 +12,7 @@ from . import __doc__ as about
 from .quiet import quieten
 
 #: Each is the name of the module that answers it.
-QUESTIONS = ("overhead", "memory", "training", "merging", "loading", "mixing", "llama")
+QUESTIONS = ("overhead", "memory", "training", "decoding", "merging", "loading", "mixing", "llama")
 RESULTS = Path(__file__).parent / "results"
 
 

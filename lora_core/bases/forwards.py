@@ -95,7 +95,8 @@ def stored_entry(table: nn.ParameterDict, name: str) -> Tensor:
     Raises:
         StateError: it is to be trained, and what is there is not the parameter.
     """
-    entry = table[name]
+    entry = table._parameters.get(name)  # `table[name]` takes ten times as long to find it there
+    entry = table[name] if entry is None else entry
     for hook in _offloading(table) if entry.is_meta else ():
         if entry.requires_grad and torch.is_grad_enabled():
             raise StateError(

@@ -10,19 +10,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .products import tall_product
+from .products import cast, tall_product
 
 #: Elements of a block of rows that is masked at a time: 2 MiB of float32.
 BLOCK = 2**19
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype)
+    return cast(x, dtype)
 
 
 def narrow(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:  # T d, r d -> T r
     if keep is None:
-        return x.to(A.dtype) @ A.t()
+        return cast(x, A.dtype) @ A.t()
     h = A.new_empty(len(x), len(A))
     for rows in blocks(x):
         torch.mm(keep[rows].to(A.dtype).mul_(x[rows]), A.t(), out=h[rows])
@@ -30,17 +30,17 @@ def narrow(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:  # T d, 
 
 
 def add(y: Tensor, h: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:  # T d, T r, d r -> T d
-    return y.to(B.dtype).addmm_(h, B.t(), alpha=s).to(dtype)
+    return cast(cast(y, B.dtype).addmm_(h, B.t(), alpha=s), dtype)
 
 
 def tall(x: Tensor, g: Tensor) -> Tensor:  # T d, T r -> d r
-    return tall_product(x.to(g.dtype), g)
+    return tall_product(cast(x, g.dtype), g)
 
 
 def gradients(
     x: Tensor | None, dx: Tensor | None, g: Tensor, A: Tensor, keep: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    dx = None if dx is None else dx.to(A.dtype)
+    dx = None if dx is None else cast(dx, A.dtype)
     if keep is None:
         dA = None if x is None else tall(x, g).t()
         dx = None if dx is None else dx.addmm_(g, A)
@@ -54,7 +54,7 @@ def gradients(
             if dA is not None:
                 dA += tall_product(mask.mul_(x[rows]), g[rows])
         dA = None if dA is None else dA.t().to(A.dtype)
-    return dA, None if dx is None else dx.to(dtype)
+    return dA, None if dx is None else cast(dx, dtype)
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

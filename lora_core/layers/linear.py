@@ -39,7 +39,7 @@ class LinearLayer(LoraLayer):
     def adapted_forward(self, x: Tensor, bias: Tensor | None, products: list[Product]) -> Tensor:
         first, *more = products
         y = lora_linear(x, self.as_matrix(self.weight), bias, *first, linear=self.base_product, draw=self.draw())
-        return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype)
+        return sum((lora_product(x, *one) for one in more), start=y).to(y.dtype) if more else y
 
     def draw(self) -> Draw | None:
         """What gives a dropout mask, if siblings share theirs."""

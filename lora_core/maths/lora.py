@@ -32,7 +32,7 @@ from torch import Tensor
 from ..cpu import thin as cpu_thin
 from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
 from ..cpu.masks import same_shared_mask
-from ..cpu.products import product
+from ..cpu.products import cast, product
 from ..cpu.traced import is_traced
 from ..gpu import thin as gpu_thin
 
@@ -79,7 +79,7 @@ def lora_linear(
         if dense is None and weight.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
     bias, wide = None if bias is None else bias.to(dtype), update_dtype(x, lora_A)
-    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    lora_A, lora_B = cast(lora_A, wide), cast(lora_B, wide)
     if is_traced() or weight.requires_grad or _is_watched():  # ours has no gradient for W
         W = dense(weight) if dense else weight
         y = F.linear(x.to(dtype), W, bias)
@@ -87,6 +87,8 @@ def lora_linear(
     mask = None
     if dropout:
         mask = draw(x, dropout) if draw else draw_keep_mask((x.numel() // x.shape[-1], x.shape[-1]), dropout, x.device)
+    if not torch.is_grad_enabled():  # nothing is to be kept, and a call of an autograd function is dear beside one token
+        return _fused(x, weight, bias, lora_A, lora_B, scaling, mask, dense, dtype, result, linear)[0]
     return _LoraLinear.apply(
         x, weight, bias, lora_A, lora_B, scaling, mask, dropout, dense, dtype, result, linear, draw is not None
     )
@@ -124,23 +126,41 @@ def lora_product(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, drop
     return scaling * (F.dropout(x.to(dtype), dropout) @ lora_A.to(dtype).t() @ lora_B.to(dtype).t())
 
 
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    mask: KeepMask | None,
+    dense: Callable | None,
+    dtype: torch.dtype,
+    result: torch.dtype,
+    linear: Callable,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and dropout(x) A^T, (T, r), without dropout's rescaling, if it was needed."""
+    x_cast, x2 = cast(x, dtype), x.reshape(-1, x.shape[-1])  # ... d_in, T d_in
+    if mask:
+        s = s / mask.kept  # on one number instead of on every element
+    elif A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
+        return linear(x_cast, fold(weight, A, B, s, dense), bias).to(result), None
+    # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
+    y = linear(x_cast, dense(weight) if dense else weight, bias)  # ... d_out
+    ways, y2 = thin(x), y.reshape(-1, B.shape[0])  # T d_out
+    h = ways.narrow(x2, A, mask.keep if mask else None)
+    sums = ways.add(y2, h, B, s, result)
+    added = sums is y2 and y.is_contiguous()  # then y2 is a view of y, which has the sums
+    return y if added else sums.view(y.shape), h
+
+
 class _LoraLinear(torch.autograd.Function):
     """The fused form of `lora_linear`; the module docstring has the equations. A and B come in the update's dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, s, mask: KeepMask | None, p, dense, dtype, result, linear, shared):
         need_A, need_B = ctx.needs_input_grad[3:5]
-        x_cast, x2 = x.to(dtype), x.reshape(-1, x.shape[-1])  # ... d_in, T d_in
-        h = None
-        if mask:
-            s = s / mask.kept  # dropout's rescaling, on one number instead of on every element
-        if not mask and A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
-            y = linear(x_cast, fold(weight, A, B, s, dense), bias).to(result)  # ... d_out
-        else:
-            # The base layer's own call, on x as it came: a fresh adapter (B = 0) then changes no bit of its output.
-            y = linear(x_cast, dense(weight) if dense else weight, bias)  # ... d_out
-            h = thin(x).narrow(x2, A, mask.keep if mask else None)  # T r
-            y = thin(x).add(y.reshape(-1, len(B)), h, B, s, result).view(y.shape)
+        y, h = _fused(x, weight, bias, A, B, s, mask, dense, dtype, result, linear)
         ctx.save_for_backward(
             x if need_A or (need_B and h is None) else None,  # as it came: a cast copy would not be shared
             weight,
@@ -149,7 +169,8 @@ class _LoraLinear(torch.autograd.Function):
             h if need_B else None,
             mask.source if mask else None,
         )
-        ctx.s, ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = s, p, dense, dtype, x.dtype
+        ctx.s = s / mask.kept if mask else s
+        ctx.p, ctx.dense, ctx.dtype, ctx.x_dtype = p, dense, dtype, x.dtype
         ctx.same_mask = same_shared_mask if shared else same_keep_mask
         return y
 
