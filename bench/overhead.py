@@ -56,7 +56,7 @@ class Case:
         return f"{base}{self.d_in}x{self.d_out}, r={self.r}, {self.tokens:,} tokens, {dropout}: {direction}"
 
     def shrunk(self) -> Case:
-        """The same case in small, for a quick run: 768 becomes 64, since bitsandbytes unpacks part of a block wrongly on CPUs."""
+        """The same case in small, for a quick run; 768 becomes 64: bitsandbytes wants whole blocks."""
         return replace(self, d_in=self.d_in // 12, d_out=self.d_out // 12, tokens=self.tokens // 16)
 
     @property
