@@ -140,7 +140,8 @@ def _fused(
     linear: Callable,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and dropout(x) A^T, (T, r), without dropout's rescaling, if it was needed."""
-    x_cast, x2 = cast(x, dtype), x.reshape(-1, x.shape[-1])  # ... d_in, T d_in
+    x_cast = cast(x, dtype)  # ... d_in
+    x2 = (x_cast if A.dtype == dtype else x).reshape(-1, x.shape[-1])  # T d_in
     if mask:
         s = s / mask.kept  # on one number instead of on every element
     elif A.dtype == dtype and folding_pays(x2, A.shape[1], dense):
