@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from experiments.provenance import processor
 
 LIBRARIES = ("torch", "peft", "loralib", "bitsandbytes", "transformers", "numpy")
 
@@ -38,7 +39,7 @@ class Settings:
 def machine(settings: Settings) -> dict[str, Any]:
     """The machine and the libraries, to stand beside every number."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
@@ -47,14 +48,6 @@ def machine(settings: Settings) -> dict[str, Any]:
         **{name: _version(name) for name in LIBRARIES},
         "quick": settings.quick,
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def _version(name: str) -> str | None:

@@ -3,6 +3,7 @@
 The files of a run:
 
     OUTPUT/metrics.json                 every number of the run; written last, so it marks a finished run
+    OUTPUT/predictions.txt              what the last epoch's model called each validation sentence (`predictions.py`)
     OUTPUT/adapter/                     the adapter in PEFT's format, with the tokenizer
     OUTPUT/adapter/experiment.json      what predict must know of the run: `AdapterNote`
     OUTPUT/model/                       instead, where no adapter holds what was trained: the whole model, and the same note

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_core import ParameterCount, base_weight_bytes, save_adapter, save_probe
 
-from . import record
+from . import provenance, record
 from .job import Job
 from .methods import NOTHING
 from .models import Loaded
@@ -27,9 +27,13 @@ def metrics_of(
     outcome: Mapping[str, Any],
     scores: Sequence[str],
     curves: Sequence[str],
+    before: Mapping[str, Any],
     speed: str = "examples_per_second",
 ) -> dict[str, Any]:
-    """The content of metrics.json, from what the trainer's `run` returned; `scores`, `curves` and `speed` are names in that."""
+    """The content of metrics.json, from what the trainer's `run` returned; `scores`, `curves` and `speed` are names in that.
+
+    `before` is what `provenance.here` said before the run.
+    """
     plan = job.plan()
     return {
         **{key: plan[key] for key in ("method", "base_model", "data")},
@@ -45,6 +49,7 @@ def metrics_of(
         **{key: plan[key] for key in ("hyperparameters", "seed")},
         "versions": record.versions(),
         "device": device_of(job),
+        provenance.KEY: provenance.after(before, torch.get_num_threads()),
         **{key: outcome[key] for key in curves},
     }
 

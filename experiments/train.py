@@ -18,7 +18,7 @@ from transformers import set_seed
 from lora_core import count_parameters, use_fast_dropout, use_fast_linear
 from lora_core.cpu.heap import keep_few_shapes
 
-from . import checkpoints
+from . import checkpoints, predictions, provenance
 from .attention import use_fast_attention
 from .batches import TokenisedTexts
 from .checkpoints import Checkpoint, Saving
@@ -33,6 +33,8 @@ from .resumable import Course
 from .stopping import note_signals
 from .trainer import SentimentTrainer, training_arguments
 
+SCORES, CURVES = ("accuracy", "f1", "loss"), ("accuracy_by_epoch", "loss_history")
+
 
 def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoint | None = None) -> dict[str, Any]:
     """Run `job`, from the start or from a checkpoint; returns its metrics, which are in `output`/metrics.json by then.
@@ -41,7 +43,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
         LoraError: a setting does not fit the model or the data, or the loss is no longer a number.
         Stopped: a signal came; a checkpoint was written.
     """
-    schedule = job.schedule
+    before, schedule = provenance.here(), job.schedule
     train_split = _sample(job.data.train, schedule)
     set_seed(schedule.seed)  # before the head is initialised
     classifier = load_classifier(job.base)
@@ -75,11 +77,12 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
             lora_plus_ratio=job.method.lora_plus_ratio,
         )
         outcome = trainer.run(learn=job.method.trains != NOTHING)
-        metrics = metrics_of(job, model, counts, outcome, ("accuracy", "f1", "loss"), ("accuracy_by_epoch", "loss_history"))
+        metrics = metrics_of(job, model, counts, outcome, SCORES, CURVES, before)
         if first:
             classifier.tokenizer.model_max_length = schedule.max_length  # whoever uses the result reads as much of a text
             probe = validation_set[range(min(PROBES, len(validation_set)))]
             inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
+            predictions.write(output, job.data.validation.labels, outcome["predicted"])
             write(job, output, metrics, classifier, inputs, job.data.validation.texts[:PROBES])
             checkpoints.prune(course.directory, 0)
     return metrics

@@ -20,6 +20,7 @@ from .batches import TokenisedTexts, batches
 from .errors import ExperimentError
 from .heap import GiveBack
 from .methods import Schedule
+from .predictions import accuracy_and_f1
 from .resumable import Course, ResumableTrainer
 
 EVAL_BATCH = 64
@@ -162,18 +163,25 @@ class SentimentTrainer(BatchTrainer):
     """A Trainer for two-label sentences. `run` trains (or only evaluates) and returns the numbers."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, compute_metrics=accuracy_and_f1, **settings)
+        super().__init__(*args, compute_metrics=self.share_right, **settings)
+        self.predicted = np.zeros(len(self.eval_dataset), np.uint8)  # (N,): of the last evaluation, in the sentences' order
 
     def in_words(self, metrics: dict[str, Any]) -> str:
-        accuracy, f1, loss = (metrics[f"eval_{name}"] for name in ("accuracy", "f1", "loss"))
-        return f"accuracy {accuracy:.1%}, F1 {f1:.3f}, loss {loss:.3f}"
+        return f"accuracy {metrics['eval_accuracy']:.1%}, loss {metrics['eval_loss']:.3f}"
+
+    def share_right(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The accuracy of an evaluation; keeps what each sentence was called."""
+        order = np.concatenate(list(self.get_eval_dataloader().batch_sampler))  # like lengths stand together
+        self.predicted[order] = prediction.predictions.argmax(-1)
+        return {"accuracy": float(np.mean(self.predicted[order] == prediction.label_ids))}
 
     def run(self, learn: bool = True) -> dict[str, Any]:
         """Train and evaluate each epoch; with `learn` False, only evaluate.
 
         Returns:
-            accuracy, f1 and loss on the validation set after the last epoch; accuracy_by_epoch; train_seconds without
-            the evaluations; examples_per_second; loss_history, [step, mean training loss since the last point].
+            accuracy, f1 and loss on the validation set after the last epoch; predicted, what each of its sentences was
+            called then; accuracy_by_epoch; train_seconds without the evaluations; examples_per_second; loss_history, [step,
+            mean training loss since the last point]; peaks, as they were before anything was scored.
 
         Raises:
             Stopped, ExperimentError: as `fit`.
@@ -183,25 +191,17 @@ class SentimentTrainer(BatchTrainer):
             self.evaluate()
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         seen = (self.state.epoch or 0) * len(self.train_dataset)
-        last = evaluations[-1]
+        peaks = self.peaks
         return {
-            "accuracy": round(last["eval_accuracy"], 6),
-            "f1": round(last["eval_f1"], 6),
-            "loss": round(last["eval_loss"], 6),
+            **{name: round(score, 6) for name, score in accuracy_and_f1(self.eval_dataset.labels, self.predicted).items()},
+            "predicted": self.predicted,
+            "loss": round(evaluations[-1]["eval_loss"], 6),
             "accuracy_by_epoch": [round(entry["eval_accuracy"], 6) for entry in evaluations] if learn else [],
             "train_seconds": round(seconds, 2),
             "examples_per_second": round(seen / seconds, 1) if learn else None,
             "loss_history": self.loss_history,
-            **self.peaks,
+            **peaks,
         }
-
-
-def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, and the F1 of the positive class: 2 TP / (2 TP + FP + FN), 0 where nothing is or was called positive."""
-    logits = prediction.predictions  # (N, 2)
-    predicted, actual = np.argmax(logits, axis=-1) == 1, prediction.label_ids == 1
-    hits, calls = np.sum(predicted & actual), np.sum(predicted) + np.sum(actual)
-    return {"accuracy": float(np.mean(predicted == actual)), "f1": float(2 * hits / calls) if calls else 0.0}
 
 
 class Progress(TrainerCallback):

@@ -19,7 +19,7 @@ from transformers import set_seed
 from lora_core import count_parameters, use_fast_linear
 from lora_core.cpu.heap import keep_few_shapes
 
-from . import checkpoints
+from . import checkpoints, provenance
 from .checkpoints import Checkpoint, Saving
 from .completions import Template, TokenisedCompletions
 from .conversations import Conversation
@@ -63,7 +63,7 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
         LoraError: a setting does not fit the model or the data, or the loss is no longer a number.
         Stopped: a signal came; a checkpoint was written.
     """
-    schedule, held_out = job.schedule, job.data.validation
+    before, schedule, held_out = provenance.here(), job.schedule, job.data.validation
     chosen = _sample(job)
     set_seed(schedule.seed)
     loaded = load_language_model(job.base)
@@ -95,7 +95,7 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
             packing=job.packing,
         )
         outcome = trainer.run(learn=job.method.trains != NOTHING)
-        metrics = metrics_of(job, model, counts, outcome, SCORES, CURVES, speed="tokens_per_second")
+        metrics = metrics_of(job, model, counts, outcome, SCORES, CURVES, before, speed="tokens_per_second")
         if first:
             texts = [template.prompt(conversation) for conversation in held_out[:PROBES]]
             inputs = loaded.tokenizer(texts, add_special_tokens=not template.has_own, padding=True, return_tensors="pt")

@@ -4,7 +4,9 @@ import copy
 import json
 from pathlib import Path
 
-from experiments import record
+import numpy as np
+
+from experiments import predictions, provenance, record
 from experiments.methods import METHODS
 from experiments.models import layer_names
 from tests.support import ROOT
@@ -13,6 +15,7 @@ COMMITTED = ROOT / "experiments" / "results"
 _TEMPLATE = json.loads((COMMITTED / "sst2-minilm-lora" / "metrics.json").read_text())
 #: What another run of it would measure otherwise.
 _TEMPLATE |= {"f1": 0.891, "loss": 0.32, "peak_rss_mb": 1331.8, "train_seconds": 1998.0, "device": "cpu, 1 threads"}
+_TEMPLATE |= {provenance.KEY: {**provenance.sources(), "version": "0", "processor": "one", "threads": 1, "seconds": 2020.0}}
 _TEMPLATE |= {"loss_history": [[63 * i, 0.7 - i / 200] for i in range(1, 101)], "accuracy_by_epoch": [0.85, 0.86, 0.87]}
 
 
@@ -39,10 +42,26 @@ def metrics(method="lora", accuracy=0.87, seed=0, **changes):
     return made
 
 
+def _wrong(made):
+    """The sentences that a run of this accuracy is wrong about: mostly those that any other run is wrong about too."""
+    size = made["data"]["validation"]
+    of_all = np.random.default_rng(0).permutation(size)
+    own = np.random.default_rng([made["seed"], *made["method"].encode()]).permutation(size)[: size // 50]
+    order = dict.fromkeys([*own, *of_all])
+    return set(list(order)[: round((1 - made["accuracy"]) * size)])
+
+
 def write(directory, *all_metrics):
-    """Writes each into a run's directory of its own; returns `directory`."""
+    """Writes each into a run's directory of its own; returns `directory`.
+
+    A key "wrong", the sentences that the run is wrong about, or None for a run that kept no predictions, is not written.
+    """
     for number, made in enumerate(all_metrics):
         path = Path(directory) / f"run{number}"
         path.mkdir(parents=True)
-        record.write_json(path / record.METRICS, made)
+        wrong = made.get("wrong", _wrong(made))
+        if wrong is not None:
+            labels = np.arange(made["data"]["validation"]) % 2
+            predictions.write(path, labels, np.where(np.isin(np.arange(len(labels)), list(wrong)), 1 - labels, labels))
+        record.write_json(path / record.METRICS, {key: value for key, value in made.items() if key != "wrong"})
     return Path(directory)
