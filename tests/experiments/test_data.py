@@ -1,12 +1,13 @@
 """The readers: what they accept, what they refuse and in which words; and the batches that are cut from the sentences."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import data, hub
+from experiments import data, hub, tables
 from experiments.batches import LikeLengthBatches, TokenisedTexts, batches
 from experiments.errors import ExperimentError
 
@@ -89,7 +90,47 @@ def test_a_missing_directory_or_file_is_named(tmp_path):
         data.load(str(tmp_path / "nowhere"))
     write_pair(tmp_path)
     (tmp_path / "dev.tsv").unlink()
-    with pytest.raises(ExperimentError, match=r"dev\.tsv can't be read: No such file"):
+    with pytest.raises(ExperimentError, match=r"has train\.tsv and no dev\.tsv; both must be there in one form"):
+        data.load(str(tmp_path))
+    (tmp_path / "dev.csv").touch()
+    with pytest.raises(ExperimentError, match=r"has train\.tsv beside dev\.csv; both must be there in one form"):
+        data.load(str(tmp_path))
+    (tmp_path / "train.tsv").unlink()
+    with pytest.raises(ExperimentError, match=r"has dev\.csv and no train\.csv"):
+        data.load(str(tmp_path))
+    (tmp_path / "dev.csv").unlink()
+    with pytest.raises(ExperimentError, match=r"train\.tsv can't be read: No such file"):
+        data.load(str(tmp_path))
+
+
+TABLES = {
+    ".csv": 'label,sentence\n1,"a ""gem"", still"\n0,dull\n',
+    ".jsonl": '{"sentence": "a \\"gem\\", still", "label": 1}\n{"sentence": "dull", "label": 0}\n',
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_directory_may_hold_other_tables(tmp_path, kind):
+    pytest.importorskip("datasets", reason="datasets is not installed, so no table was read")
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}{kind}").write_text(TABLES[kind])
+    loaded = data.load(str(tmp_path))
+    assert loaded.train.texts == loaded.validation.texts == ('a "gem", still', "dull")
+    assert loaded.train.labels.tolist() == [1, 0]
+    (tmp_path / f"dev{kind}").write_text(TABLES[kind].replace("label", "mark"))
+    with pytest.raises(ExperimentError, match=rf"dev{kind} has no column 'label'; expected sentence, label, found "):
+        data.load(str(tmp_path))
+    (tmp_path / f"dev{kind}").write_bytes(b"\x00\xff{")
+    with pytest.raises(ExperimentError, match=rf"dev{kind} (can't be read|has no column)"):
+        data.load(str(tmp_path))
+
+
+def test_a_table_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(tables, "show_again", lambda *names: None)
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").touch()
+    with pytest.raises(ExperimentError, match=r"is read by `datasets`; run pip install 'lora-core\[experiments\]'"):
         data.load(str(tmp_path))
 
 
@@ -132,6 +173,7 @@ def test_a_broken_package_is_refused(tmp_path, monkeypatch):
 
 def parquet_snapshot(directory, **columns):
     """The files of the Hub's data set, as a cache holds them."""
+    pytest.importorskip("datasets", reason="datasets is not installed, so no file of the Hub was read")
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -154,7 +196,7 @@ def test_the_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"text": ["a"], "label": [1]}, "expected the columns sentence, label"),
+        ({"text": ["a"], "label": [1]}, "has no column 'sentence'; expected sentence, label, found text, label"),
         ({"sentence": ["a"], "label": [-1]}, "the label is '-1'"),
         ({"sentence": ["a", None], "label": [1, 0]}, "the sentence is empty"),
     ],
@@ -162,7 +204,7 @@ def test_the_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
 def test_a_bad_parquet_file_is_refused(tmp_path, columns, says):
     folder = parquet_snapshot(tmp_path, **columns)
     with pytest.raises(ExperimentError, match=says):
-        data.read_parquet(sorted(folder.glob("data/train-*")), "stanfordnlp/sst2")
+        data.read_table(sorted(folder.glob("data/train-*")), "stanfordnlp/sst2")
 
 
 def test_without_a_hub_auto_falls_back_and_says_why(offline):
