@@ -1,6 +1,7 @@
 # make sst2    install what it takes and train: a pretrained model learns sentiment with LoRA in 4 bits
 # make sft     install a language model too and train it: SmolLM2 learns to write sentences as JSON records
 # make compare train with every method of the study, then draw tables and figures
+# make results make every committed result again: hours; says how many, can be stopped, and goes on (ARGS=--plan: only says it)
 # make test    install the test tools too and run every test
 # make test-quick the core: the maths, the layers, the verbs and the files, in less than a minute
 # make test-slow the tests that take minutes or gigabytes
@@ -20,7 +21,7 @@ CORE := project/architecture spec/config spec/targets maths/functional layers/la
 PINS := constraints.txt setup.py pyproject.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sst2 sft compare test test-quick test-slow coverage bench docs clean
+.PHONY: sst2 sft compare results test test-quick test-slow coverage bench docs clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
@@ -31,6 +32,9 @@ sft: .venv/.installed-lm
 
 compare: .venv/.installed-all
 	$(BIN)/python -m experiments.compare $(ARGS)
+
+results: .venv/.installed-all
+	$(BIN)/python -m experiments.remake $(ARGS)
 
 test: .venv/.installed-all
 	$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,7 @@ names, and by their hashes where the runs recorded them; runs that did not are a
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import provenance, record
 from .beginning import TRIALS
 from .errors import ExperimentError
 from .methods import METHODS, QUANTIZE, Method
@@ -67,6 +68,21 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         return self["hyperparameters"]
+
+    @property
+    def name(self) -> str:
+        """Its place, as the reports have it."""
+        return "/".join(self.path.parent.parts[-2:])
+
+    @property
+    def seconds(self) -> float:
+        """What the whole run took; of an older one, its training."""
+        return (self.metrics.get(provenance.KEY) or {}).get("seconds", self["train_seconds"])
+
+    @functools.cached_property
+    def differing(self) -> tuple[str, ...]:
+        """What of the code that made it has changed since."""
+        return provenance.differing(self.metrics)
 
     @property
     def budget(self) -> Budget:
@@ -126,13 +142,18 @@ class Row:
         """95 % interval of the accuracy. The seeds share the validation sentences, so their number does not count."""
         return wilson(self.accuracy, self.runs[0].budget.validation)
 
+    def all(self, key: str) -> list[float] | None:
+        """The runs' values; None where one has none."""
+        values = [run[key] for run in self.runs]
+        return None if None in values else values
+
     def mean(self, key: str) -> float:
         return statistics.fmean(run[key] for run in self.runs)
 
     def most(self, key: str) -> float | None:
         """The largest of the runs' values; None where one has none."""
-        values = [run[key] for run in self.runs]
-        return None if None in values else max(values)
+        values = self.all(key)
+        return values and max(values)
 
 
 @dataclass(frozen=True)

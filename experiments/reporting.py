@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_core.files.disk import write_whole
 
-from . import claims, measured
+from . import claims, measured, provenance, published
 from .errors import ExperimentError
 from .expected import NOT_RUN, judge
 from .measured import Group, Row
@@ -23,8 +23,9 @@ HOW = (
     "Accuracy and F1 are those of the last epoch, means over the seeds, ± one standard deviation where there are several; the "
     "interval is Wilson's, of the mean, for one set of validation sentences. Trained parameters are shares of all that the "
     "model holds. Base weights, the head included, are bytes counted on the model; peak memory is the most that the process "
-    "held, measured by the system, and peak GPU what torch allocated there: the largest of the seeds. Training is its time "
-    "alone, without loading and evaluating."
+    "held, measured by the system, and peak GPU what torch allocated there: the least and the largest of the seeds. Training "
+    "is its time alone, without loading and evaluating. Differences are paired over seeds and sentences; behind ± is half "
+    "their 95 % interval. `experiments/claims.py` says what contradicts each finding."
 )
 
 
@@ -39,7 +40,7 @@ def write(directory: Path) -> Path:
         raise ExperimentError(f"--output-dir: there is no run below {str(directory)!r}; run python -m experiments.compare")
     groups = measured.grouped(runs)
     figures = _figures(groups[0], directory / FIGURES)
-    text = "\n\n".join(["# Results", HOW, *_sections(groups, figures), *_published(), _check(runs)]) + "\n"
+    text = "\n\n".join(["# Results", HOW, made_by(runs), *_sections(groups, figures), *_published(), _check(runs)]) + "\n"
     write_whole(directory / REPORT, text.encode())
     return directory / REPORT
 
@@ -85,7 +86,7 @@ def table(group: Group) -> str:
 def _cells(row: Row) -> list[str]:
     low, high = row.interval
     deviation = f" ± {100 * row.deviation:.1f}" if row.deviation is not None else ""
-    total, gpu = row.mean("total_parameters"), row.most("peak_cuda_mb")
+    total, gpu = row.mean("total_parameters"), row.all("peak_cuda_mb")
     return [
         row.label,
         f"{100 * row.accuracy:.1f}{deviation} %",
@@ -94,8 +95,8 @@ def _cells(row: Row) -> list[str]:
         _share(row.mean("adapter_parameters"), total),
         _share(row.mean("trainable_parameters"), total),
         f"{row.mean('base_weight_bytes') / 2**20:.1f} MiB",
-        f"{row.most('peak_rss_mb'):,.0f} MiB",
-        f"{gpu:,.0f} MiB" if gpu is not None else "-",
+        f"{claims.spread(row.all('peak_rss_mb'))} MiB",
+        f"{claims.spread(gpu)} MiB" if gpu else "-",
         _duration(row.mean("train_seconds")),
         ", ".join(str(run["seed"]) for run in row.runs),
     ]
@@ -114,7 +115,11 @@ def _machine(group: Group) -> str:
     devices = " and ".join(sorted({str(run.metrics.get("device")) for run in runs}))
     libraries = [run.metrics.get("versions", {}) for run in runs]
     versions = {", ".join(f"{name} {found.get(name, '?')}" for name in ("torch", "transformers")) for found in libraries}
-    return f"On {devices}; {' and '.join(sorted(versions))}."
+    known = [run.metrics[provenance.KEY] for run in runs if run.metrics.get(provenance.KEY)]
+    processors = " and ".join(sorted({found["processor"] for found in known}))
+    loads = [found["load_before"] for found in known if found.get("load_before") is not None]
+    busy = f"; load before a run up to {max(loads):.1f}" if loads else ""
+    return f"On {devices}{f' ({processors})' if processors else ''}; {' and '.join(sorted(versions))}{busy}."
 
 
 def _published() -> list[str]:
@@ -122,9 +127,23 @@ def _published() -> list[str]:
     return [
         "## Where the published figures do not add up",
         "The study that this one re-implements published a table for DistilBERT on SST-2. Recounted from the architecture:",
-        markdown(header, list(claims.recounted())),
-        "\n".join(f"- {text}" for text in claims.disagreements()),
+        markdown(header, list(published.recounted())),
+        "\n".join(f"- {text}" for text in published.disagreements()),
     ]
+
+
+def made_by(runs: Sequence[measured.Run]) -> str:
+    """Which of the runs were made by other code than the present one, in a sentence and a line for each."""
+    other = [run for run in runs if run.differing]
+    if not other:
+        return f"All {len(runs)} results were made by the present code."
+    text = f"{len(other)} of {len(runs)} results were made by other code than the present one; `make results` makes them again:"
+    return f"{text}\n\n" + "\n".join(f"- {run.name}: {_code(run)}" for run in other)
+
+
+def _code(run: measured.Run) -> str:
+    known = run.metrics.get(provenance.KEY)
+    return f"other {' and '.join(run.differing)} (version {known['version']})" if known else "recorded no code"
 
 
 def _check(runs: Sequence[measured.Run]) -> str:

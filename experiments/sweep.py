@@ -5,7 +5,7 @@
     python -m experiments.sweep --target-modules query,value/all-linear --lora-plus 1,4,16     these are searched over too
 
 The validation set is left out: what is chosen on it can't be judged on it. Every trial starts from the same seed, head and
-sentences, so that only its settings differ. Trials that are done are skipped.
+sentences, so that only its settings differ. Trials that the present code has done are skipped.
 
 Leaves DIR/sweep.csv, a line for each trial, best first; DIR/sweep.png; and each trial's run in DIR/trials.
 """
@@ -170,7 +170,7 @@ def sweep(args: argparse.Namespace) -> int:
     space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates, args.lora_plus, args.target_modules)
     settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
     schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
-    from . import data, models, record
+    from . import data, models, provenance, record
     from .reporting import require_matplotlib
 
     require_matplotlib()
@@ -186,6 +186,8 @@ def sweep(args: argparse.Namespace) -> int:
         job = Job(setting.applied(method), schedule, base, sentences, choose_device(args.device))
         output = args.output_dir / TRIALS / setting.name
         metrics = None if args.overwrite else record.finished(output, job.plan())
+        if metrics and provenance.differing(metrics):
+            metrics = None  # the trials are to differ in their settings alone
         print(f"trial {number} of {len(settings)}: {setting.name}{', done already' if metrics else ''}", flush=True)
         rows.append(row(setting, metrics or train(job, output)))
         rows.sort(key=lambda found: -found["accuracy"])

@@ -1,16 +1,19 @@
 """The comparison: each run in a process of its own, what is done skipped, what fails named, and the check's verdict."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import compare, record
+from experiments import compare, measured, provenance, record, several
 from experiments.methods import METHODS
+from experiments.several import Several
 from tests.support import fabricated
 
 
@@ -78,11 +81,11 @@ def test_what_is_done_is_skipped_and_the_rest_goes_on(compared, common, call, tm
     directory = shutil.copytree(compared[0], tmp_path / "out")
     started = []
 
-    def no_process(one, args, bar, start):
+    def no_process(self, one):
         started.append((one.method.name, one.schedule.seed))
         shutil.copytree(one.output.with_name("base-seed0"), one.output)
 
-    monkeypatch.setattr(compare, "_run", no_process)
+    monkeypatch.setattr(Several, "_one", no_process)
     again = ("--methods", "base,lora", *common, "--output-dir", directory)
     code, out, _ = call(*again)
     assert code == 0 and not started and "2 of 2 runs are done already" in out
@@ -93,11 +96,24 @@ def test_what_is_done_is_skipped_and_the_rest_goes_on(compared, common, call, tm
 def test_overwrite_does_it_again_and_other_settings_need_it(compared, common, call, tmp_path, monkeypatch):
     directory = shutil.copytree(compared[0], tmp_path / "out")
     started = []
-    monkeypatch.setattr(compare, "_run", lambda one, *_: started.append(one.method.name))
+    monkeypatch.setattr(Several, "_one", lambda self, one: started.append(one.method.name))
     argv = ("--methods", "base", *common, "--output-dir", directory)
     code, _, err = call(*argv, "--batch-size", 16)
     assert code == 2 and "holds another run (its hyperparameters differ); pass --overwrite" in err and not started
     assert call(*argv, "--overwrite")[0] == 0 and started == ["base"]
+
+
+def test_refresh_does_again_what_other_code_or_other_settings_made(compared, common, call, tmp_path, monkeypatch):
+    directory = shutil.copytree(compared[0], tmp_path / "out")
+    started = []
+    monkeypatch.setattr(Several, "_one", lambda self, one: started.append(one.method.name))
+    argv = ("--methods", "base,lora", *common, "--output-dir", directory, "--refresh")
+    assert call(*argv)[0] == 0 and not started
+    path = directory / "sst-2-all-minilm-l6-v2-96x1" / "lora-seed0" / "metrics.json"
+    metrics = record.read_json(path)
+    record.write_json(path, metrics | {"provenance": {**metrics["provenance"], "engine": "0" * 16}})
+    assert call(*argv)[0] == 0 and started == ["lora"]
+    assert call(*argv, "--batch-size", 16)[0] == 0 and started[1:] == ["base", "lora"]
 
 
 def test_a_run_that_fails_is_named(common, call, tmp_path):
@@ -109,29 +125,53 @@ def test_a_run_that_fails_is_named(common, call, tmp_path):
 def test_runs_that_are_fine_are_reported_beside_one_that_fails(compared, common, call, tmp_path, monkeypatch):
     directory = shutil.copytree(compared[0], tmp_path / "out")
     (directory / "report.md").unlink()
-    monkeypatch.setattr(compare, "_run", lambda *_: "no space left")
+    monkeypatch.setattr(Several, "_one", lambda *_: "no space left")
     code, out, err = call("--methods", "base,head-only", *common, "--output-dir", directory)
     assert code == 2 and err.splitlines()[-1] == "error: 1 of 2 runs failed: head-only, seed 0 (no space left)"
     assert "| base " in out and (directory / "report.md").is_file()
 
 
-def test_an_interruption_stops_the_run_and_says_how_to_go_on(call, common, tmp_path, monkeypatch):
+def test_an_interruption_stops_the_runs_and_says_how_to_go_on(call, common, tmp_path, monkeypatch):
     processes = []
     popen = subprocess.Popen
 
-    def start(*args, **kwargs):
-        processes.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True))
-        processes[-1].stderr = interrupted()
+    def start(*args, **settings):
+        processes.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **settings))
         return processes[-1]
 
-    def interrupted():
+    def interrupted(waiting):
+        while len(processes) < 2:
+            time.sleep(0.01)
         raise KeyboardInterrupt
-        yield
 
-    monkeypatch.setattr(compare.subprocess, "Popen", start)
-    code, _, err = call("--methods", "lora", *common, "--output-dir", tmp_path)
+    monkeypatch.setattr(several.subprocess, "Popen", start)
+    monkeypatch.setattr(several, "as_completed", interrupted)
+    code, _, err = call("--methods", "lora,base,full", "--jobs", 2, *common, "--output-dir", tmp_path)
     assert code == 130 and "interrupted; what is finished is kept" in err
-    assert processes[0].poll() is not None
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)  # and the third never started
+
+
+def test_runs_at_a_time_share_the_cores(tmp_path):
+    class One:
+        name, examples = "one", 10
+
+        def __init__(self, number):
+            self.command = [
+                sys.executable,
+                "-c",
+                f"import os; open({str(tmp_path / str(number))!r}, 'w').write(os.environ['OMP_NUM_THREADS'])",
+            ]
+
+        def outcome(self):
+            return "done"
+
+    class Bad(One):
+        def __init__(self):
+            self.command = [sys.executable, "-c", "import sys; sys.exit('error: no such thing')"]
+
+    assert several.Several([One(0), Bad(), One(1)], 0, 2).run() == ["one (no such thing)"]
+    shares = {path.read_text() for path in tmp_path.iterdir()}
+    assert shares == {str(max(1, os.cpu_count() // 2))} and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,6 +179,7 @@ def test_an_interruption_stops_the_run_and_says_how_to_go_on(call, common, tmp_p
     [
         (["--methods", "lora,qlorra"], "--methods: there is no 'qlorra'; there are base, head-only"),
         (["--methods", "lora,"], "'lora,' is no comma-separated list of names"),
+        (["--jobs", "0"], "'0' is no whole number above 0"),
         (["--seeds", "0,one"], "'0,one' is no comma-separated list of numbers"),
         (["--seeds", "0,-1"], "seed must lie in [0, 2^32), not -1"),
         (["--epochs", "0"], "epochs must be at least 1, not 0"),
@@ -161,23 +202,35 @@ def test_every_method_runs_by_default():
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def test_the_check_passes_on_the_committed_results(call):
+def test_the_committed_results_meet_what_is_expected_and_the_check_says_whose_code_made_them(call):
     code, out, err = call("--check")
-    assert code == 0 and not err
+    other = [run.name for run in measured.read(fabricated.COMMITTED) if run.differing]
+    assert code == (1 if other else 0) and not err
     assert "| NOT MET" not in out and "| met " in out and "| not run" in out
+    assert all(f"- {name}: " in out for name in other)
+
+
+def test_results_of_other_code_fail_the_check(call, tmp_path):
+    made = fabricated.metrics("lora")
+    assert call("--check", "--output-dir", fabricated.write(tmp_path / "present", made))[0] == 0
+    made["provenance"] = {**made["provenance"], "experiments": "0" * 16}
+    code, out, _ = call("--check", "--output-dir", fabricated.write(tmp_path / "other", made))
+    assert code == 1 and "| NOT MET" not in out and "run0: other experiments (version 0)" in out
 
 
 @pytest.mark.parametrize(
     ("run", "key", "worse"),
     [
-        ("sst2-minilm-lora", "accuracy", 0.84),
-        ("sst2-minilm-qlora", "accuracy", 0.8853),
-        ("sst2-minilm-lora", "trainable_parameters", 1_771_778),
-        ("sst2-minilm-qlora", "base_weight_bytes", 53_351_905),
+        ("sst-2-all-minilm-l6-v2-67349x3/lora-seed0", "accuracy", 0.84),
+        ("sst-2-all-minilm-l6-v2-67349x3/qlora-seed0", "accuracy", 0.8853),
+        ("sst-2-all-minilm-l6-v2-67349x3/lora-seed0", "trainable_parameters", 1_771_778),
+        ("sst-2-all-minilm-l6-v2-67349x3/qlora-seed0", "base_weight_bytes", 53_351_905),
     ],
 )
 def test_a_worse_number_in_a_file_fails_the_check(call, tmp_path, run, key, worse):
     directory = shutil.copytree(fabricated.COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("figures"))
+    for path in directory.rglob("metrics.json"):  # as if the present code had made them
+        record.write_json(path, json.loads(path.read_text()) | {"provenance": provenance.sources()})
     path = directory / run / "metrics.json"
     metrics = json.loads(path.read_text())
     assert call("--check", "--output-dir", directory)[0] == 0
@@ -192,7 +245,7 @@ def test_a_check_of_nothing_fails(call, tmp_path):
     """A directory without runs has not passed."""
     (tmp_path / "empty").mkdir()
     code, out, err = call("--check", "--output-dir", tmp_path / "empty")
-    assert code == 2 and not out and "0 runs are below" in err and err.count("\n") == 1
+    assert code == 1 and not out and "0 runs are below" in err and err.count("\n") == 1
 
 
 def test_a_check_in_which_no_number_is_expected_fails(call, tmp_path):
@@ -203,7 +256,7 @@ def test_a_check_in_which_no_number_is_expected_fails(call, tmp_path):
     untrained = fabricated.metrics("base", **other)
     directory = fabricated.write(tmp_path / "runs", made, untrained)
     code, out, err = call("--check", "--output-dir", directory)
-    assert code == 2 and not out and "2 runs are below" in err and err.count("\n") == 1
+    assert code == 1 and not out and "2 runs are below" in err and err.count("\n") == 1
     made["accuracy_by_epoch"] = [0.1]
     code, out, err = call("--check", "--output-dir", fabricated.write(tmp_path / "wrong", made))
     assert code == 1 and "NOT MET" in out and not err

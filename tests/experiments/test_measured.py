@@ -99,6 +99,6 @@ def test_what_can_t_be_read_is_named(tmp_path):
     del made["f1"]
     with pytest.raises(ExperimentError, match=r"metrics\.json has no f1; run it again"):
         measured.read(fabricated.write(tmp_path / "a", made))
-    made = fabricated.metrics(data={"name": "SST-2"})
+    made = fabricated.metrics(data={"name": "SST-2"}, wrong=None)
     with pytest.raises(ExperimentError, match="not as written here"):
         measured.read(fabricated.write(tmp_path / "b", made))

@@ -35,7 +35,7 @@ def test_a_row_has_means_deviation_interval_and_peaks(written):
     low, high = (100 * bound for bound in measured.wilson(0.865, 872))
     assert row(text, "lora") == [
         "lora", "86.5 ± 0.7 %", f"{low:.1f} to {high:.1f} %", "0.891", "294,912 (1.28 %)", "295,682 (1.29 %)",
-        "86.6 MiB", "2,000 MiB", "-", "33.3 min", "0, 1",
+        "86.6 MiB", "1,332 to 2,000 MiB", "-", "33.3 min", "0, 1",
     ]  # fmt: skip
     assert row(text, "base")[4:6] == ["-", "-"]
     assert row(text, "dora")[1] == "80.0 %" and row(text, "dora")[-2:] == ["42 s", "0"]
@@ -50,14 +50,26 @@ def test_each_budget_has_its_table_the_fullest_first(written):
         "Where the published figures do not add up",
         "Expected and found",
     ]
-    assert "On cpu, 1 threads; torch " in text
+    assert "On cpu, 1 threads (one); torch " in text
 
 
-def test_the_four_findings_and_the_published_faults_are_there(written):
+def test_the_findings_and_the_published_faults_are_there(written):
     text, _ = written
     findings = text[text.index("The study's findings:") : text.index("Aims:")]
-    assert len(re.findall(r"^- .*\*\*(supported|contradicted|not run|can't be told apart)\*\*", findings, re.MULTILINE)) == 4
+    assert len(re.findall(r"^- .*\*\*(supported|contradicted|not run|can't be told apart)\*\*", findings, re.MULTILINE)) == 6
     assert "1,771,778 of 68,726,788. That is 2.58 %" in text
+
+
+def test_the_code_that_made_the_runs_is_told(tmp_path):
+    other = fabricated.metrics("lora")
+    other["provenance"] = {**other["provenance"], "engine": "0" * 16}
+    unknown = fabricated.metrics("lora", seed=1)
+    del unknown["provenance"]
+    runs = measured.read(fabricated.write(tmp_path, other, unknown, fabricated.metrics("lora", seed=2)))
+    told = reporting.made_by(runs)
+    assert told.startswith("2 of 3 results were made by other code than the present one")
+    assert "run0: other engine (version 0)" in told and "run1: recorded no code" in told and "run2" not in told
+    assert reporting.made_by(runs[2:]) == "All 1 results were made by the present code."
 
 
 def test_pictures_that_are_shown_are_there(written):

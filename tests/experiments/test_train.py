@@ -216,7 +216,11 @@ def test_where_the_numbers_come_from_is_kept(runs):
     kept = metrics_of(runs["lora"])["provenance"]
     measured = {name: kept[name] for name in ("load_before", "seconds")}
     assert kept == provenance.after(provenance.here(), torch.get_num_threads()) | measured
-    assert kept["load_before"] >= 0 and kept["seconds"] > metrics_of(runs["lora"])["train_seconds"] and not provenance.differing(metrics_of(runs["lora"]))
+    assert (
+        kept["load_before"] >= 0
+        and kept["seconds"] > metrics_of(runs["lora"])["train_seconds"]
+        and not provenance.differing(metrics_of(runs["lora"]))
+    )
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The difference of two methods' accuracies, paired: the same sentences, and the same seeds.
+
+    d[s, i] = (after is right about sentence i) - (before is), both trained with seed s;  -1, 0 or 1
+
+The difference is the mean of d over its S seeds and N sentences. Both are samples, of the seeds that might have been drawn and
+of the sentences that might have been asked, so that its variance has a part of each (crossed random effects: Cornfield and
+Tukey, "Average values of mean squares in factorials", Annals of Mathematical Statistics 1956):
+
+    between sentences    variance of the N means over the seeds / N
+    between seeds        variance of the S means over the sentences / S, less what the sentences alone would make of it
+
+For one seed the first part is all, and the test is McNemar's without its correction. Two binomials, which know nothing of the
+pairs, would be two to three times as wide.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ExperimentError
+from .measured import Row
+from .predictions import read
+
+LEVEL = 0.95
+NORMAL = statistics.NormalDist()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean of paired differences.
+
+    Attributes:
+        gain: accuracy of the one row less that of the other, a share.
+        error: its standard error.
+        seeds: those that both rows have.
+    """
+
+    gain: float
+    error: float
+    seeds: tuple[int, ...]
+
+    @property
+    def half(self) -> float:
+        """Half the 95 % interval."""
+        return NORMAL.inv_cdf(0.5 + LEVEL / 2) * self.error
+
+    @property
+    def low(self) -> float:
+        return self.gain - self.half
+
+    @property
+    def high(self) -> float:
+        return self.gain + self.half
+
+    @property
+    def p(self) -> float:
+        """Two-sided: how often a difference as large would come of rows that are alike."""
+        return 2 * NORMAL.cdf(-abs(self.gain) / self.error) if self.error else float(self.gain == 0)
+
+    def __str__(self) -> str:
+        number = "seed" if len(self.seeds) == 1 else "seeds"
+        shown = f"p = {self.p:.2g}" if self.p >= 0.001 else "p < 0.001"
+        return f"{100 * self.gain:+.1f} points (± {100 * self.half:.1f}, {shown}, {len(self.seeds)} {number})"
+
+
+def difference(before: Row, after: Row) -> Difference | None:
+    """`after` against `before`, over the seeds that both have; None if no such pair kept what it predicted.
+
+    Raises:
+        ExperimentError: two runs of one budget were judged on different labels.
+    """
+    ours, theirs = ({run["seed"]: read(run.path.parent) for run in row.runs} for row in (before, after))
+    seeds = [seed for seed in ours if ours[seed] and theirs.get(seed)]
+    if not seeds:
+        return None
+    labels = ours[seeds[0]][0]
+    for seed in seeds:
+        if not all(np.array_equal(labels, kept[seed][0]) for kept in (ours, theirs)):
+            raise ExperimentError(
+                f"{before.label} and {after.label}, seed {seed}, were judged on different labels; run them again"
+            )
+    a, b = (np.stack([kept[seed][1] == labels for seed in seeds]) for kept in (ours, theirs))  # S N
+    return Difference(*mean_and_error(b.astype(int) - a), tuple(seeds))
+
+
+def mean_and_error(d: np.ndarray) -> tuple[float, float]:
+    """The mean of paired differences (S, N), and its standard error over seeds and sentences."""
+    (seeds, sentences), mean = d.shape, d.mean()
+    variance = d.mean(0).var(ddof=1) / sentences
+    if seeds > 1:
+        rest = d - d.mean(0) - d.mean(1, keepdims=True) + mean  # what neither the seed nor the sentence explains
+        of_sentences = (rest**2).sum() / ((seeds - 1) * (sentences - 1)) / (seeds * sentences)
+        variance += max(0.0, d.mean(1).var(ddof=1) / seeds - of_sentences)
+    return float(mean), math.sqrt(variance)

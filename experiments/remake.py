@@ -1,0 +1,141 @@
+"""Every committed result again, with the present code: `make results`.
+
+    python -m experiments.remake --plan                 says what is to be done, and how long it will take
+    python -m experiments.remake --data DIR --jobs 2    does it; GLUE's SST-2 lies in DIR
+
+What the present code made already is left as it is, so that a command that was stopped goes on. The time is that of earlier
+runs, from the seconds that they recorded. In order: the runs of the study, the sweep, peft's runs beside them
+(`python -m bench reference`), the report with its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import Parser, leave_out_unused, run
+from .compare import RESULTS, Planned, planned
+from .compare import parser as comparison
+from .errors import ExperimentError
+from .flags import positive
+
+if TYPE_CHECKING:
+    from .measured import Run
+
+#: 12,000 sentences of SST-2, twice: the table of every method.
+STUDY = "--train-samples 12000 --epochs 2"
+#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds.
+PARTS = (
+    f"{STUDY} --model packaged --seeds 0,1,2,3,4 --methods full,lora,qlora,best",
+    f"{STUDY} --model packaged --seeds 0,1,2 --methods base,head-only,low-rank,high-rank,query-only,bias,rslora,dora",
+    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best",
+    "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora",
+    f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank",
+)
+#: The flags of `experiments.sweep` that found the recipe `best`.
+SWEEP = (
+    "--model packaged --trials 14 --train-samples 6000 --held-out 3000 --ranks 8,16,32 --alphas 16,32,64 --dropouts 0.05,0.15 "
+    "--learning-rates 1.5e-4,8e-4 --lora-plus 1,2,8 --target-modules query,key,value,attention.output.dense/all-linear"
+)
+SWEPT = Path("runs", "results-sweep")
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(__doc__, prog="python -m experiments.remake")
+    p.add_argument("--data", default="auto", metavar="DIR", help="GLUE's SST-2; $SST2_DIR if it is set, else the Hub's")
+    p.add_argument("--jobs", type=positive, default=2, metavar="N", help="runs at a time, each with its share of the cores")
+    p.add_argument("--plan", action="store_true", help="only say what is to be done and how long it will take")
+    p.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where the results are")
+    return p
+
+
+def remake(args: argparse.Namespace) -> int:
+    """Say how long it will take; unless only that was asked for, do it."""
+    from . import measured, reporting
+    from .several import Several
+
+    reporting.require_matplotlib()
+    runs = [one for part in PARTS for one in _part(part, args)]
+    done = [one for one in runs if one.done(refresh=True)]
+    todo = [one for one in runs if one not in done]
+    swept = SWEPT / "sweep.csv"
+    hours, unknown = expected_hours(todo, measured.read(args.output_dir), args.jobs)
+    print(
+        f"{len(done)} of {len(runs)} runs are done by the present code; the others take about {hours:.1f} hours, {args.jobs} at"
+    )
+    print("a time, by what earlier runs recorded" + (f"; nothing is recorded of {unknown} of them" if unknown else ""))
+    print(f"the sweep took {swept_hours(args.output_dir):.1f} hours; peft's runs say themselves what they take", flush=True)
+    if args.plan:
+        return 0
+    failed = Several(todo, sum(one.examples for one in done), args.jobs).run()
+    if failed:
+        raise ExperimentError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT))
+    (args.output_dir / "sweep").mkdir(exist_ok=True)
+    shutil.copyfile(swept, args.output_dir / "sweep" / swept.name)
+    _call("bench", "reference", "--data", args.data)
+    print(f"report: {reporting.write(args.output_dir)}")
+    return 0
+
+
+def _part(flags: str, args: argparse.Namespace) -> list[Planned]:
+    """The runs of a part; none, with a line, where its base is not installed."""
+    source = [] if "--data" in flags else ["--data", args.data]
+    try:
+        return planned(comparison().parse_args([*shlex.split(flags), *source]), args.output_dir)
+    except ExperimentError as error:
+        if "packaged-base" not in flags:
+            raise
+        print(f"left out: {flags}: {error}")
+        return []
+
+
+def expected_hours(todo: Sequence[Planned], recorded: Sequence[Run], jobs: int) -> tuple[float, int]:
+    """Hours for `todo` by the seconds a sentence of earlier runs, and of how many nothing is known.
+
+    A run is like one of the same method on the same base; a method that never ran there, like the others on average.
+    """
+    rates: dict[tuple[str, str], list[float]] = {}
+    for one in recorded:
+        seen = one.settings["epochs"] * one["data"]["train"]
+        rates.setdefault((one["base_model"]["name"], one["method"]), []).append(one.seconds / seen)
+    seconds, unknown = 0.0, 0
+    for one in todo:
+        base = one.plan["base_model"]["name"]
+        like = rates.get((base, one.method.name)) or [r for (b, _), found in rates.items() if b == base for r in found]
+        seen = one.schedule.epochs * one.plan["data"]["train"]
+        seconds, unknown = (seconds + seen * sum(like) / len(like), unknown) if like else (seconds, unknown + 1)
+    return seconds / jobs / 3600, unknown
+
+
+def swept_hours(directory: Path) -> float:
+    """Hours that the trials of the committed sweep took."""
+    path = directory / "sweep" / "sweep.csv"
+    if not path.exists():
+        return 0.0
+    with path.open(encoding="utf-8", newline="") as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file)) / 3600
+
+
+def _call(module: str, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *arguments])
+    if done.returncode:
+        raise ExperimentError(f"python -m {module} ended with {done.returncode}; what is finished is kept")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run(lambda: remake(args), interrupted="what is finished is kept; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    leave_out_unused()
+    sys.exit(main())

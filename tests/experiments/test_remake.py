@@ -1,0 +1,108 @@
+"""Every committed result is made again, what is done is left, and the hours are those that earlier runs recorded."""
+
+import re
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from experiments import data, measured, remake
+from experiments.compare import parser as comparison
+from experiments.compare import planned
+from experiments.methods import METHODS, Schedule
+from experiments.several import Several
+from experiments.sweep import parser as sweeping
+from tests.support import fabricated
+
+
+@pytest.fixture
+def sst2_by_name(monkeypatch):
+    """Sentences of SST-2's name and sizes, without SST-2."""
+    load = data.load
+
+    def other(choice):
+        if choice == "packaged":
+            return load(choice)
+        train, validation = (data.Split(("a film",) * n, np.arange(n, dtype=np.uint8) % 2) for n in (67_349, 872))
+        return data.SentimentData("SST-2", "here", "test", train, validation)
+
+    monkeypatch.setattr(data, "load", other)
+
+
+@pytest.fixture
+def call(capsys, sst2_by_name, monkeypatch, tmp_path):
+    """Runs the command with nothing trained; returns (exit code, standard output, what would have been done)."""
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Several, "run", lambda self: made.append([one.name for one in self.todo]) or [])
+
+    def no_command(command):
+        made.append(command[2])
+        if command[2] == "experiments.sweep":
+            (tmp_path / remake.SWEPT).mkdir(parents=True)
+            (tmp_path / remake.SWEPT / "sweep.csv").write_text("rank\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(remake.subprocess, "run", no_command)
+
+    def run(*argv):
+        return remake.main([str(arg) for arg in argv]), capsys.readouterr().out, made
+
+    return run
+
+
+def test_every_committed_result_is_among_them(sst2_by_name):
+    args = remake.parser().parse_args([])
+    outputs = {one.output for part in remake.PARTS for one in remake._part(part, args)}
+    assert {run.path.parent for run in measured.read(fabricated.COMMITTED)} <= outputs
+
+
+def test_the_rows_that_claims_are_made_of_have_five_seeds_and_all_have_three(sst2_by_name):
+    seeds = {}
+    for part in remake.PARTS[:2]:
+        for one in planned(comparison().parse_args(part.split()), fabricated.COMMITTED):
+            seeds.setdefault(one.method.name, set()).add(one.schedule.seed)
+    assert {name for name, found in seeds.items() if len(found) == 5} == {"lora", "qlora", "full", "best"}
+    assert min(map(len, seeds.values())) == 3
+
+
+def test_the_sweep_is_the_one_that_the_study_shows():
+    study = (fabricated.ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    (shown,) = [line for line in study.splitlines() if "--trials 14" in line]
+    parsed = [sweeping().parse_args(flags.split()) for flags in (remake.SWEEP, shown.partition("sweep ")[2])]
+    parsed[1].data = parsed[0].data
+    assert vars(parsed[0]) == vars(parsed[1])
+
+
+def test_the_plan_says_how_long_and_does_nothing(call):
+    code, out, made = call("--plan")
+    assert code == 0 and made == []
+    assert re.search(r"of (59|64) runs are done by the present code; the others take about \d", out)  # 64 with the larger base
+    assert "the sweep took 0.4 hours" in out
+
+
+def test_what_is_done_is_left_and_the_rest_follows_in_order(call, tmp_path):
+    results = fabricated.write(tmp_path / "results", fabricated.metrics("lora"))
+    code, out, made = call("--output-dir", results, "--data", "DIR")
+    assert code == 0 and made[1:] == ["experiments.sweep", "bench"]
+    assert made[0][:4] == ["full, seed 0", "lora, seed 0", "qlora, seed 0", "best, seed 0"]
+    assert (results / "sweep" / "sweep.csv").is_file() and (results / "report.md").is_file() and "report: " in out
+
+
+def test_the_hours_are_those_of_runs_like_it(tmp_path):
+    recorded = [fabricated.metrics("lora"), fabricated.metrics("full", train_seconds=1.0)]
+    for one, seconds in zip(recorded, (3600.0, 7200.0), strict=True):
+        one["provenance"] = {**one["provenance"], "seconds": seconds}
+    runs = measured.read(fabricated.write(tmp_path, *recorded))
+
+    def plan(method, base="sentence-transformers/all-MiniLM-L6-v2"):
+        known = {"base_model": {"name": base}, "data": {"train": 67_349}}
+        return SimpleNamespace(plan=known, method=METHODS[method], schedule=Schedule(epochs=6))
+
+    assert remake.expected_hours([plan("lora")], runs, 1) == (pytest.approx(2), 0)
+    assert remake.expected_hours([plan("lora"), plan("full")], runs, 2) == (pytest.approx(3), 0)
+    assert remake.expected_hours([plan("dora")], runs, 1) == (pytest.approx(3), 0)  # never ran: like the others on average
+    assert remake.expected_hours([plan("lora", "another")], runs, 1) == (0, 1)
