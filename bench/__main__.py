@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .quiet import quieten
 
 #: Each is the name of the module that answers it.
 QUESTIONS = ("overhead", "memory", "training", "decoding", "merging", "loading", "mixing", "llama")
+#: peft's whole runs beside ours, for the study: hours, and a file of its own.
+REFERENCE = "reference"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,19 +23,34 @@ def parser() -> Parser:
     """The command line of the bench."""
     p = Parser(prog="python -m bench", description=about)
     known = ", ".join(QUESTIONS)
-    p.add_argument("questions", nargs="*", metavar="QUESTION", help=f"{known}; none: all (llama only on CUDA)")
+    p.add_argument(
+        "questions", nargs="*", metavar="QUESTION", help=f"{known}; none: all (llama only on CUDA); or {REFERENCE} alone"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--full", action="store_true", help="overhead: the whole grid of shapes; over an hour on two cores")
     p.add_argument("--quick", action="store_true", help="two rounds of small shapes, to see that everything runs")
     p.add_argument("--threads", type=int, help="threads of torch; torch's own choice if not given")
+    p.add_argument("--data", default="auto", metavar="DIR", help="reference: GLUE's SST-2; as for the experiments if not given")
+    p.add_argument("--plan", action="store_true", help="reference: only say what is to be done")
     p.add_argument("--output", type=Path, help="JSON file; the chart goes beside it; bench/results/DEVICE.json if not given")
     return p
+
+
+def reference(options: Namespace) -> None:
+    """Makes the rows of the reference; imports what does it."""
+    from .reference import make
+
+    make(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     command = parser()
     options = command.parse_args(arguments)
+    if options.questions == [REFERENCE]:
+        from experiments.command import run
+
+        return run(lambda: reference(options), interrupted="the rows that are made are kept; the same command goes on")
     if unknown := [q for q in options.questions if q not in QUESTIONS]:
         command.error(f"no question {unknown[0]!r}; there are {', '.join(QUESTIONS)}")
     if options.threads is not None and options.threads < 1:

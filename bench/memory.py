@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from experiments.reference import beside, read
+
 from .measure import Measure, Ratio
 from .models import ALL_LINEAR, ATTENTION, DROPOUT, R, classification_loss, classifier, tokens
 from .settings import Settings
@@ -110,8 +112,6 @@ def _in_a_process(*arguments: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-#: Peak of the same job run with peft, in bytes: one run with peft 0.21.2 and bitsandbytes 0.50.2 (torch 2.13, 2 cores).
-PEFT_JOB = {"qlora": 2650 * 2**20, "lora": 2268 * 2**20}
 SST2_SENTENCES = 67_349
 
 
@@ -129,7 +129,10 @@ def job(results: Path) -> Measure | None:
             found.setdefault(metrics["method"], metrics["peak_rss_mb"] * 2**20)
     if "qlora" not in found:
         return None
-    values = {"ours": found["qlora"], "peft": PEFT_JOB["qlora"], "peft's LoRA": PEFT_JOB["lora"]}
+    values, rows = {"ours": found["qlora"]}, read()
+    for name, method in (("peft", "qlora"), ("peft's LoRA", "lora")):
+        if row := beside(rows, method, "SST-2", SST2_SENTENCES):
+            values[name] = row["peak_rss_mb"] * 2**20
     if "lora" in found:
         values["ours, LoRA"] = found["lora"]
     return Measure(
@@ -138,5 +141,5 @@ def job(results: Path) -> Measure | None:
         unit="bytes",
         values=values,
         ratios={f"ours / {name}": Ratio(values["ours"] / values[name]) for name in ("peft", "ours, LoRA") if name in values},
-        setting={"from": "experiments' metrics.json", "peft": "peft 0.21.2, bitsandbytes 0.50.2, one run"},
+        setting={"from": "experiments' metrics.json", "peft": "bench/results/reference.json"},
     )

@@ -3,7 +3,7 @@
     judge(measured.read(directory))        a row for each expectation: met, NOT MET, or not run
 
 Four kinds. The study's published accuracies are a floor for its own base, data and length of training. peft's runs
-(`expected.json`, with the settings they were made with) may lie above ours by no more than the 95 % interval of two
+(`reference.py`, with the settings they were made with) may lie above ours by no more than the 95 % interval of two
 binomials. What is trained must beat the larger class, by the same interval. Counts and bytes are exact: `counts.py`.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import reference
 from .counts import Architecture, counted
 from .measured import Run, margin, percent
 from .methods import METHODS, NOTHING
@@ -25,6 +26,8 @@ ITSELF = "the run itself"  # as the source of a number
 FILE = Path(__file__).with_name("expected.json")
 #: A run that has seen fewer sentences than this is a trial, and may have learned nothing.
 TRIAL = 10_000
+#: Settings that a row of peft's need not share: how the sentences were cut is in its number of them, and both are in float32.
+OF_THE_RUN = ("train_samples", "max_steps", "precision")
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,24 @@ def _published(runs: Sequence[Run]) -> Iterator[Judgement]:
 
 
 def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
-    table = known()["peft"]
-    for row in table["rows"]:
-        if METHODS[row["method"]].trains == NOTHING:
+    for row in reference.read():
+        if row["engine"] != "peft":
             continue
 
         def meant(run: Run, row: dict = row) -> bool:
-            same = (run["method"], run["base_model"]["name"]) == (row["method"], table["base"])
+            same = (run["method"], run["base_model"]["name"]) == (row["method"], row["base"])
             data = all(run["data"][key] == row[key] for key in ("train", "validation")) and run["data"]["name"] == row["data"]
-            full = all(run.settings.get(key) == value for key, value in row["settings"].items())
-            return same and data and full and run.settings["max_steps"] is None
+            own = {key: value for key, value in row["settings"].items() if key not in OF_THE_RUN}
+            return (
+                same and data and all(run.settings.get(key) == value for key, value in own.items()) and not run.budget.max_steps
+            )
 
         yield _accuracy(
-            f"{row['method']}, {row['data']} x {row['settings']['epochs']}, {Path(table['base']).name}",
+            f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {Path(row['base']).name}",
             filter(meant, runs),
             lambda run, row=row: row["accuracy"] - margin(run["accuracy"], row["accuracy"], row["validation"]),
             f"{percent(row['accuracy'])}, less the interval",
-            table["source"],
+            reference.source(row),
         )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from lora_core.files.disk import write_whole
 
-from . import claims, measured, provenance, published
+from . import claims, measured, provenance, published, reference
 from .errors import ExperimentError
 from .expected import NOT_RUN, judge
-from .measured import Group, Row
+from .measured import Group, Row, percent
 from .table import markdown
 
 REPORT = "report.md"
@@ -40,7 +40,20 @@ def write(directory: Path) -> Path:
         raise ExperimentError(f"--output-dir: there is no run below {str(directory)!r}; run python -m experiments.compare")
     groups = measured.grouped(runs)
     figures = _figures(groups[0], directory / FIGURES)
-    text = "\n\n".join(["# Results", HOW, made_by(runs), *_sections(groups, figures), *_published(), _check(runs)]) + "\n"
+    text = (
+        "\n\n".join(
+            [
+                "# Results",
+                HOW,
+                made_by(runs),
+                *_sections(groups, figures),
+                *_beside(reference.read()),
+                *_published(),
+                _check(runs),
+            ]
+        )
+        + "\n"
+    )
     write_whole(directory / REPORT, text.encode())
     return directory / REPORT
 
@@ -120,6 +133,30 @@ def _machine(group: Group) -> str:
     loads = [found["load_before"] for found in known if found.get("load_before") is not None]
     busy = f"; load before a run up to {max(loads):.1f}" if loads else ""
     return f"On {devices}{f' ({processors})' if processors else ''}; {' and '.join(sorted(versions))}{busy}."
+
+
+def _beside(rows: Sequence[reference.Row]) -> list[str]:
+    """peft's rows, and the tables of engine x harness, if there are any."""
+    if not rows:
+        return []
+    cells = [
+        (
+            f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}",
+            row["engine"],
+            {"ours": "our harness", "plain": "plain Trainer", None: "not kept"}[row["harness"]],
+            percent(row["accuracy"]),
+            f"{row['peak_rss_mb']:,.0f} MiB",
+        )
+        for row in rows
+    ]
+    split = [str(found) for method in ("lora", "qlora") if (found := reference.two_by_two(rows, method))]
+    return [
+        "## peft beside it",
+        "The same data, base, batches and settings (`python -m bench reference`): which engine puts the adapters on, and which "
+        "harness trains.",
+        markdown(("work", "engine", "harness", "accuracy", "peak memory"), cells),
+        *(["\n".join(f"- {text}." for text in split)] if split else []),
+    ]
 
 
 def _published() -> list[str]:

@@ -1,0 +1,98 @@
+"""peft's rows beside ours: the same data, base, batches and settings, in the experiments' harness and in a plain Trainer.
+
+    python -m bench reference --data DIR        GLUE's SST-2 lies in DIR
+    python -m bench reference --plan            only says what is to be done
+
+Each run is a process of its own (`reference_run.py`), so that its peak is its own. What the present code made is left as it is.
+Leaves bench/results/reference.json, a row a run; the study's report and the bench's goals read peft's numbers there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance
+from experiments.errors import ExperimentError
+from experiments.record import read_json
+from experiments.reference import FILE, read, replaces, write
+from experiments.several import Several
+
+#: (flags of the schedule, flags of the data, methods, cells): each cell is an engine in a harness.
+CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
+PEFT = tuple(cell for cell in CELLS if cell[0] == "peft")
+RUNS = (
+    ("--train-samples 12000 --epochs 2", (), ("lora", "qlora"), CELLS),
+    ("--train-samples 12000 --epochs 2", (), ("query-only",), (("peft", "ours"),)),
+    ("--epochs 3", (), ("lora", "qlora"), PEFT),
+    ("--epochs 3", ("--data", "packaged"), ("lora", "qlora", "query-only", "high-rank", "low-rank"), (("peft", "ours"),)),
+)
+#: Runs at a time, each with its share of the cores, as the study's own.
+JOBS = 2
+WRITING = threading.Lock()
+QUICK = (("--train-samples 32 --max-steps 1 --epochs 1 --max-length 16", (), ("lora", "qlora"), CELLS),)
+
+
+class Run:
+    """One row that is to be made, and put into the file `output`."""
+
+    examples = 1  # of a bar over all of them
+
+    def __init__(self, engine: str, harness: str, method: str, flags: Sequence[str], row: Path, output: Path) -> None:
+        self.name, self.key, self.row, self.output = (
+            f"{method}: {engine} in {harness}",
+            [engine, harness, method, *flags],
+            row,
+            output,
+        )
+        given = {"--engine": engine, "--harness": harness, "--method": method, "--output": str(row)}
+        words = [word for pair in given.items() for word in pair]
+        self.command = [sys.executable, "-m", "bench.reference_run", *words, *flags]
+
+    def outcome(self) -> str:
+        """Puts the row into the file; says what it is."""
+        made = {"key": self.key, **read_json(self.row)}
+        with WRITING:
+            write(self.output, [*(row for row in read(self.output) if not replaces(made, row)), made])
+        return f"{self.name}: accuracy {made['accuracy']:.1%}, peak {made['peak_rss_mb']:,.0f} MiB"
+
+
+def make(args: argparse.Namespace) -> None:
+    """Makes the rows that the present code has not made; each is in the file as soon as it is there.
+
+    Raises:
+        ExperimentError: a row could not be made.
+    """
+    output = args.output or (Path("runs", "bench-quick-reference.json") if args.quick else FILE)
+    rows = read(output)
+    seconds = {tuple(row.get("key", ())): row[provenance.KEY]["seconds"] for row in rows if provenance.KEY in row}
+    made = [row["key"] for row in rows if "key" in row and not provenance.differing(row)]
+    with tempfile.TemporaryDirectory() as folder:
+        todo = [run for run in runs(QUICK if args.quick else RUNS, args.data, Path(folder), output) if run.key not in made]
+        took = sum(seconds.get(tuple(run.key), 0) for run in todo)
+        known = f", which took {took / JOBS / 3600:.1f} hours before, {JOBS} at a time" if took else ""
+        print(f"reference: {len(made)} rows are made by the present code; {len(todo)} are to be made{known}", flush=True)
+        if args.plan:
+            return
+        if failed := Several(todo, 0, JOBS).run():
+            raise ExperimentError(f"{len(failed)} rows of the reference failed: {'; '.join(failed)}")
+    print(f"rows: {output}")
+
+
+def runs(parts: Any, data: str, folder: Path, output: Path) -> list[Run]:
+    """A run for each cell of each part; `data` is for those that name none."""
+    found = []
+    for schedule, own, methods, cells in parts:
+        for method, (engine, harness) in itertools.product(methods, cells):
+            row = folder / str(len(found)) / "row.json"
+            row.parent.mkdir()
+            flags = [*shlex.split(schedule), *(own or ("--data", data))]
+            found.append(Run(engine, harness, method, flags, row, output))
+    return found

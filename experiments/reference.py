@@ -1,0 +1,96 @@
+"""What peft made of the same work: the rows that `python -m bench reference` left, and what they say beside ours.
+
+    rows = read()               each: engine, harness, method, data, train, settings, accuracy, peak_rss_mb, ...
+    two_by_two(rows, "qlora")   the peaks of engine x harness, and which part of the gap is whose
+
+The engine puts the adapters on, the harness trains. Rows of an earlier version name no harness: how they were trained is lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_core.files.disk import write_whole
+
+from . import provenance, record
+
+FILE = Path(__file__).parents[1] / "bench" / "results" / "reference.json"
+ENGINES, HARNESSES = ("ours", "peft"), ("ours", "plain")
+Row = dict[str, Any]
+
+
+def read(path: Path = FILE) -> list[Row]:
+    """The rows of a file; none if there is no file."""
+    return record.read_json(path)["rows"] if path.exists() else []
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the file, a line a row, whole or not at all."""
+    lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, f'{{\n "rows": [\n  {lines}\n ]\n}}\n'.encode())
+
+
+def replaces(new: Row, old: Row) -> bool:
+    """Whether a row takes the place of an older one: the same work, in the same harness or in one that is not known."""
+    same = all(new[name] == old[name] for name in ("engine", "method", "data", "train", "seed"))
+    return same and new["settings"]["epochs"] == old["settings"]["epochs"] and old["harness"] in (new["harness"], None)
+
+
+def beside(rows: Sequence[Row], method: str, data: str, train: int) -> Row | None:
+    """peft's row of one job, in a plain Trainer as its users have it; the only one, if there is no such."""
+    wanted = ("peft", method, data, train)
+    found = [row for row in rows if (row["engine"], row["method"], row["data"], row["train"]) == wanted]
+    return min(found, key=lambda row: row["harness"] != "plain", default=None)
+
+
+@dataclass(frozen=True)
+class TwoByTwo:
+    """The peaks of one job in MiB, {(engine, harness): peak}."""
+
+    work: str
+    peaks: dict[tuple[str, str], float]
+
+    @property
+    def engine(self) -> float:
+        """What peft's engine takes more than ours, on average over the harnesses."""
+        return sum(self.peaks["peft", h] - self.peaks["ours", h] for h in HARNESSES) / 2
+
+    @property
+    def harness(self) -> float:
+        """What a plain Trainer takes more than our harness, on average over the engines."""
+        return sum(self.peaks[e, "plain"] - self.peaks[e, "ours"] for e in ENGINES) / 2
+
+    def __str__(self) -> str:
+        whole = self.peaks["peft", "plain"] - self.peaks["ours", "ours"]
+        return (
+            f"{self.work}: peft in a plain Trainer takes {whole:+,.0f} MiB, of which {self.engine:+,.0f} are the engine's and "
+            f"{self.harness:+,.0f} the harness's"
+        )
+
+
+def two_by_two(rows: Sequence[Row], method: str) -> TwoByTwo | None:
+    """The largest job of a method of which all four cells were made; None if there is none."""
+    jobs: dict[tuple, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        if row["method"] == method and row["harness"]:
+            job = row["train"] * row["settings"]["epochs"], row["data"], row["train"], row["settings"]["epochs"]
+            jobs.setdefault(job, {})[row["engine"], row["harness"]] = row["peak_rss_mb"]
+    whole = [(job, peaks) for job, peaks in jobs.items() if len(peaks) == len(ENGINES) * len(HARNESSES)]
+    if not whole:
+        return None
+    (_, data, train, epochs), peaks = max(whole, key=lambda found: found[0])
+    return TwoByTwo(f"{method}, {train:,} sentences of {data} x {epochs}", peaks)
+
+
+def source(row: Row) -> str:
+    """Where a row comes from, in words."""
+    version = row.get("versions", {}).get("peft", "0.21.2")
+    if not row["harness"]:
+        return f"peft {version}, seed {row['seed']}, in a harness that was not kept"
+    made = "" if not provenance.differing(row) else ", beside other code of ours"
+    return f"peft {version}, seed {row['seed']}, in {'our harness' if row['harness'] == 'ours' else 'a plain Trainer'}{made}"

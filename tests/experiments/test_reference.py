@@ -1,0 +1,60 @@
+"""peft's rows: which replaces which, whose peak is taken, and what a table of engine x harness says."""
+
+import pytest
+
+from experiments import provenance, reference
+from tests.support import fabricated
+
+
+def row(engine="peft", harness="plain", method="qlora", peak=2000.0, train=12_000, epochs=2, **others):
+    """A row as `bench.reference_run` makes it, of what is read."""
+    made = {"engine": engine, "harness": harness, "method": method, "data": "SST-2", "train": train, "seed": 0}
+    return made | {"settings": {"epochs": epochs}, "peak_rss_mb": peak} | others
+
+
+def test_a_row_replaces_the_same_work_and_what_has_no_harness():
+    new = row()
+    assert reference.replaces(new, row(peak=1.0)) and reference.replaces(new, row(harness=None))
+    for other in (row(harness="ours"), row("ours"), row(method="lora"), row(train=5), row(epochs=3), row(seed=1)):
+        assert not reference.replaces(new, other)
+
+
+def test_what_stands_beside_is_of_a_plain_trainer_where_there_is_one():
+    rows = [row(harness="ours", peak=1800.0), row(peak=2000.0), row("ours", peak=1.0), row(train=5, peak=7.0)]
+    assert reference.beside(rows, "qlora", "SST-2", 12_000) is rows[1]
+    assert reference.beside(rows[:1], "qlora", "SST-2", 12_000) is rows[0]
+    assert reference.beside(rows, "lora", "SST-2", 12_000) is None
+
+
+def test_the_gap_is_the_engine_s_and_the_harness_s():
+    peaks = {("ours", "ours"): 1000.0, ("ours", "plain"): 1400.0, ("peft", "ours"): 1700.0, ("peft", "plain"): 2300.0}
+    rows = [row(*cell, peak=peak) for cell, peak in peaks.items()]
+    found = reference.two_by_two([*rows, row("ours", "ours", train=67_349, epochs=3)], "qlora")
+    assert (found.engine, found.harness) == (800, 500)
+    assert found.engine + found.harness == peaks["peft", "plain"] - peaks["ours", "ours"]
+    assert str(found) == (
+        "qlora, 12,000 sentences of SST-2 x 2: peft in a plain Trainer takes +1,300 MiB, of which +800 are the engine's and "
+        "+500 the harness's"
+    )
+    assert reference.two_by_two(rows[:3], "qlora") is None and reference.two_by_two(rows, "lora") is None
+
+
+def test_rows_survive_the_file(tmp_path):
+    rows = [row(), row(harness=None)]
+    reference.write(tmp_path / "new" / "reference.json", rows)
+    assert reference.read(tmp_path / "new" / "reference.json") == rows
+    assert reference.read(tmp_path / "none.json") == []
+
+
+def test_a_row_says_where_it_comes_from():
+    assert reference.source(row(harness=None)).endswith("seed 0, in a harness that was not kept")
+    present = row(versions={"peft": "1.2"}, provenance=provenance.sources())
+    assert reference.source(present) == "peft 1.2, seed 0, in a plain Trainer"
+    assert reference.source(present | {"provenance": None}).endswith("in a plain Trainer, beside other code of ours")
+
+
+@pytest.mark.parametrize("made", reference.read(), ids=lambda made: f"{made['engine']}-{made['harness']}-{made['method']}")
+def test_the_committed_rows_have_what_is_read(made):
+    assert made["engine"] in reference.ENGINES and made["harness"] in (*reference.HARNESSES, None)
+    assert 0 < made["accuracy"] < 1 < made["peak_rss_mb"] and made["settings"]["epochs"] and made["base"]
+    assert made["validation"] in (872, 853) and fabricated.COMMITTED.is_dir()
