@@ -1,12 +1,13 @@
 """The study's figures, of the rows of one budget: accuracy, efficiency, memory, and the course of training.
 
-Each is readable at the width of a README. Colours are Okabe and Ito's, which stay apart for the colour-blind; markers and
-dashes say the same again. Whiskers are 95 % Wilson intervals.
+Each is readable at the width of a README. Colours are Paul Tol's, which stay apart for the colour-blind; no two methods share
+one, and names beside the marks say the same again. Whiskers are 95 % Wilson intervals.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,22 +22,22 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 SIZE = (8, 4.2)
 GRID = {"color": "#DDDDDD", "linewidth": 0.8}
-#: (colour, marker, dashes) of each method.
+#: (colour, marker) of each method, no two alike.
 STYLES = {
-    "base": ("#777777", "x", ":"),
-    "head-only": ("#777777", "p", "--"),
-    "full": ("#E69F00", "D", "-"),
-    "lora": ("#0072B2", "o", "-"),
-    "qlora": ("#D55E00", "s", "-"),
-    "low-rank": ("#56B4E9", "v", "--"),
-    "high-rank": ("#56B4E9", "^", "-"),
-    "query-only": ("#009E73", "P", "-"),
-    "bias": ("#CC79A7", "X", "-"),
-    "rslora": ("#009E73", "<", "--"),
-    "dora": ("#CC79A7", "*", "--"),
-    "best": ("#000000", ">", "-"),
+    "base": ("#777777", "x"),
+    "head-only": ("#DDCC77", "p"),
+    "full": ("#000000", "D"),
+    "lora": ("#332288", "o"),
+    "qlora": ("#EE7733", "s"),
+    "low-rank": ("#88CCEE", "v"),
+    "high-rank": ("#117733", "^"),
+    "query-only": ("#CC6677", "P"),
+    "bias": ("#AA4499", "X"),
+    "rslora": ("#44AA99", "<"),
+    "dora": ("#999933", "*"),
+    "best": ("#882255", ">"),
 }
-OTHER = ("#000000", "h", "-.")
+OTHER = ("#555555", "h")
 #: Of a sweep's sets of targets.
 TARGETS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
@@ -56,11 +57,13 @@ def _figure(plot: Callable[[Group], pyplot.Figure], group: Group, path: Path) ->
 
 
 def accuracy_comparison(group: Group) -> pyplot.Figure:
-    """Accuracy of each method, one line each."""
+    """Accuracy of each method, one line each; where there are several seeds, a dot for each."""
     figure, axes = pyplot.subplots(figsize=(SIZE[0], 1.2 + 0.32 * len(group.rows)), layout="constrained")
     for y, row in enumerate(group.rows):
-        colour, marker, _ = _style(row)
+        colour, marker = _style(row)
         axes.errorbar(row.accuracy, y, xerr=_whiskers(row), color=colour, marker=marker, **_POINT)
+        if len(row.runs) > 1:
+            axes.scatter(row.all("accuracy"), [y + 0.3] * len(row.runs), s=8, color=colour, linewidths=0)
         axes.annotate(
             percent(row.accuracy), (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=9,
@@ -73,27 +76,38 @@ def accuracy_comparison(group: Group) -> pyplot.Figure:
 
 
 def parameter_efficiency(group: Group) -> pyplot.Figure:
-    """Accuracy against the parameters trained, the head included."""
-    figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+    """Accuracy against the parameters trained, the head included: each method where it is, with its name beside it."""
+    figure, axes = pyplot.subplots(figsize=(SIZE[0], 5.2), layout="constrained")
     rows = [row for row in group.rows if row.mean("trainable_parameters")]
-    for row in rows:
-        colour, marker, _ = _style(row)
-        # Methods of equal size stand side by side, a fifth apart: on one spot each would hide the others.
-        same = [other for other in rows if _near(other, row)]
-        x = row.mean("trainable_parameters") * 1.22 ** (same.index(row) - (len(same) - 1) / 2)
-        axes.errorbar(x, row.accuracy, yerr=_whiskers(row), color=colour, marker=marker, label=row.label, **_POINT)
+    places = [(row.mean("trainable_parameters"), row.accuracy) for row in rows]
+    heights = [y for _, y in places]
+    apart = 0.042 * max(max(heights) - min(heights), 0.02)  # of two names, so that they can be read
+    for row, (x, y) in zip(rows, places, strict=True):
+        colour, marker = _style(row)
+        axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="none", markerfacecolor="none", label=row.label)
+    for beside in _clusters([x for x, _ in places]):
+        alone = len(beside) == 1  # the names of several stand on the left, where fewer marks are
+        edge = max(places[i][0] for i in beside) * 1.35 if alone else min(places[i][0] for i in beside) / 1.35
+        order = sorted(beside, key=lambda i: places[i][1])
+        for i, height in zip(order, _spread([places[i][1] for i in order], apart), strict=True):
+            colour = _style(rows[i])[0]
+            axes.annotate(
+                rows[i].label, places[i], xytext=(edge, height), fontsize=9, va="center", ha="left" if alone else "right",
+                color=colour, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            )  # fmt: skip
     axes.set_xscale("log")
+    axes.set_xlim(min(x for x, _ in places) / 2, max(x for x, _ in places) * 4)
+    axes.margins(y=0.1)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    axes.set_xlabel("trained parameters, head included (log scale; like ones are drawn side by side)")
+    axes.set_xlabel("trained parameters, head included (log scale)")
     axes.set_ylabel("validation accuracy")
     _clean(axes, "both")
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
 def memory_usage(group: Group) -> pyplot.Figure:
-    """What the base's weights take, and the peak of the whole process: each panel on a scale of its own."""
+    """What the base's weights take, and the largest peak of the whole process, with the least: each panel on its own scale."""
     panels = [("base_weight_bytes", "base weights, MiB", 2**20), ("peak_rss_mb", "peak of the process, MiB", 1)]
     if all(row.most("peak_cuda_mb") is not None for row in group.rows):
         panels.append(("peak_cuda_mb", "peak of the GPU, MiB", 1))
@@ -101,7 +115,9 @@ def memory_usage(group: Group) -> pyplot.Figure:
     figure, grid = pyplot.subplots(1, len(panels), figsize=(SIZE[0], height), sharey=True, layout="constrained")
     for axes, (key, label, unit) in zip(grid, panels, strict=True):
         values = [row.most(key) / unit for row in group.rows]
+        least = [min(row.all(key)) / unit for row in group.rows]
         bars = axes.barh(range(len(values)), values, color=[_style(row)[0] for row in group.rows], height=0.65)
+        axes.hlines(range(len(values)), least, values, color="white", linewidth=2)  # of one seed it has no length
         axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
         axes.set_xlim(0, 1.16 * max(values))
         axes.set_xlabel(label)
@@ -111,32 +127,34 @@ def memory_usage(group: Group) -> pyplot.Figure:
 
 
 def training_curves(group: Group) -> pyplot.Figure:
-    """Training loss over the run, and accuracy after each epoch; the mean of the seeds."""
-    figure, (loss, accuracy) = pyplot.subplots(1, 2, figsize=SIZE, layout="constrained", width_ratios=(3, 2))
-    for row in group.rows:
-        histories = [np.array(run["loss_history"]) for run in row.runs]
-        if not all(len(history) for history in histories):
-            continue
-        colour, marker, dashes = _style(row)
-        points = min(map(len, histories))
-        steps = histories[0][:points, 0]
-        mean = np.mean([history[:points, 1] for history in histories], axis=0)
-        loss.plot(steps, _smooth(mean), color=colour, linestyle=dashes, linewidth=1.4, label=row.label)
+    """Training loss over the run, the mean of the seeds: a panel for each method, the others grey behind it, and above it the
+    accuracy after each epoch."""
+    rows = [row for row in group.rows if all(len(run["loss_history"]) for run in row.runs)]
+    columns = min(4, max(1, len(rows)))
+    lines = max(1, math.ceil(len(rows) / columns))
+    size = (SIZE[0], 1.0 + 1.5 * lines)
+    figure, grid = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    curves = [_loss(row) for row in rows]
+    for axes, row, (steps, loss) in zip(grid.flat, rows, curves, strict=False):
+        for other_steps, other in curves:
+            axes.plot(other_steps, other, color="#DDDDDD", linewidth=0.8)
+        axes.plot(steps, loss, color=_style(row)[0], linewidth=1.8, label=row.label)
         epochs = np.mean([run["accuracy_by_epoch"] for run in row.runs], axis=0)
-        accuracy.plot(
-            range(1, len(epochs) + 1), epochs, color=colour, linestyle=dashes, linewidth=1.4, marker=marker, markersize=5
-        )
-    loss.set_xlabel("step")
-    loss.set_ylabel("training loss, smoothed")
-    accuracy.set_xlabel("epoch")
-    accuracy.set_ylabel("validation accuracy")
-    accuracy.set_xticks(range(1, group.budget.epochs + 1))
-    accuracy.set_xlim(0.8, group.budget.epochs + 0.2)
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    for axes in (loss, accuracy):
-        _clean(axes, "both")
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=5)
+        axes.set_title(f"{row.label}  " + ", ".join(f"{100 * share:.1f}" for share in epochs) + " %", fontsize=8, loc="left")
+        axes.tick_params(labelsize=8)
+        _clean(axes, "y")
+    for axes in list(grid.flat)[len(rows) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step; above, accuracy after each epoch", fontsize=9)
+    figure.supylabel("training loss, smoothed", fontsize=9)
     return figure
+
+
+def _loss(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean of the seeds' losses there, smoothed."""
+    histories = [np.array(run["loss_history"]) for run in row.runs]
+    points = min(map(len, histories))
+    return histories[0][:points, 0], _smooth(np.mean([history[:points, 1] for history in histories], axis=0))
 
 
 def draw_sweep(rows: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -179,7 +197,7 @@ FIGURES = (accuracy_comparison, parameter_efficiency, memory_usage, training_cur
 _POINT = {"markersize": 7, "linestyle": "none", "capsize": 3, "elinewidth": 1.2}
 
 
-def _style(row: Row) -> tuple[str, str, str]:
+def _style(row: Row) -> tuple[str, str]:
     return STYLES.get(row.label, OTHER)
 
 
@@ -188,9 +206,27 @@ def _whiskers(row: Row) -> list[list[float]]:
     return [[row.accuracy - low], [high - row.accuracy]]
 
 
-def _near(a: Row, b: Row) -> bool:
-    """Whether two rows train so nearly the same number that their marks would touch."""
-    return abs(np.log(a.mean("trainable_parameters") / b.mean("trainable_parameters"))) < 0.1
+def _clusters(values: Sequence[float]) -> list[list[int]]:
+    """Indices of positive values, those whose names would meet together: a value within a factor of 1.6 of the one before."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(values)), key=lambda i: values[i]):
+        if found and values[i] < 1.6 * values[found[-1][-1]]:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def _spread(heights: Sequence[float], apart: float) -> np.ndarray:
+    """Rising heights moved as little as it takes to stand `apart` from each other."""
+    rank = np.arange(len(heights)) * apart
+    level = np.asarray(heights) - rank  # must rise as well; where it falls, a block shares its mean (isotonic regression)
+    blocks: list[list[float]] = []
+    for value in level:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return np.concatenate([[np.mean(block)] * len(block) for block in blocks]) + rank
 
 
 def _smooth(values: np.ndarray, width: int = 7) -> np.ndarray:

@@ -36,7 +36,9 @@ def texts(figure):
     """Every text that is drawn: of ticks, those within the limits."""
     found = [*figure.texts, figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
     for axes in figure.axes:
-        found += [axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        if not axes.get_visible():
+            continue
+        found += [axes.xaxis.label, axes.yaxis.label, axes._left_title, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)  # a shared axis has no labels
@@ -55,8 +57,8 @@ def overlapping(figure):
 def test_no_text_lies_on_another_and_axes_are_labelled(group, plot, close):
     figure = plot(group)
     assert not overlapping(figure)
-    assert {row.label for row in group.rows[1:]} <= {text.get_text() for text in texts(figure)}
-    assert all(axes.get_xlabel() for axes in figure.axes)
+    assert {row.label for row in group.rows[1:]} <= {text.get_text().partition("  ")[0] for text in texts(figure)}
+    assert all(axes.get_xlabel() for axes in figure.axes) or figure._supxlabel
 
 
 def test_accuracies_stand_where_they_belong(group, close):
@@ -71,15 +73,27 @@ def test_accuracies_stand_where_they_belong(group, close):
     assert np.allclose(segment[:, 0], (low, high))
 
 
-def test_methods_of_equal_size_stand_side_by_side_around_it(group, close):
+def test_each_method_stands_where_it_is_with_its_name_beside_it(group, close):
     figure = figures.parameter_efficiency(group)
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
-    points = {container.get_label(): container[0].get_xydata()[0] for container in axes.containers}
-    assert set(points) == set(METHODS) - {"base"}
-    x = np.log([point[0] for point in points.values()])
-    assert np.exp(x.mean()) == pytest.approx(295_682)  # the fabricated runs all say so
-    assert min(np.diff(np.sort(x))) > 0.1
+    points = {line.get_label(): tuple(line.get_xydata()[0]) for line in axes.lines}
+    assert points == {row.label: (295_682, row.accuracy) for row in group.rows[1:]}  # the fabricated runs all say so
+    assert {text.get_text(): text.xy for text in axes.texts} == points
+    names = sorted(axes.texts, key=lambda text: text.get_position()[1])
+    assert [name.get_text() for name in names] == sorted(points, key=lambda name: points[name][1])
+
+
+@pytest.mark.parametrize(
+    ("heights", "found"),
+    [([1, 2, 3], [1, 2, 3]), ([1, 1], [0.75, 1.25]), ([0, 0.1, 5], [-0.2, 0.3, 5]), ([1, 1, 1, 1.2], [0.3, 0.8, 1.3, 1.8])],
+)
+def test_names_are_moved_as_little_as_it_takes(heights, found):
+    assert figures._spread(heights, 0.5) == pytest.approx(found)
+
+
+def test_names_that_would_meet_are_spread_together():
+    assert figures._clusters([300, 10, 310, 80, 12]) == [[1, 4], [3], [0, 2]]
 
 
 def test_bars_are_the_memory_that_was_measured(group, close):
@@ -96,12 +110,21 @@ def test_a_gpu_gets_a_panel(tmp_path, close):
     assert "GPU" in axes.get_xlabel() and [bar.get_width() for bar in axes.patches] == [321, 300]
 
 
-def test_curves_are_of_what_was_trained(group, close):
-    loss, accuracy = figures.training_curves(group).axes
-    assert len(loss.lines) == len(accuracy.lines) == len(METHODS) - 1
-    lora = next(line for line in loss.lines if line.get_label() == "lora")
-    assert lora.get_xdata()[-1] == 6300
-    assert [line.get_ydata()[-1] for line in accuracy.lines] == pytest.approx([row.accuracy for row in group.rows[1:]])
+def test_each_method_has_a_panel_of_its_own_and_the_others_behind_it(group, close):
+    panels = [axes for axes in figures.training_curves(group).axes if axes.get_visible()]
+    assert [axes.lines[-1].get_label() for axes in panels] == [row.label for row in group.rows[1:]]
+    for axes, row in zip(panels, group.rows[1:], strict=True):
+        assert len(axes.lines) == len(METHODS) and axes.lines[-1].get_xdata()[-1] == 6300
+        assert len({line.get_color() for line in axes.lines}) == 2  # its own over the others' grey
+        assert axes.get_title("left") == f"{row.label}  85.0, 86.0, {100 * row.accuracy:.1f} %"
+
+
+def test_a_spread_of_peaks_is_shown(group, close, tmp_path):
+    made = [fabricated.metrics("lora", seed=seed, peak_rss_mb=peak) for seed, peak in ((0, 900.0), (1, 1000.0))]
+    (found,) = measured.grouped(measured.read(fabricated.write(tmp_path, *made)))
+    _, axes = figures.memory_usage(found).axes
+    assert axes.patches[0].get_width() == 1000
+    assert axes.collections[0].get_segments()[0][:, 0].tolist() == [900, 1000]
 
 
 def test_smoothing_keeps_ends_and_means():
@@ -110,9 +133,8 @@ def test_smoothing_keeps_ends_and_means():
 
 def test_every_method_has_a_look_of_its_own():
     assert set(figures.STYLES) == set(METHODS)
-    assert len(set(figures.STYLES.values())) == len(METHODS)
-    markers = [marker for _, marker, _ in figures.STYLES.values()]
-    assert len(set(markers)) == len(markers)
+    for looks in zip(*figures.STYLES.values(), strict=True):
+        assert len(set(looks)) == len(METHODS)  # colours and markers
 
 
 def test_a_sweep_s_figure_marks_the_best(tmp_path, close):
