@@ -82,6 +82,11 @@ def weight_bytes(weight: Tensor) -> int:
     return base_of_weight(weight).nbytes(weight)
 
 
+def weight_shape(weight: Tensor) -> torch.Size:
+    """The shape of a parameter, once it is dense."""
+    return base_of_weight(weight).shape_of(weight)
+
+
 def adopt_layers(model: nn.Module) -> list[tuple[Base, nn.Module]]:
     """Makes other libraries' layers in `model` compute with exactly the dequantised weights.
 

@@ -111,6 +111,21 @@ class Base(ABC):
     def repack(self, layer: nn.Module, W: Tensor) -> nn.Parameter:
         """W, (d_out, d_in), held as the weight of `layer` is: a parameter for it. The layer is left alone."""
 
+    def packs_stack(self, form: Format, shape: Sequence[int]) -> bool:
+        """Whether one parameter of this shape, (E, p, q), which is several matrices, can be held so.
+
+        Then there are `pack_stack` and `matrix`, and the rest is asked of something whose `weight` is that parameter.
+        """
+        return False
+
+    def pack_stack(self, W: Tensor, form: Format) -> nn.Parameter:
+        """W, (E, p, q), held so, on its device: a parameter for it."""
+        raise NotImplementedError
+
+    def matrix(self, layer: nn.Module, index: int, dtype: torch.dtype) -> Tensor:
+        """One of the layer's E matrices, dense: (p, q), of `dtype`, a new tensor; the others stay packed."""
+        raise NotImplementedError
+
     @abstractmethod
     def quantization_config(self, form: Format, skipped: Sequence[str], compute_dtype: str) -> dict[str, Any]:
         """What transformers has in a configuration under that name, for a checkpoint whose other layers are `skipped`."""

@@ -124,6 +124,27 @@ class NF4(Base):
         _note_dtype(packed, dtype)
         return packed
 
+    def packs_stack(self, form: NF4Format, shape: Sequence[int]) -> bool:
+        """If no block has values of two matrices, each can be made dense by itself."""
+        return math.prod(shape[1:]) % form.block_size == 0
+
+    def pack_stack(self, W: Tensor, form: NF4Format) -> nn.Parameter:
+        """As bitsandbytes' `replace_parameter_4bit` packs it."""
+        return _pack(W, form)
+
+    def matrix(self, layer: nn.Module, index: int, dtype: torch.dtype) -> Tensor:
+        state, functional = _undo_repacking(layer), bitsandbytes().functional
+        shape = state.shape[1:]
+        size = math.prod(shape)
+        packed = layer.weight.data.view(-1)[index * size // 2 :][: size // 2]
+        blocks = torch.arange(index * size // state.blocksize, (index + 1) * size // state.blocksize, device=packed.device)
+        scales = state.absmax[blocks]
+        if state.nested:
+            outer = state.state2
+            scales = outer.code[scales.int()] * outer.absmax[blocks // outer.blocksize] + state.offset
+        one = functional.QuantState(scales, shape, state.code, state.blocksize, state.quant_type, state.dtype)
+        return _unpacked(packed[:, None], one).to(dtype)
+
     def quantization_config(self, form: NF4Format, skipped: Sequence[str], compute_dtype: str) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",

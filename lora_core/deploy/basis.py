@@ -19,7 +19,7 @@ from ..errors import FileFormatError, WrongBaseError
 from ..files.checkpoint import Checkpoint
 from ..files.fingerprint import describe_dense, describe_layer, difference, same_values, settings_hash
 from ..integrations.pretrained import load_model
-from ..model.quantize import quantize
+from ..model.quantize import quantize, stacks
 from .placement import Placement, label_rows
 from .updates import AdapterUpdates
 
@@ -74,6 +74,8 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
         update = adapter.layers.get(path)
         if adapter.fingerprint is None or update is None or path in adapter.split:  # parts: `parameters.py` has checked them
             continue
+        if path in adapter.packed_experts:  # `experts.py` has
+            continue
         if adapter.packed_form and not update.is_parameter:
             line = describe_layer(basis.pack(W))
         else:
@@ -120,7 +122,7 @@ def load_base(
         base: its directory.
         adapters: their task and head say which class it is of.
         basis: the form of packed weights.
-        quantized: paths of the packed layers; none: the base stays dense.
+        quantized: paths of the packed layers and experts; none: the base stays dense.
         dtype: of its weights.
     """
     task, rows = adapters[0].config.task_type, label_rows(adapters)
@@ -128,5 +130,6 @@ def load_base(
     model = load_model(base, task, dtype, strict=False, ignore_mismatched_sizes=True, **settings)
     if quantized:
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        quantize(model, basis.form, skip=[path for path in linear if path not in set(quantized)])
+        experts = stacks(dict(model.named_modules()))
+        quantize(model, basis.form, skip=[path for path in (*linear, *experts) if path not in set(quantized)])
     return model

@@ -177,7 +177,7 @@ def _adapted(merge: StreamMerge) -> nn.Module:
 def _deviation_of(base_as: str, merge: StreamMerge, directory: Path, expected: Expected) -> Deviation:
     """The same for another base: merged beside `directory`, run and removed."""
     try:
-        other = StreamMerge(merge.base, merge.adapters, replace(merge.recipe, base_as=base_as))
+        other = StreamMerge(merge.original, merge.adapters, replace(merge.recipe, base_as=base_as))
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as place:
             other.write(Path(place))
             return _deviation(other, Path(place), expected)

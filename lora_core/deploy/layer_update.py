@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, FileFormatError
 from ..layers import LoraLayer, lora_class
-from ..layers.experts import slot_of, unstack
+from ..layers.experts import unstack
+from ..layers.slots import slot_of
 from ..methods.base import Method
 from ..methods.registry import all_tables
 from ..spec.checks import MAX_FACTOR

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 from ..errors import ConfigError
+from ..files.checkpoint import Checkpoint
 from ..integrations.model_class import ModelClass
 from ..spec.targets import is_embedding, is_head
+from .placement import Placement
 from .probe import quantized_layers
 from .updates import AdapterUpdates
+
+
+def matrices(base: Checkpoint, placement: Placement, without: Set[str]) -> set[str]:
+    """Paths of what may be a linear layer: a matrix, but for tensors of these names, in the base or in what is written."""
+    return {
+        name.removesuffix(".weight")
+        for name, source in placement.names.items()
+        if name.endswith(".weight") and len(base.tensors[source].shape) == 2 and without.isdisjoint((name, source))
+    }
 
 
 def layers_to_pack(
@@ -28,6 +39,7 @@ def layers_to_pack(
     if named is None:
         named = next((names for adapter in adapters if (names := quantized_layers(adapter.directory))), None)
     if named is not None:
+        named = set(named).difference(*(adapter.packed_experts for adapter in adapters))  # they have no packed form in files
         if absent := sorted(set(named) - set(matrices)):
             raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
         return set(named)

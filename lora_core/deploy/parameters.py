@@ -36,7 +36,7 @@ def onto(base: Checkpoint, adapter: AdapterUpdates) -> AdapterUpdates:
     layers: dict[str, LayerUpdate] = {}
     split = dict(adapter.split)
     for path, update in adapter.layers.items():
-        names = _names(base, update) if update.is_parameter else []
+        names = _names(base, path) if update.is_parameter else []
         if not names:
             square = update.is_parameter and update.is_square
             layers[path] = replace(update, transposed=_lies_transposed(base, adapter, path)) if square else update
@@ -49,7 +49,7 @@ def onto(base: Checkpoint, adapter: AdapterUpdates) -> AdapterUpdates:
                 f"{base.directory} has {sum(rows)} rows of experts in the place of {path}, whose update is for "
                 f"{B[..., 0].numel()}; use the base it was trained on"
             )
-        if adapter.fingerprint is not None:
+        if adapter.fingerprint is not None and path not in adapter.packed_experts:
             shape = (update.matrices, B.shape[1], A.shape[2])[-2 if update.matrices == 1 else 0 :]
             read = [part.read for part in parts]
             check_line(adapter, path, describe_parts(read, shape, adapter.dtype_of(path) or parts[0].dtype))
@@ -64,7 +64,7 @@ def onto(base: Checkpoint, adapter: AdapterUpdates) -> AdapterUpdates:
 
 
 def first_layer(adapters: Sequence[AdapterUpdates]) -> str:
-    """The path of an adapted layer; of a parameter, which is never packed, only if there is nothing else."""
+    """The path of an adapted layer; of a parameter, which is never packed as one, only if there is nothing else."""
     layers = {path: update.is_parameter or path in a.split for a in adapters for path, update in a.layers.items()}
     return min(layers, key=layers.get)
 
@@ -85,15 +85,25 @@ def _lies_transposed(base: Checkpoint, adapter: AdapterUpdates, path: str) -> bo
     )
 
 
-def _names(base: Checkpoint, update: LayerUpdate) -> list[tuple[str, str]]:
+def stored_experts(base: Checkpoint, path: str) -> tuple[int, list[str]]:
+    """(how many experts, their tensors in the base one after the other) of a parameter; (0, []) if nothing is known of it."""
+    if (whole := _find(base, path)) is not None:
+        return base.tensors[whole].shape[0], [whole]
+    names = [name for _, name in _names(base, path)]
+    if not names or any(name not in base.tensors for name in names):
+        return 0, []
+    return len(names) // len({name.rpartition(".experts.")[2].partition(".")[2] for name in names}), names
+
+
+def _names(base: Checkpoint, path: str) -> list[tuple[str, str]]:
     """(path of a matrix, as the adapter would call it; its tensor in the base) of those that the base holds in the place of a
     parameter, expert by expert; none if it holds that itself, or nothing that is known."""
-    outer, _, name = update.path.rpartition(".")
+    outer, _, name = path.rpartition(".")
     above, _, last = outer.rpartition(".")
     parent, dot, _ = above.rpartition(".")
-    if _find(base, update.path) is not None:
+    if _find(base, path) is not None:
         return []
-    renamed = update.path.replace(".mlp.", ".block_sparse_moe.")
+    renamed = path.replace(".mlp.", ".block_sparse_moe.")
     if (single := _find(base, renamed)) is not None and renamed.endswith(".weight"):
         return [(renamed.removesuffix(".weight"), single)]
     for module, parts in SPLIT.get(name, ()):
@@ -101,8 +111,11 @@ def _names(base: Checkpoint, update: LayerUpdate) -> list[tuple[str, str]]:
         if (first := _find(base, f"{where}.0.{parts[0]}.weight")) is None:
             continue
         root = first.removesuffix(f"0.{parts[0]}.weight")
-        experts = range(update.matrices + (f"{root}{update.matrices}.{parts[0]}.weight" in base.tensors))
-        return [(f"{where}.{e}.{part}", f"{root}{e}.{part}.weight") for e in experts for part in parts]
+        found = []
+        while f"{root}{len(found) // len(parts)}.{parts[0]}.weight" in base.tensors:
+            e = len(found) // len(parts)
+            found += [(f"{where}.{e}.{part}", f"{root}{e}.{part}.weight") for part in parts]
+        return found
     return []
 
 

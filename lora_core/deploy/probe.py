@@ -27,6 +27,7 @@ from ..errors import ConfigError, FileFormatError
 from ..files.adapter import weights_path
 from ..files.disk import read_safetensors, to_safetensors, write_whole
 from ..files.reading import open_file, parse_json
+from ..layers.packed import packed_experts
 from ..model.adapters import disable_adapters
 from ..model.conventions import is_causal
 from ..model.registry import unwrap
@@ -97,7 +98,7 @@ def save_probe(
     modules = root.named_modules()
     about = {
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
-        "quantized": [path for path, module in modules if is_packed(module)],
+        "quantized": [*(path for path, m in modules if isinstance(m, nn.Linear) and is_packed(m)), *packed_experts(root)],
         "texts": None if texts is None else list(texts),
         "versions": versions(),
         "weights": weights_hash(directory),
@@ -162,7 +163,7 @@ def pieces(tokenizer: Any, prompts: Sequence[Tensor], said: Iterable[Completions
 
 
 def quantized_layers(directory: Path) -> tuple[str, ...] | None:
-    """Paths of the layers that were in 4 bits when the adapter in `directory` was saved; None if no probe says so."""
+    """Paths of the layers and experts that were packed when the adapter in `directory` was saved; None if no probe says so."""
     return (read_probe(directory).quantized or None) if (directory / PROBE_FILE).exists() else None
 
 

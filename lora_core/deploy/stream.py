@@ -38,8 +38,9 @@ from ..model.merge import MergeReport
 from ..spec.targets import is_head
 from .basis import Basis, check_base, find_basis
 from .companions import Result, companions_of_merge, write_companions
+from .experts import as_trained
 from .layer_update import LayerUpdate, carrier
-from .packing import layers_to_pack
+from .packing import layers_to_pack, matrices
 from .parameters import first_layer, onto
 from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
 from .updates import AdapterUpdates, read_updates
@@ -78,6 +79,7 @@ class StreamMerge:
     """One merge; when it is made, all has been checked that can be without reading every weight.
 
     Attributes:
+        base, original: the base as the adapters know its experts, and as its files are.
         base_as: as the recipe has it, given or chosen.
         form: what the base's weights are packed in first; None: they are not.
         repacks: whether the result is packed.
@@ -95,7 +97,7 @@ class StreamMerge:
         for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
             if weight != 1 and not method.is_product:
                 raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
-        self.base, self.recipe = base, recipe
+        self.base, self.original, self.recipe = base, base, recipe
         self.placement, adapters = place_grown(base, [onto(base, adapter) for adapter in adapters])
         companions_of_merge(base, adapters)  # so that an error of theirs comes now
         self.adapters, self.rows = adapters, rows_of(self.placement, adapters)
@@ -112,6 +114,9 @@ class StreamMerge:
         self.basis = find_basis(adapters, first := first_layer(adapters), self._read(first))
         trained = f"{base_for(self.basis.form).name}{DEQUANTIZED}" if self.basis.trained_on_packed else ORIGINAL
         self.base_as = recipe.base_as or trained
+        self.experts = as_trained(base, adapters, self.basis.loaded)
+        self.basis = replace(self.basis, loaded=self.experts.loaded)
+        self.base = base if self.base_as == ORIGINAL else self.experts.base
         packing, self.repacks = packing_of(self.base_as)
         own = self.basis.form
         self.form: Format | None = packing and (own if isinstance(own, packing.Format) else packing.Format())
@@ -142,7 +147,7 @@ class StreamMerge:
         report = MergeReport(
             adapters=tuple(str(adapter.directory.name) for adapter in self.adapters),
             layers={path: c.lost for path, c in self.spent.items() if path in self.updates or path in self.rows},
-            dequantized=tuple(sorted(self.quantized - set(packed))),
+            dequantized=(*sorted(self.quantized - set(packed)), *(self.experts.paths if self.base_as != ORIGINAL else ())),
             requantized=packed,
             kept=kept,
         )
@@ -275,17 +280,12 @@ class StreamMerge:
         return not update.embedding and len(source.shape) == 2 and update.is_transposed(source.shape, self.transposed)
 
     def _matrices(self) -> set[str]:
-        """Paths of what may be a linear layer: a matrix that the adapters don't replace."""
-        names = self.placement.names
-        return {
-            name.removesuffix(".weight")
-            for name, source in names.items()
-            if name.endswith(".weight") and len(self.base.tensors[source].shape) == 2 and name not in self.copies
-        }
+        """Paths of what may be a linear layer."""
+        return matrices(self.base, self.placement, {*self.copies, *self.experts.names})
 
     def trained_form(self) -> tuple[Basis, tuple[str, ...], torch.dtype]:
         """The form of 4-bit weights that the adapters were trained on, which layers had them, and the dtype of the others."""
-        layers = tuple(sorted(self.packed_layers())) if self.basis.trained_on_packed else ()
+        layers = (*sorted(self.packed_layers()), *self.experts.paths) if self.basis.trained_on_packed else ()
         return self.basis, layers, self.basis.loaded or self.adapters[0].dense_dtype or self.file_dtype
 
     @cached_property

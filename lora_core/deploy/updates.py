@@ -92,6 +92,19 @@ class AdapterUpdates:
         return form if form is not None and base_for(form).packed else None
 
     @property
+    def packed_experts(self) -> dict[str, Format]:
+        """{path of a parameter with experts that was packed as the adapter was saved: how}, adapted or not."""
+        lines = self.fingerprint.get("experts", {}) if isinstance(self.fingerprint, dict) else {}
+        if not isinstance(lines, dict) or not all(isinstance(line, str) for line in lines.values()):
+            raise FileFormatError(
+                f"{self.directory}: what its fingerprint says of experts is not as written here; save it again"
+            )
+        forms = {path: parse_format(line) for path, line in lines.items()}
+        if unknown := [path for path, form in forms.items() if form is None or not base_for(form).packed]:
+            raise FileFormatError(f"{self.directory}: its fingerprint says of {unknown[0]} a format that is not known here")
+        return forms
+
+    @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of the base's adapted weights, if they were dense and the adapter has a fingerprint."""
         form = parse_format(self.trained_on or "")

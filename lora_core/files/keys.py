@@ -24,14 +24,11 @@ from ..layers.attention import LoraAttention
 from ..methods.base import Table
 from ..methods.registry import all_tables, method_of
 from ..spec.config import LoraConfig
-from ..spec.targets import match_patterns
+from ..spec.targets import EXPERTS, match_patterns
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
 TOKENS = "token_adapter"  # what PEFT wraps a layer in of which rows are trained
-
-#: The parameters that experts are held in, in the order in which the classes of transformers 5 make them.
-ORDER = ("gate_proj", "gate_up_proj", "up_proj", "w1", "v1", "down_proj", "w2")
 
 
 class Parsed(NamedTuple):
@@ -118,14 +115,14 @@ def parameter_paths(paths: Iterable[str], config: LoraConfig, source: object) ->
         held = [f"{outer}.{name}" for name in names]
         hits = match_patterns("target_parameters", config.target_parameters, held, strict=False)
         here = list(set().union(*hits.values()))
-        known = len(here) < 2 or all(path.rpartition(".")[2] in ORDER for path in here)
+        known = len(here) < 2 or all(path.rpartition(".")[2] in EXPERTS for path in here)
         if here and (sorted(levels) != list(range(len(here))) or not known):
             raise FileFormatError(
                 f"{source}: {outer} has {len(levels)} updates of parameters, and which of {', '.join(sorted(here))} they are "
                 "for depends on its model; load the adapter there (load_adapter), and use merge_and_unload"
             )
         if len(here) > 1:
-            here.sort(key=lambda path: ORDER.index(path.rpartition(".")[2]), reverse=True)
+            here.sort(key=lambda path: EXPERTS.index(path.rpartition(".")[2]), reverse=True)
         found |= {levels[depth]: path for depth, path in enumerate(here)}
     return found
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterNameError, ConfigError, FileFormatError, LoraError, StateError
+from ..layers.packed import packed_experts
 from ..methods.registry import all_tables, method_of
 from ..model.defaults import settle_targets
 from ..model.inject import attach
@@ -95,6 +96,8 @@ def save_adapter(
     check_finite(tensors, f"adapter {adapter_name!r}", "not saved")
     config = json.dumps(config_to_json(unwrap(model), adapter_name), indent=2) + "\n"
     mark = fingerprint(adapter_layers(model, adapter), adapter.stored, adapter.stored_layers)
+    if packed := packed_experts(unwrap(model)):
+        mark["experts"] = packed
     if lines := describe_vocabulary(unwrap(model), adapter_name, grown):
         mark["vocabulary"] = lines
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from ..layers.kinds import packs
 from ..model.conventions import kept_in_float32, output_layer
 
 #: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
@@ -28,7 +28,8 @@ class ModelClass:
     Attributes:
         tensors: names of its tensors in memory.
         tied: groups of names that are one tensor each. A checkpoint holds that once, under one of them.
-        linear: paths of linear layers that can be in 4 bits there: not the output layer, what is tied or kept in float32.
+        linear: paths of linear layers that quantising takes: not the output layer, what is tied or kept in float32, nor those
+            with a forward of their own (a router).
     """
 
     tensors: frozenset[str]
@@ -54,7 +55,7 @@ def known_class(directory: Path, architecture: str) -> ModelClass | None:
     linear = [
         path
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and module is not output_layer(model) and path not in dense
+        if packs(module) and module is not output_layer(model) and path not in dense
     ]
     return ModelClass(
         tensors=frozenset(model.state_dict()),

@@ -26,62 +26,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..bases import base_of
+from ..bases import base_of_weight, weight_shape
 from ..bases.forwards import change_class, is_offloaded
-from ..cpu.traced import is_traced
 from ..errors import StateError
 from ..maths.updated import UpdatedWeight, added
 from ..methods.base import Method
 from ..methods.registry import method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
 from .base import LoraLayer
+from .packed import PackedFolding, PackedHost
+from .slots import SLOTS, ParameterSlot, takes_stand_ins
 from .subclass import subclass
-
-#: What transformers calls the implementations of experts that multiply by functions of torch alone; others need a tensor.
-_BY_TORCH = (None, "eager", "batched_mm", "grouped_mm")
-
-#: The child of a host that holds its slots.
-SLOTS = "lora_weights"
-
-
-class ParameterSlot(nn.Module):
-    """A parameter of a module, seen as a layer: it has a `weight`, and no forward.
-
-    Args:
-        host: the module.
-        name: of its parameter.
-    """
-
-    def __init__(self, host: nn.Module, name: str) -> None:
-        super().__init__()
-        self.place = (host, name)  # in a tuple, or the host would be a part of its own part
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "weight":
-            return super().__getattr__(name)
-        host, own = self.place
-        return getattr(host, own)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            host, own = self.place
-            host._parameters[own] = value
-        else:
-            super().__setattr__(name, value)
-
-
-def slot_of(host: nn.Module, name: str) -> ParameterSlot:
-    """The slot of a parameter: the one with adapters if it has any, else a new one.
-
-    Raises:
-        KeyError: the module has no such parameter.
-    """
-    slots = host._modules.get(SLOTS, {})
-    if name in slots:
-        return slots[name]
-    if name not in host._parameters:
-        raise KeyError(name)
-    return ParameterSlot(host, name)
 
 
 class LoraHost(nn.Module):
@@ -115,7 +70,8 @@ class LoraHost(nn.Module):
             slots = {name: slot for name, slot in self.lora_weights.items() if slot.applies}
             for slot in slots.values():
                 slot.check_stored(())
-            self.lora_read[thread] = {name: slot.updated(self._parameters[name]) for name, slot in slots.items()}
+            read = super().__getattr__
+            self.lora_read[thread] = {name: slot.updated(read(name)) for name, slot in slots.items()}
             return super().forward(*args, **kwargs)
         finally:
             if outer is None:
@@ -132,7 +88,7 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else get_ident()  # a compiler can't ask, and traces one at a time
 
 
-class LoraParameter(LoraLayer, ParameterSlot):
+class LoraParameter(PackedFolding, ParameterSlot):
     """A parameter that carries adapters: a matrix, (d_out, d_in), or E of them, (E, d_out, d_in).
 
     Where the host says `is_transposed`, it is (E, d_in, d_out). That is PEFT's rule: in one that stores it so and does not say
@@ -151,10 +107,11 @@ class LoraParameter(LoraLayer, ParameterSlot):
         weight = host._parameters.get(name)
         if weight is None:
             return "it is computed from other tensors (pruned, or parametrised)"
-        if is_lazy(weight) or not weight.is_floating_point() or base_of(layer).packed:
-            return f"it is held as {base_of(layer).label} {weight.dtype}, and an update goes on dense floating-point values"
-        if weight.dim() not in (2, 3):
-            return f"it has {weight.dim()} dimensions; a matrix has 2, and several of them 3"
+        base = base_of_weight(weight)
+        if is_lazy(weight) or not (isinstance(host, PackedHost) if base.packed else weight.is_floating_point()):
+            return f"it is held as {base.label} {weight.dtype}, and an update goes on dense floating-point values"
+        if (dims := len(weight_shape(weight))) not in (2, 3):
+            return f"it has {dims} dimensions; a matrix has 2, and several of them 3"
         if isinstance(host, LoraLayer):
             return f"the {host.lora_base_class.__name__} around it carries an adapter itself; target that alone"
         if isinstance(host, nn.RNNBase):
@@ -193,12 +150,13 @@ class LoraParameter(LoraLayer, ParameterSlot):
 
     @classmethod
     def matrices(cls, layer: nn.Module) -> int:
-        return len(layer.weight) if layer.weight.dim() == 3 else 1
+        shape = _shape(layer)
+        return shape[0] if len(shape) == 3 else 1
 
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:
-        d_out, d_in = _upright(layer, layer.weight).shape[-2:]
-        return d_in, d_out
+        *several, d_out, d_in = _shape(layer)
+        return (d_out, d_in) if several and _is_transposed(layer) else (d_in, d_out)
 
     @classmethod
     def file_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
@@ -246,7 +204,8 @@ class LoraParameter(LoraLayer, ParameterSlot):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, B): (E, r, d_in) and (E, d_out, r), or (r, d_in) and (d_out, r) of a single matrix."""
         A, B = super().factors(name)
-        return (A, B) if self.weight.dim() == 2 else unstack(A, B, len(self.weight))
+        shape = _shape(self)
+        return (A, B) if len(shape) == 2 else unstack(A, B, shape[0])
 
     def updated(self, W: Tensor) -> UpdatedWeight | Tensor:
         """W + the sum of s B A of the active adapters, laid out as W, with gradients for A and B."""
@@ -256,9 +215,7 @@ class LoraParameter(LoraLayer, ParameterSlot):
         else:
             (A, B), s = self.factors(name), self.lora_scaling[name]
         L, R = (B, A) if _upright(self, W) is W else (A.mT, B.mT)
-        config = getattr(self.place[0], "config", None)
-        known = getattr(config, "_experts_implementation", None) in _BY_TORCH
-        return UpdatedWeight(W, L, R, s) if known and not is_traced() else added(W, L, R, s)
+        return UpdatedWeight(W, L, R, s) if takes_stand_ins(self.place[0]) else added(W, L, R, s)
 
     def check_stored(self, names: Iterable[str]) -> None:
         host, name = self.place
@@ -274,7 +231,15 @@ def unstack(A: Tensor, B: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return A.view(E, -1, A.shape[-1]), B.view(len(B), -1, E).permute(2, 0, 1)
 
 
+def _shape(layer: nn.Module) -> torch.Size:
+    """Of the parameter, once it is dense."""
+    return weight_shape(layer.weight)
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return getattr(layer.place[0], "is_transposed", False)
+
+
 def _upright(layer: nn.Module, W: Tensor) -> Tensor:
     """W, laid out as the parameter, with d_out before d_in: W itself, or a view."""
-    transposed = W.dim() == 3 and getattr(layer.place[0], "is_transposed", False)
-    return W.mT if transposed else W
+    return W.mT if W.dim() == 3 and _is_transposed(layer) else W

@@ -10,15 +10,16 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from ..bases import is_packed
+from ..bases import is_packed, weight_shape
 from ..cpu.products import FastLinear
 from ..errors import ConfigError
 from .attention import LoraAttention, LoraOutProjection
 from .base import LoraLayer
 from .conv import LoraConv, LoraGroupedConv
 from .embedding import LoraEmbedding, LoraScaledEmbedding
-from .experts import LoraHost, LoraParameter, ParameterSlot
+from .experts import LoraHost, LoraParameter
 from .linear import LoraConv1D, LoraFalconLinear, LoraFastLinear, LoraLinear, LoraPacked
+from .slots import ParameterSlot
 from .subclass import subclass
 
 #: {class of a base layer: its kind}, for that class and for subclasses that keep what it computes.
@@ -76,7 +77,7 @@ def why_not(module: nn.Module) -> str:
         return "an adapter is on a parameter of it (target_parameters)"
     known = _known(type(module))
     if known is None:
-        matrices = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        matrices = [name for name, p in module.named_parameters(recurse=False) if len(weight_shape(p)) == 3]
         instead = f"; its parameters can: name {' and '.join(matrices)} in target_parameters" if matrices else ""
         return f"no kind of layer is registered for it{instead}"
     if hasattr(type(module), "weight"):

@@ -7,10 +7,9 @@ What such a layer computes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +18,8 @@ from ..bases.base import Base, compute_dtypes
 from ..cpu.products import FastLinear, fast_linear, product
 from ..errors import StateError
 from ..maths.lora import Draw, lora_linear, lora_product, update_dtype
-from ..maths.loss import Cost, cost
 from .base import LoraLayer, Product
+from .packed import PackedFolding
 
 
 class LinearLayer(LoraLayer):
@@ -87,11 +86,8 @@ class LoraFalconLinear(LoraLinear):
         return self.base_product(x, self.weight, bias)
 
 
-class LoraPacked(LoraLinear):
-    """A linear layer with a packed weight that carries adapters: it computes with the dense one, made anew each time.
-
-    While adapters are folded in, the weight is dense.
-    """
+class LoraPacked(PackedFolding, LoraLinear):
+    """A linear layer with a packed weight that carries adapters: it computes with the dense one, made anew each time."""
 
     token_dim = None
 
@@ -133,27 +129,6 @@ class LoraPacked(LoraLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         base_of(self).revive(self.weight)
-
-    def unfold(self) -> None:
-        was, now = (self.lora_unfolded[2], self.weight.dtype) if self.lora_folded else (None, None)
-        super().unfold()
-        if was != now and (base := base_of(self)).packed and now.is_floating_point:  # the model was cast meanwhile
-            base.set_dense_dtype(self, now)
-
-    def dense_weight(self) -> Tensor:
-        return base_of(self).dense(self)
-
-    def dense_dtype(self) -> torch.dtype:
-        return base_of(self).dense_dtype(self)
-
-    def fold_packed(self, names: Iterable[str]) -> Cost:
-        """`fold` into a packed weight of the same format; returns what packing lost of the update."""
-        names = self.present(names)
-        exact, bias, base = self.folded_weight(names), self.folded_bias(names), self.dense_weight()
-        before = self.weight, self._parameters.get("bias"), self.weight.dtype
-        self.weight = base_of(self).repack(self, exact)
-        self.bias, self.lora_unfolded, self.lora_folded = bias, before, names
-        return cost(exact, base, self.dense_weight())
 
 
 class LoraConv1D(LinearLayer):

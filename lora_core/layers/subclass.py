@@ -1,4 +1,4 @@
-"""Subclasses that carry adapters, made for the classes of a model's own modules, so that pickle finds them again.
+"""Subclasses for modules of a model that carry adapters, or packed parameters, made so that pickle finds them again.
 
 Example:
 
@@ -19,7 +19,8 @@ def subclass(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """`base` with what `kind` does to it; `kind` itself where that is one already."""
     if issubclass(kind, base):
         return kind
-    made = type(f"Lora{base.__name__}", (kind, base), {"__doc__": kind.__doc__, "__module__": __name__})
+    name = f"{getattr(kind, 'prefix', 'Lora')}{base.__name__}"
+    made = type(name, (kind, base), {"__doc__": kind.__doc__, "__module__": __name__})
     # Pickle finds a class by this name, in `__getattr__` below; a dot would mean an attribute to it.
     parts = (kind.__module__, kind.__qualname__, base.__module__, base.__qualname__)
     made.__qualname__ = ":".join(part.replace(".", "/") for part in parts)
@@ -27,8 +28,13 @@ def subclass(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    parts = name.replace("/", ".").split(":")
+    parts = name.split(":", 3)
     if len(parts) != 4:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kind, base = (operator.attrgetter(parts[i + 1])(importlib.import_module(parts[i])) for i in (0, 2))
-    return subclass(kind, base)
+    return subclass(_class(*parts[:2]), _class(*parts[2:]))
+
+
+def _class(module: str, name: str) -> type[nn.Module]:
+    """The class of that name, which may be one of those that are made here, with an adapter on top of it."""
+    found = importlib.import_module(module.replace("/", "."))
+    return getattr(found, name) if ":" in name else operator.attrgetter(name.replace("/", "."))(found)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..bases.forwards import refuse_offloaded
 from ..errors import StateError, TargetError
 from ..layers.base import LoraLayer
-from ..layers.experts import slot_of
+from ..layers.slots import slot_of
 from ..maths.loss import Cost, cost_of_cast, refuse_overflow
 from .wide import BASE, CHILD, restore_class, round_, widen
 

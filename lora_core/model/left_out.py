@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from ..bases import weight_shape
 from ..layers import lora_class, why_not
 from ..spec.config import LoraConfig
 from ..spec.targets import FUSED, is_head
@@ -50,7 +51,7 @@ def left_out(
             found[path] = f"a {kind.__name__}, which is not known here"
         elif not isinstance(module, _CONVOLUTIONS):
             for name, parameter in module._parameters.items():
-                if _is_stack(parameter) and f"{prefix}{name}" not in targets:
+                if is_stack(parameter) and f"{prefix}{name}" not in targets:
                     found[f"{prefix}{name}"] = _several(f"{prefix}{name}")
         for name in _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ():
             if module._parameters.get(name) is not None:
@@ -64,12 +65,14 @@ def unnamed_experts(config: LoraConfig, modules: Mapping[str, nn.Module], target
     names = () if isinstance(config.target_modules, str) else config.target_modules or ()
     fused = dict.fromkeys(FUSED[leaf] for name in names if (leaf := name.rpartition(".")[2]) in FUSED)
     held = ((path, name, module._parameters.get(name)) for path, module in modules.items() for name in fused)
-    found = (f"{path}.{name}" for path, name, parameter in held if _is_stack(parameter))
+    found = (f"{path}.{name}" for path, name, parameter in held if is_stack(parameter))
     return {path: _several(path) for path in found if path not in targets}
 
 
-def _is_stack(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and parameter.dim() == 3 and len(parameter) > 1  # one: a row of embeddings
+def is_stack(parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter is several matrices, as fused experts are."""
+    shape = () if parameter is None else weight_shape(parameter)
+    return len(shape) == 3 and shape[0] > 1  # one: a row of embeddings
 
 
 def _several(path: str) -> str:

@@ -18,6 +18,8 @@ from torch import nn
 from ..bases import base_of, is_packed
 from ..errors import StateError
 from ..layers import LoraLayer
+from ..layers.packed import packed_names, unpack_parameters
+from ..layers.slots import ParameterSlot
 from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from . import copies
 from .adapters import remove_all
@@ -47,8 +49,8 @@ class MergeReport:
         layers: {path: what casting the sum to the weight's dtype, or packing it, lost of the update D, as
             |cast(W + D) - (W + D)| / |D| in Frobenius norms}. Zero in float32; in 16 bits a small update can be lost
             altogether (1.0), and packing usually adds more error than the update is large.
-        dequantized: paths of packed layers (4-bit ones, say) that are dense now.
-        requantized: paths of layers that are packed.
+        dequantized: paths of packed layers (4-bit ones, say) and experts that are dense now.
+        requantized: paths of those that are packed.
         untied: paths of weights that the base tied to others, and that are apart now.
         kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `maths/loss.py`. Also of
             the tensors that were trained whole and are cast, the update being what training changed.
@@ -172,7 +174,10 @@ def _merge(
     root, registry = unwrap(model), registry_of(model)
     names = _chosen(model, names)
     unfold_all(model)
-    quantized = [path for path, m in root.named_modules(remove_duplicate=False) if is_packed(m)]
+    modules = [(path, m) for path, m in root.named_modules(remove_duplicate=False) if not isinstance(m, ParameterSlot)]
+    quantized = [path for path, m in modules if is_packed(m)]
+    experts = {path: m for path, m in modules if packed_names(m)}
+    stacks = [f"{path}.{name}".lstrip(".") for path, m in experts.items() for name in packed_names(m)]
     _check_cast(root, dtype)
     tied = ties(root)
     spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
@@ -192,16 +197,19 @@ def _merge(
             dense[layer] = base_of(layer).to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(submodule(root, parent), name, dense[layer])
+    for host in () if requantize else set(experts.values()):
+        unpack_parameters(host)
     untied, _ = untie(root, tied.values(), changed)
-    if dense:
+    packed = (*quantized, *stacks)
+    if packed and not requantize:
         forget_quantization(root)
     if dtype is not None:
         root.to(dtype)
     return MergeReport(
         adapters=names,
         layers={path: c.lost for path, c in spent.items()},
-        dequantized=tuple(quantized if dense else ()),
-        requantized=tuple(quantized if requantize else ()),
+        dequantized=() if requantize else packed,
+        requantized=packed if requantize else (),
         untied=untied,
         kept=kept,
     )

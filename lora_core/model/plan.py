@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..bases import is_packed
 from ..bases.forwards import refuse_hidden_forward, refuse_offloaded
 from ..errors import TargetError
 from ..layers import LoraLayer, lora_class, why_not
-from ..layers.experts import SLOTS
+from ..layers.packed import holds_packed
+from ..layers.slots import SLOTS
 from ..methods.registry import method_of
 from ..spec.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from ..spec.patterns import limited
@@ -270,7 +270,7 @@ def _check_used_once(model: nn.Module, modules: Mapping[str, nn.Module], paths: 
 
 
 def _check_saved(path: str, module: nn.Module) -> None:
-    if any(is_packed(m) for m in module.modules()):
+    if any(map(holds_packed, module.modules())):
         raise TargetError(f"modules_to_save: {path!r} is quantised and can't be trained; name it in skip then")
     if any(isinstance(m, LoraLayer) for m in module.modules()):
         raise TargetError(f"modules_to_save: {path!r} carries an adapter and can't be trained whole as well")

@@ -1,4 +1,4 @@
-"""The linear layers of a model, packed in place.
+"""The linear layers and the fused experts of a model, packed in place.
 
 Example:
 
@@ -8,21 +8,27 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..bases import base_for, is_packed, weight_bytes
-from ..bases.base import COMPUTE_DTYPES, Format
+from ..bases import base_for, base_of_weight, is_packed, weight_bytes, weight_shape
+from ..bases.base import COMPUTE_DTYPES, Base, Format
 from ..bases.int8 import Int8Format
 from ..bases.nf4 import NF4Format
 from ..errors import StateError
+from ..layers import LoraLayer
+from ..layers.experts import LoraHost
 from ..layers.kinds import packs
-from ..spec.targets import is_head, match_patterns
+from ..layers.packed import pack_parameters
+from ..spec.targets import EXPERTS, is_head, match_patterns
 from .atomic import all_or_nothing
 from .conventions import kept_in_float32, output_layer
+from .left_out import is_stack
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,10 @@ class QuantizationReport:
     """What quantising did.
 
     Attributes:
-        layers: paths of the layers that are now packed.
+        layers: paths of the layers that are now packed, and of the parameters that hold experts.
         skipped: paths of the linear layers that were left as they are.
+        dense: {path of a parameter with several matrices that was left as it is: why}.
+        bytes_dense: bytes of those.
         parameters: number of weights quantised.
         bytes_before, bytes_after: bytes of those weights, before and after, quantisation constants included.
         label: what the format is called.
@@ -43,6 +51,8 @@ class QuantizationReport:
     bytes_before: int
     bytes_after: int
     label: str = "NF4"
+    dense: Mapping[str, str] = field(default_factory=dict)
+    bytes_dense: int = 0
 
     @property
     def bits_per_parameter(self) -> float:
@@ -50,9 +60,12 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        path, why = next(iter(self.dense.items()), ("", ""))
+        size = f"{self.bytes_dense / 2**20:.1f} MiB"
+        dense = f"; {len(self.dense)} parameters with several matrices left dense, {size}: {path} ({why})" if path else ""
         return (
             f"{len(self.layers)} layers to {self.label}: {before:.1f} -> {after:.1f} MiB, "
-            f"{self.bits_per_parameter:.3f} bits a parameter; {len(self.skipped)} linear layers left as they are"
+            f"{self.bits_per_parameter:.3f} bits a parameter; {len(self.skipped)} linear layers left as they are{dense}"
         )
 
 
@@ -64,7 +77,9 @@ def quantize_nf4(
     double_quant: bool = True,
     block_size: int = 64,
 ) -> QuantizationReport:
-    """Replaces the linear layers of `model` by 4-bit ones, in place, on whatever device they are (CPU or CUDA): see `quantize`.
+    """Packs the linear layers and the fused experts of `model` in 4 bits, in place, on whatever device they are (CPU or CUDA).
+
+    See `quantize`.
 
     Args:
         model: any module.
@@ -79,7 +94,7 @@ def quantize_nf4(
 def quantize_int8(
     model: nn.Module, skip: Sequence[str] = (), *, compute_dtype: torch.dtype | None = None
 ) -> QuantizationReport:
-    """Replaces the linear layers of `model` by 8-bit ones (LLM.int8), in place: see `quantize`.
+    """Replaces the linear layers of `model` by 8-bit ones (LLM.int8), in place; fused experts stay dense. See `quantize`.
 
     Args:
         model: any module.
@@ -93,7 +108,10 @@ def quantize_int8(
 def quantize(
     model: nn.Module, form: Format, skip: Sequence[str] = (), *, compute_dtype: torch.dtype | None = None
 ) -> QuantizationReport:
-    """Replaces the linear layers of `model` by ones whose weight is packed, in place.
+    """Replaces the linear layers of `model` by ones whose weight is packed, and packs its fused experts, in place.
+
+    Experts are parameters of three dimensions with the names that transformers gives them (`spec/targets.py`); their module
+    keeps its forward. Only NF4 has a form for them.
 
     Left as they are: layers that `skip` names; heads (HEAD_NAMES), which are usually new; what transformers keeps in float32
     (T5's `wo`); layers that carry an adapter or are trained whole; layers whose weight is empty, or computed from others
@@ -101,9 +119,10 @@ def quantize(
     everything still requires gradients, so there the flag says nothing.)
 
     Args:
-        model: any module; candidates are its layers of type `nn.Linear`, and of subclasses that compute the same.
+        model: any module; candidates are its layers of type `nn.Linear`, and of subclasses that compute the same, and experts.
         form: how to pack.
-        skip: names to leave dense: a whole path or the end of one, after a dot. Name newly initialised layers here.
+        skip: names to leave dense: a whole path or the end of one, after a dot. Name newly initialised layers here; "experts"
+            leaves those.
         compute_dtype: dtype that the products are computed in; None: that of the weight before.
 
     Returns:
@@ -124,7 +143,8 @@ def quantize(
         raise StateError(f"skip must be a list of names, not the string {skip!r}; pass [{skip!r}]")
 
     modules = dict(model.named_modules(remove_duplicate=False))
-    named = set().union(*match_patterns("skip", skip, list(modules)).values())
+    several = {path: place for path, place in stacks(modules).items() if not base_of_weight(_parameter(place)).packed}
+    named = set().union(*match_patterns("skip", skip, [*modules, *several]).values())
     freezing = any(not p.requires_grad for p in model.parameters())
     head, wide = output_layer(model), kept_in_float32(model)
     chosen, left = {}, []
@@ -137,31 +157,81 @@ def quantize(
         apart = module is head or is_head(path) or path in wide or _named(path, named)
         if not plain or empty or apart or trained:
             left.append(path)
-        elif module.weight.dtype not in COMPUTE_DTYPES or module.weight.is_meta:
-            kind = "meta device" if module.weight.is_meta else str(module.weight.dtype)
-            raise StateError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
-        elif not torch.stack(module.weight.detach().aminmax()).isfinite().all():
-            raise StateError(f"{path} has NaN or infinite weights; nothing was quantised")
         else:
+            _check_weight(path, module.weight)
             chosen[path] = module
-    if not chosen:
+    dense: dict[str, str] = {}
+    for path, (host, name) in several.items():
+        parameter = host._parameters[name]
+        apart = path in wide or path.rpartition(".")[0] in wide or _named(path, named)
+        why = "trained" if freezing and parameter.requires_grad else "skipped" if apart else _why_dense(host, name, base, form)
+        if why:
+            dense[path] = why
+        else:
+            _check_weight(path, parameter)
+    packed = {path: place for path, place in several.items() if path not in dense}
+    if not chosen and not packed:
         raise StateError("found no dense nn.Linear layer to quantise: all are packed already, skipped or trained")
 
-    before = sum(m.weight.nbytes for m in set(chosen.values()))
+    experts = {(id(host), name): (host, name) for host, name in packed.values()}.values()
+    before = sum(m.weight.nbytes for m in set(chosen.values())) + sum(_parameter(place).nbytes for place in experts)
     quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
     for path, module in chosen.items():
         if module not in quantized:
             quantized[module] = base.pack(module, form, compute_dtype)
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, quantized[module])
+    for host, name in experts:
+        pack_parameters(host, [name], base, form, compute_dtype)
+    weights = [*(m.weight for m in quantized.values()), *map(_parameter, experts)]
     return QuantizationReport(
-        layers=tuple(chosen),
+        layers=(*chosen, *packed),
         skipped=tuple(left),
-        parameters=sum(m.in_features * m.out_features for m in quantized.values()),
+        parameters=sum(weight_shape(w).numel() for w in weights),
         bytes_before=before,
-        bytes_after=sum(weight_bytes(m.weight) for m in quantized.values()),
+        bytes_after=sum(map(weight_bytes, weights)),
         label=base.label,
+        dense=dense,
+        bytes_dense=sum(_parameter(several[path]).nbytes for path in dense),
     )
+
+
+def stacks(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """{path of a parameter that is several matrices: its module and its name there}."""
+    return {
+        f"{path}.{name}".lstrip("."): (module, name)
+        for path, module in modules.items()
+        if not isinstance(module, (nn.modules.conv._ConvNd, LoraLayer))
+        for name, parameter in module._parameters.items()
+        if not is_lazy(parameter) and is_stack(parameter) and parameter.numel()
+    }
+
+
+def _parameter(place: tuple[nn.Module, str]) -> nn.Parameter:
+    host, name = place
+    return host._parameters[name]
+
+
+def _why_dense(host: nn.Module, name: str, base: Base, form: Format) -> str:
+    """Why a parameter with several matrices can't be packed; "" if it can."""
+    if name not in EXPERTS:
+        return "not known to be experts"
+    if isinstance(host, LoraHost):
+        return "it carries an adapter"
+    if is_parametrized(host):
+        return "parametrised"
+    if not base.packs_stack(form, host._parameters[name].shape):
+        return f"{base.label} has no form for several matrices of this shape in one parameter"
+    return ""
+
+
+def _check_weight(path: str, weight: torch.Tensor) -> None:
+    """Raises a StateError if it can't be packed."""
+    if weight.dtype not in COMPUTE_DTYPES or weight.is_meta:
+        kind = "meta device" if weight.is_meta else str(weight.dtype)
+        raise StateError(f"{path}: can't quantise a weight of {kind}; load it as float32, bfloat16 or float16")
+    if not torch.stack(weight.detach().aminmax()).isfinite().all():
+        raise StateError(f"{path} has NaN or infinite weights; nothing was quantised")
 
 
 def _named(path: str, names: set[str]) -> bool:

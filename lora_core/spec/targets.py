@@ -23,6 +23,9 @@ HEAD_NAMES = ("classifier", "pre_classifier", "score", "qa_outputs", "lm_head", 
 #: {what transformers 4 called the layers of an expert: the parameter of transformers 5 that has them in it}.
 FUSED = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | dict.fromkeys(("down_proj", "w2"), "down_proj")
 
+#: The parameters that fused experts are held in, in the order in which the classes of transformers 5 make them.
+EXPERTS = ("gate_proj", "gate_up_proj", "up_proj", "w1", "v1", "down_proj", "w2")
+
 
 @dataclass(frozen=True)
 class LayerPlan:
