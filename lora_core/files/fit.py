@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..methods.registry import all_tables, method_of
 from ..model.copies import original_of, submodule
 from ..model.plan import Plan, plan
 from ..spec.config import LoraConfig
+from ..spec.targets import LayerPlan
 from .adapter import FLOAT_DTYPES
 from .fingerprint import difference, fingerprint, is_weight_of, same_values
 from .keys import base_path, copy_key, layer_keys, parse_key, shared_keys, token_key
@@ -60,7 +62,14 @@ def fitting_tensors(
 
 
 def check_base(
-    source: object, stored: Any, model: nn.Module, config: LoraConfig, names: Mapping[str, str], found: Plan, strict: bool
+    source: object,
+    stored: Any,
+    model: nn.Module,
+    config: LoraConfig,
+    names: Mapping[str, str],
+    found: Plan,
+    strict: bool,
+    others: Mapping[str, tuple[Any, LayerPlan]] = MappingProxyType({}),
 ) -> None:
     """Raises, or warns, if the stored fingerprint is that of another base.
 
@@ -72,12 +81,14 @@ def check_base(
         names: {path of an adapted layer: what the file calls it}.
         found: what the file means on the model.
         strict: whether to raise.
+        others: {what the file calls a layer that the model has as a part of one: (what holds its weight, its settings)}.
     """
     if stored is None:
         return
-    layers = [(old, submodule(model, path)) for path, old in names.items()]
+    layers = {old: (submodule(model, path), found.targets.layers[path]) for path, old in names.items()} | dict(others)
     try:
-        now = fingerprint(layers, config, {old: found.targets.layers[path] for path, old in names.items()})
+        held = [(old, layer) for old, (layer, _) in layers.items()]
+        now = fingerprint(held, config, {old: plan for old, (_, plan) in layers.items()})
         for path, old in names.items():
             if lora_class(submodule(model, path)).weight_path(path) in found.kept:  # the file brings its own
                 del now["base"][old]

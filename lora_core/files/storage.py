@@ -50,6 +50,7 @@ from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
 from .formats.exchange import base_of_model, read_any
+from .fused import fuse_experts, warn_of_fused
 from .keys import copy_key, layer_keys, shared_keys, token_key
 from .moved import follow_names, warn_of_moved
 from .vocabulary import describe_vocabulary, grown_tensors, with_kept
@@ -157,7 +158,8 @@ def load_adapter(
     form, files, others = read_any(Path(directory), hints, lambda: base_of_model(model, hints))
     root = unwrap(model)
     settled, architecture = settle_targets(model, files.config)
-    moved = follow_names(root, settled, files.tensors, directory)
+    fused = fuse_experts(root, settled, files.tensors, directory)
+    moved = follow_names(root, fused.config, fused.tensors, directory)
     config, tensors = moved.config, moved.tensors
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
     was = take_off(root, adapter_name) if exists and replace and not _fits(root, adapter_name, config, tensors) else None
@@ -175,12 +177,15 @@ def load_adapter(
     if not found.targets.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
     tensors = fitting_tensors(root, config, tensors, found, directory)
-    names = {path: moved.names.get(path, path) for path in found.targets.paths}
-    check_base(directory, files.fingerprint, root, settled, names, found, strict)
+    known = {**moved.names, **fused.names}
+    names = {path: known.get(path, path) for path in found.targets.paths if path not in fused.stacked}
+    stacked = fused.layers(root) if files.fingerprint else {}
+    check_base(directory, files.fingerprint, root, settled, names, found, strict, stacked)
     unmatched = [pattern for pattern, count in found.targets.hits.items() if not count]
     if unmatched:
         warnings.warn(f"{directory}: target_modules {unmatched} match no module of this base", stacklevel=2)
 
+    warn_of_fused(directory, fused)
     warn_of_moved(directory, moved)
     if str(config.init_lora_weights).startswith("pissa_niter"):
         warnings.warn(
@@ -209,7 +214,7 @@ def load_adapter(
     return dataclasses.replace(
         report,
         architecture=architecture,
-        moved=moved.names,
+        moved=known,
         left_out={**report.left_out, **absent},
         tool=form and form.tool,
         other_parts=others,
