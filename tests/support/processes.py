@@ -46,9 +46,13 @@ def digest(output):
 
 
 def whole_run(output):
-    """What two runs that did the same have in common: their tensors, and their metrics but for time and memory."""
-    measured = ("train_seconds", "examples_per_second", "tokens_per_second", "peak_rss_mb", "peak_cuda_mb", "device")
-    return digest(output), {key: value for key, value in metrics_of(output).items() if key not in measured}
+    """What two runs that did the same have in common: their tensors, what they called each sentence, and their metrics but for
+    time, memory and machine."""
+    measured = ("train_seconds", "examples_per_second", "tokens_per_second", "peak_rss_mb", "peak_cuda_mb")
+    measured += ("device", "provenance")
+    called = output / "predictions.txt"
+    metrics = {key: value for key, value in metrics_of(output).items() if key not in measured}
+    return digest(output), called.read_bytes() if called.exists() else None, metrics
 
 
 def start(*argv, count=1, module="experiments.sst2"):
