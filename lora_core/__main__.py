@@ -52,10 +52,11 @@ class _Command(Parser):
 
 def _inspect(p: Parser) -> None:
     p.description = """What an adapter directory holds: rank, targets, variant, dtype, size, the base it belongs to; and
-for each layer the size |D| of its update and the update's effective rank (between 1 and the rank).
-The files of other tools (kohya, diffusers, MLX, torchtune, litgpt, loralib, llama.cpp) are told by
+for each kind of module how much it changes the weights (|D|) and in how many directions (the effective
+rank). The files of other tools (kohya, diffusers, MLX, torchtune, litgpt, loralib, llama.cpp) are told by
 what is in them. Warns if the adapter changes nothing, or holds values that are no numbers. Needs no base."""
     p.add_argument("adapter", type=Path, metavar="ADAPTER", help=ANY_ADAPTER)
+    p.add_argument("--all", action="store_true", help="list every layer, too")
     p.add_argument(
         "--for", dest="program", choices=("vllm", "llama.cpp", "peft"), help="say what that program would refuse, and the "
         "command that mends it; exit code 1 if there is anything"

@@ -32,14 +32,18 @@ from .command_line import CHECK_FAILED, DONE, show
 
 def inspect(args: Namespace) -> int:
     if args.program is None:
-        show(inspect_adapter(args.adapter), args.json)
+        found = inspect_adapter(args.adapter)
+        show(found, args.json)
+        if not args.json:
+            print(f"\n{found.table()}" if args.all else f"--all lists each of the {len(found.layers)} layers.")
         return DONE
-    found = findings(args.adapter, args.program, max_lora_rank=args.max_lora_rank)
+    obstacles = findings(args.adapter, args.program, max_lora_rank=args.max_lora_rank)
     if args.json:
-        show({"adapter": str(args.adapter), "program": args.program, "findings": [asdict(one) for one in found]}, as_json=True)
+        found = {"adapter": str(args.adapter), "program": args.program, "findings": [asdict(one) for one in obstacles]}
+        show(found, as_json=True)
     else:
-        print("\n".join(f"{args.program} {one}" for one in found) or f"{args.program} takes {args.adapter}")
-    return CHECK_FAILED if found else DONE
+        print("\n".join(f"{args.program} {one}" for one in obstacles) or f"{args.program} takes {args.adapter}")
+    return CHECK_FAILED if obstacles else DONE
 
 
 def merge(args: Namespace) -> int:
@@ -62,7 +66,7 @@ def merge(args: Namespace) -> int:
         found = {"output": str(args.output), "base_as": stream.base_as, **asdict(report)}
         show(found | {"check": [asdict(deviation) for deviation in deviations]}, as_json=True)
         return DONE
-    print(f"{report}\nbase as {stream.base_as}; wrote {args.output}")
+    print(f"{report}\nfolded into the base as {stream.base_as} (--base-as); wrote {args.output}")
     for deviation in deviations:
         print(deviation)
     return DONE

@@ -1,6 +1,6 @@
 """Does the merged model compute what the adapted one did? Both are run, whichever of the three bases was merged into.
 
-    original          largest logit deviation 1.2e-06, 0.0 % of labels changed, layers off by at most 3.1e-07    <- merged
+    original         logits off by at most 1.2e-06, ...; merged weights off by at most 3.1e-07 of what the adapter changes
     and what packed bases would have given: ...
 
 The adapted model is the yardstick: the base as the adapter was trained on it, with the adapter. A language model is compared
@@ -69,8 +69,8 @@ class Deviation:
             return f"{self.base_as:<16} not measured: {self.obstacle}"
         worst = max((self.layers or {}).values(), default=0)
         return (
-            f"{self.base_as:<16} largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit), "
-            f"{self.changed:.1%} of {self.judged} changed, layers off by at most {worst:.2g}"
+            f"{self.base_as:<16} logits off by at most {self.largest:.2g}, {self.relative:.2g} of the largest; "
+            f"{self.changed:.1%} of {self.judged} changed; merged weights off by at most {worst:.2g} of what the adapter changes"
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,27 +18,17 @@ from pathlib import Path
 
 import torch
 
-from ..errors import one_line, printable
+from ..errors import one_line
 from ..files.adapter import weights_path
 from ..files.formats.registry import is_peft
 from ..methods.registry import method_of
 from .foreign import read_as_it_is
 from .layer_update import LayerUpdate
+from .layer_views import LayerView, by_kind, each, kind
 from .updates import AdapterUpdates, read_updates
 
 #: How many targets are shown.
 MANY = 12
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """One layer: its rank, scaling, |D| and effective rank; the last two are NaN if the factors are not finite."""
-
-    path: str
-    rank: int
-    scaling: float
-    norm: float
-    effective_rank: float
 
 
 @dataclass(frozen=True)
@@ -95,17 +84,17 @@ class Inspection:
             "dtype": ", ".join(self.dtypes),
             "parameters": f"{self.parameters:,}, {self.layer_parameters:,} of them on adapted layers",
             "size": f"{self.nbytes:,} bytes",
-            "whole": ", ".join(self.whole) or "nothing",
+            "whole": f"{', '.join(self.whole)}: stored as trained, without A and B" if self.whole else "nothing",
             "tokens": ", ".join(f"{n} rows of {path}" for path, n in self.tokens.items()) or "none",
             "fingerprint": f"{self.fingerprint}, of a base in {self.trained_on}" if self.fingerprint else "none",
         }
-        paths = [printable(layer.path) for layer in self.layers]
-        width = max(map(len, paths))
-        table = [f"{'layer':<{width}}  rank  scaling       |D|  effective rank"]
-        for path, v in zip(paths, self.layers, strict=True):
-            table.append(f"{path:<{width}}  {v.rank:4d}  {v.scaling:7.4g}  {v.norm:8.4g}  {v.effective_rank:14.2f}")
+        warnings = [f"warning: {one_line(text)}" for text in self.warnings]
         lines = [f"{name:<12} {one_line(value)}" for name, value in facts.items()]  # what is not its own is of the file
-        return "\n".join([*lines, "", *table, *(f"warning: {one_line(text)}" for text in self.warnings)])
+        return "\n".join([*warnings, *lines, "", by_kind(self.layers)])
+
+    def table(self) -> str:
+        """A line for each layer."""
+        return each(self.layers)
 
 
 def inspect_adapter(directory: str | Path) -> Inspection:
@@ -151,7 +140,7 @@ def inspect_adapter(directory: str | Path) -> Inspection:
 def _shortened(targets: tuple[str, ...]) -> list[str]:
     """Targets for a line: of many paths one for all the numbers in it, and no more than a dozen."""
     if len(targets) > MANY:
-        targets = tuple(dict.fromkeys(re.sub(r"\d+", "N", target) for target in targets))
+        targets = tuple(dict.fromkeys(map(kind, targets)))
     return [*targets[:MANY], *([f"and {len(targets) - MANY} more"] if len(targets) > MANY else [])]
 
 

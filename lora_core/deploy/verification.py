@@ -58,8 +58,8 @@ class Verification:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.inputs} inputs: largest logit deviation {self.largest:.2g} ({self.relative:.2g} of the largest logit, "
-            f"tolerance {self.tolerance:g}), {self.changed:.1%} of {self.judged} changed",
+            f"{self.inputs} inputs were run again. Logits are off by at most {self.largest:.2g} from those that were stored, "
+            f"{self.relative:.2g} of the largest ({self.tolerance:g} is allowed); {self.changed:.1%} of {self.judged} changed",
             *map(str, self.differing),
             *(f"{name}: {one_line(how)}" for name, how in self.drifted.items()),
             "verified" if self.passed else "NOT the model that was saved",

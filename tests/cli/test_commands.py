@@ -140,6 +140,23 @@ def test_norm_and_effective_rank_are_those_of_the_update(lora):
     assert found.parameters == sum(t.numel() for t in adapter_tensors(model).values())
 
 
+def test_inspect_has_a_line_for_each_kind_of_module_and_all_has_each_layer(call, lora):
+    layers = inspect_adapter(lora[2]).layers
+    code, out, err = call("inspect", lora[2])
+    assert code == 0 and not err and out.endswith("\n--all lists each of the 4 layers.\n")
+    assert "|D|: how much the adapter changes a weight" in out and "effective rank: how many directions" in out
+    assert not any(layer.path in out for layer in layers)
+    for name in ("query", "value"):
+        mine = [layer for layer in layers if layer.path.endswith(name)]
+        (line,) = [line for line in out.splitlines() if line.startswith(f"bert.encoder.layer.*.attention.self.{name} ")]
+        _, count, rank, scaling, norm, *bar, effective = line.split()
+        assert (count, rank, scaling) == ("2", "4", f"{mine[0].scaling:.4g}") and set("".join(bar)) == {"#"}
+        assert float(norm) == pytest.approx(sum(v.norm for v in mine) / 2, rel=1e-3)
+        assert float(effective) == pytest.approx(sum(v.effective_rank for v in mine) / 2, abs=0.005)
+    out = call("inspect", lora[2], "--all")[1]
+    assert all(out.count(f"\n{layer.path} ") == 1 for layer in layers)
+
+
 def test_inspect_as_json(call, lora):
     code, out, err = call("inspect", lora[2], "--json")
     found = json.loads(out)
@@ -164,7 +181,7 @@ def test_inspect_warns(call, lora, spoil, says):
     path = lora[2] / WEIGHTS_FILE
     save_file({name: spoil(name, tensor) for name, tensor in load_file(path).items()}, path)
     code, out, _ = call("inspect", lora[2])
-    assert code == 0 and "warning: " in out and says in out
+    assert code == 0 and out.startswith("warning: ") and says in out  # before anything else
     assert json.loads(call("inspect", lora[2], "--json")[1])["warnings"]
 
 
@@ -202,7 +219,7 @@ def test_a_merge_that_fails_its_check_leaves_nothing(call, tmp_path):
     )
     code, out, err = call(*argv)
     assert code == 1 and one_line(err) and "above the tolerance of 0.0001, so nothing was kept" in err
-    assert out.count("largest logit deviation") == 3
+    assert out.count("logits off by at most") == 3
     assert json.loads(call(*argv, "--json")[1])["output"] is None
     assert {path.name for path in tmp_path.iterdir()} == {"base", adapter.name}
 

@@ -113,6 +113,6 @@ def test_the_page_s_commands_run(trained, tmp_path):
         ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr
-    for text in ("effective rank", "verified", "nf4-dequantized  largest logit deviation", "LABEL_", "I absolutely loved"):
+    for text in ("effective rank", "verified", "nf4-dequantized  logits off by", "LABEL_", "I absolutely loved"):
         assert text in done.stdout
     assert (tmp_path / "merged" / "model.pt2").is_file() and (tmp_path / "merged-fp16" / "model.safetensors").is_file()
