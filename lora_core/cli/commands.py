@@ -32,10 +32,10 @@ from .command_line import CHECK_FAILED, DONE, show
 
 def inspect(args: Namespace) -> int:
     if args.program is None:
-        found = inspect_adapter(args.adapter)
-        show(found, args.json)
+        view = inspect_adapter(args.adapter)
+        show(view, args.json)
         if not args.json:
-            print(f"\n{found.table()}" if args.all else f"--all lists each of the {len(found.layers)} layers.")
+            print(f"\n{view.table()}" if args.all else f"--all lists each of the {len(view.layers)} layers.")
         return DONE
     obstacles = findings(args.adapter, args.program, max_lora_rank=args.max_lora_rank)
     if args.json:

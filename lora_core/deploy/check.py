@@ -70,7 +70,8 @@ class Deviation:
         worst = max((self.layers or {}).values(), default=0)
         return (
             f"{self.base_as:<16} logits off by at most {self.largest:.2g}, {self.relative:.2g} of the largest; "
-            f"{self.changed:.1%} of {self.judged} changed; merged weights off by at most {worst:.2g} of what the adapter changes"
+            f"{self.changed:.1%} of {self.judged} changed; merged weights off by at most {worst:.2g} of what the adapter "
+            "changes"
         )
 
 

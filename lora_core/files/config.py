@@ -18,6 +18,7 @@ from ..model.registry import adapter_layers, find_adapter
 from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
 from ..spec.peft_fields import OF_A_START, OF_PEFT, is_empty
+from ..spec.targets import excluded_paths, shortest_names
 from .reading import parse_json, read_bytes
 
 #: Fields that say something in a call, and nothing of what an adapter computes once it is trained: whether it is trained
@@ -49,7 +50,9 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     fields = {name: value for name, value in fields.items() if value is not None or name not in LATE_FIELDS}
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         parameters = {path for path, layer in adapter_layers(model, adapter) if layer.weight_path(path) == path}
-        fields["target_modules"] = [path for path in adapter.layers if path not in parameters]
+        chosen = [path for path in adapter.layers if path not in parameters]
+        paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        fields["target_modules"] = shortest_names(chosen, set(paths) - {*chosen, *excluded_paths(config, paths, strict=False)})
     if config.target_parameters is None:
         del fields["target_parameters"]  # PEFT before 0.17 does not know it
     elif config.target_modules is None:  # an empty list: PEFT would take None for the architecture's default

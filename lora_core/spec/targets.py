@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import TargetError
@@ -203,6 +203,25 @@ def match_saved_modules(patterns: Iterable[str], optional: Collection[str], path
             raise TargetError(f"modules_to_save: {pattern!r} matched no module{closest(pattern, paths)}")
         found.update(hits)
     return tuple(p for p in paths if p in found and not any(p.startswith(f"{outer}.") for outer in found))
+
+
+def shortest_names(paths: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names that match `paths` and none of `others`: of each path the shortest end that will do, each once.
+
+        ["h.0.q", "h.0.up", "h.1.q", "h.1.up"], ["h", "h.0", "h.1", "up"]      ->  ["q", "h.0.up", "h.1.up"]
+
+    None begins with a layer's number. PEFT shortens long lists alike (`find_minimal_target_modules`).
+    """
+    taken = {end for path in others for end in _ends(path)}
+    ends = ((path, [end for end in _ends(path) if end not in taken and not end[0].isdigit()]) for path in paths)
+    return list(dict.fromkeys(min(found, key=len, default=path) for path, found in ends))
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The path, and what is left of it after each dot."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def in_selected_layer(config: LoraConfig, path: str) -> bool:

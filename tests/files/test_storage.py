@@ -114,10 +114,35 @@ def test_tensor_keys_and_shapes_are_pefts(saved):
     assert len(tensors) == 2 * 4 + 2
 
 
-def test_all_linear_is_written_out(tmp_path):
-    save_adapter(trained(target_modules="all-linear", **ANY_LAYER), tmp_path)
-    targets = json.loads((tmp_path / CONFIG_FILE).read_text())["target_modules"]
-    assert targets == [f"layers.{i}.{n}" for i in (0, 1) for n in ("q", "k", "v", "out")]
+def stored_targets(model, directory):
+    save_adapter(model, directory)
+    return json.loads((directory / CONFIG_FILE).read_text())["target_modules"]
+
+
+def test_all_linear_is_written_out_by_names(tmp_path):
+    assert stored_targets(trained(target_modules="all-linear", **ANY_LAYER), tmp_path) == ["q", "k", "v", "out"]
+
+
+def test_names_that_would_match_more_are_written_in_full(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"head": nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Conv1d(4, 4, 1)})})
+        model["body"] = nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4) for n in ("up", "down", "0")}) for _ in range(2))
+        return model
+
+    model = build()
+    report = inject(
+        model, LoraConfig(r=2, target_modules="all-linear", exclude_modules=["body.1.up"], modules_to_save=["head"])
+    )
+    down = ["body.0.down", "body.1.down"]  # a convolution has that name too, and head.up is trained whole
+    assert stored_targets(model, tmp_path) == ["body.0.up", down[0], "body.0.0", down[1], "body.1.0"]
+    assert load_adapter(build(), tmp_path).targets == report.targets
+
+
+def test_an_exclusion_leaves_the_names_short(tmp_path):
+    model = trained(target_modules="all-linear", exclude_modules=["0.q"], **ANY_LAYER)
+    assert set(stored_targets(model, tmp_path)) == {"q", "k", "v", "out"}
+    assert load_adapter(tiny.classifier(), tmp_path).targets == tuple(find_adapter(model, "default").layers)
 
 
 def test_saved_modules_tied_to_each_other_are_stored(tmp_path):

@@ -212,6 +212,18 @@ def test_the_first_pattern_that_hits_decides_in_a_file_too(tmp_path):
     same_logits(peft.PeftModel.from_pretrained(tiny.build("bert"), tmp_path).eval(), ours)
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_peft_finds_the_layers_of_all_linear_by_their_names(architecture, tmp_path):
+    model = tiny.build(architecture)
+    report = inject(model, LoraConfig(**settings_for(architecture, "all linear")))
+    tiny.randomize(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny.build(architecture), tmp_path)
+    assert set(theirs.base_model.targeted_module_names) == set(report.targets)
+    assert len(theirs.peft_config["default"].target_modules) < len(report.targets)
+    torch.testing.assert_close(tiny.logits(theirs), tiny.logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_a_named_adapter_is_in_a_directory_of_that_name(tmp_path):
     theirs = peft.get_peft_model(tiny.build("bert"), peft.LoraConfig(r=2, target_modules=["query"]), adapter_name="mine")
     randomize(theirs).save_pretrained(tmp_path)

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from lora_core import LoraConfig
 from lora_core.errors import TargetError
-from lora_core.spec.targets import match_patterns, match_saved_modules, select_targets
+from lora_core.spec.targets import match_patterns, match_saved_modules, select_targets, shortest_names
 
 PATHS = [f"encoder.layer.{i}.{name}" for i in range(3) for name in ("q_lin", "v_lin", "ffn.lin1", "norm")] + ["classifier"]
 LINEAR = [p for p in PATHS if "norm" not in p]
@@ -167,6 +167,24 @@ def test_targets_and_exclusions_select_what_peft_selects(paths, targets, exclude
 def test_layers_to_transform_selects_what_peft_selects(paths, targets, layers, pattern):
     config = LoraConfig(target_modules=targets, layers_to_transform=layers, layers_pattern=pattern)
     assert list(select(config, paths, paths, strict=False).paths) == peft_selects(config, paths)
+
+
+def test_the_shortest_name_begins_with_a_word():
+    paths, others = ["h.0.q", "h.0.up", "h.1.q", "h.1.up"], ["h", "h.0", "h.1", "up"]
+    assert shortest_names(paths, others) == ["q", "h.0.up", "h.1.up"]
+    assert shortest_names(["0", "2"], ["1"]) == ["0", "2"] and shortest_names(["net.0"], ["net"]) == ["net.0"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(paths=TREES, data=st.data())
+def test_the_shortest_names_select_the_same_layers_here_and_in_peft(paths, data):
+    chosen = [p for p in paths if data.draw(st.booleans())]
+    others = [p for p in paths if p not in chosen]
+    assume(chosen and not any(o.endswith(f".{p}") for o in others for p in chosen))  # then no name tells them apart
+    names = shortest_names(chosen, others)
+    config = LoraConfig(target_modules=names)
+    assert list(select(config, paths, paths).paths) == peft_selects(config, paths) == chosen
+    assert len(names) <= len(chosen) and not any(name[0].isdigit() for name in names if name not in chosen)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
