@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command import Parser, leave_out_unused, run
-from .compare import RESULTS, Planned, planned
-from .compare import parser as comparison
+from .compare import RESULTS, Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
 

@@ -7,8 +7,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from bench import __main__ as command
-from bench import reference, reference_run
+from bench import __main__ as command, reference, reference_run
 from experiments import provenance
 
 

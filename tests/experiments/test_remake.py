@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments import data, measured, remake
-from experiments.compare import parser as comparison
-from experiments.compare import planned
+from experiments.compare import parser as comparison, planned
 from experiments.methods import METHODS, Schedule
 from experiments.several import Several
 from experiments.sweep import parser as sweeping
