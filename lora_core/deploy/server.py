@@ -37,6 +37,8 @@ MAX_ANSWER = 4_000_000
 KEY = "LORA_CORE_SERVER_KEY"
 #: How vLLM writes a token where it is asked for ids.
 TOKEN_ID = "token_id:"
+#: How servers refuse what is not as they read it; llama-cpp-python with the last.
+REFUSED = (400, 422, 500)
 #: Whatever the server's defaults are: nothing drawn, nothing held against a token for having been said (vLLM, llama.cpp).
 GREEDY = {"temperature": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
 
@@ -115,7 +117,7 @@ class Server:
         try:
             content = self._ask("POST", "/completions", {**request, "prompt": list(prompt.ids)})
         except ServerError as error:
-            if prompt.text is None or error.status not in (400, 422):
+            if prompt.text is None or error.status not in REFUSED:
                 raise
             content = self._ask("POST", "/completions", {**request, "prompt": prompt.text})
         try:

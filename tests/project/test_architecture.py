@@ -43,7 +43,7 @@ ALSO_ALLOWED = {
 }
 MAX_LINES = 300
 #: Folders of tests that mirror no room: those of the packages beside the engine, those of the whole, and what is no test.
-OTHER_TESTS = {"experiments", "bench", "interop", "security", "project", "support", "golden"}
+OTHER_TESTS = {"experiments", "bench", "interop", "security", "project", "servers", "support", "golden"}
 
 
 def sources(*directories):
