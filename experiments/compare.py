@@ -72,7 +72,7 @@ class Planned:
 
     @property
     def command(self) -> list[str]:
-        """The command that does it; `source` are its flags of model, data and device."""
+        """The command that does it; `source` are its flags of model, data, device and precision."""
         given = {field.name: getattr(self.schedule, field.name) for field in fields(Schedule)}
         settings = [text for name, value in given.items() if value is not None for text in (flag(name), str(value))]
         command = [sys.executable, "-m", "experiments.sst2", "--method", self.method.name, *self.source, *settings]
@@ -117,11 +117,14 @@ def planned(args: argparse.Namespace, directory: Path) -> list[Planned]:
     print(f"base model: {base}; data: {sentences}", flush=True)
 
     from .job import Job, choose_device
+    from .precision import choose_precision
 
     device, runs = choose_device(args.device), []
-    source = tuple(text for name in ("model", "data", "device") for text in (flag(name), str(getattr(args, name))))
+    precision = choose_precision(args.precision, device)  # once for all
+    given = {name: getattr(args, name) for name in ("model", "data", "device")} | {"precision": precision}
+    source = tuple(text for name, value in given.items() for text in (flag(name), str(value)))
     for method, schedule in schedules:
-        plan = Job(method, schedule, base, sentences, device).plan()
+        plan = Job(method, schedule, base, sentences, device, precision).plan()
         output = directory / budget(plan) / f"{method.name}-seed{schedule.seed}"
         runs.append(Planned(method, schedule, plan, output, source))
     return runs

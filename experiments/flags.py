@@ -37,10 +37,16 @@ DATA = "auto ($SST2_DIR, else hub, else packaged), hub, packaged or a directory"
 
 
 def source_flags(parser: argparse._ActionsContainer, model: str = MODEL, data: str = DATA) -> None:
-    """--model, --data, --device. What is said of the first two begins with their defaults."""
+    """--model, --data, --device, --precision. What is said of the first two begins with their defaults."""
     for name, text in (("--model", model), ("--data", data)):
         parser.add_argument(name, default=text.split()[0], help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto takes bf16 where that multiplies faster",
+    )
 
 
 def output_flags(parser: argparse._ActionsContainer) -> None:

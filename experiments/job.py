@@ -34,6 +34,7 @@ class Job:
     base: BaseModel
     data: Data
     device: str = "cpu"
+    precision: str = "fp32"
     report_to: tuple[str, ...] = ()
     processes: Processes = dataclasses.field(default_factory=Processes)
 
@@ -46,7 +47,7 @@ class Job:
 
     @property
     def bf16(self) -> bool:
-        return self.device == "cuda" and torch.cuda.is_bf16_supported()
+        return self.precision == "bf16"
 
     def plan(self) -> dict[str, Any]:
         """The part of metrics.json that is known before the run."""
@@ -71,7 +72,7 @@ class Job:
                 **schedule,
                 **(adapter if self.method.adapts else {}),
                 "target_modules": self.targets,
-                "precision": "bf16" if self.bf16 else "fp32",
+                "precision": self.precision,
             },
             "seed": seed,
         }

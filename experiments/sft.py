@@ -71,11 +71,14 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
 
     from . import checkpoints, record
     from .job import choose_device
+    from .precision import choose_precision
     from .tuning import TuningJob, tune
 
     saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
     ways = {"packing": args.packing, "gradient_checkpointing": args.gradient_checkpointing}
-    job = TuningJob(method, schedule, base, rows, choose_device(args.device), args.report_to, processes, **ways)
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+    job = TuningJob(method, schedule, base, rows, device, precision, args.report_to, processes, **ways)
     plan, settings = job.plan(), job.settings()
     output = args.output_dir or default_output(plan)
     processes.join(job.device)

@@ -58,10 +58,13 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
 
     from . import checkpoints, record
     from .job import Job, choose_device
+    from .precision import choose_precision
     from .train import train
 
     saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
-    job = Job(method, schedule, base, sentences, choose_device(args.device), args.report_to, processes)
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+    job = Job(method, schedule, base, sentences, device, precision, args.report_to, processes)
     plan, settings = job.plan(), job.settings()
     output = args.output_dir or default_output(plan)
     processes.join(job.device)

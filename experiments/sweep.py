@@ -179,11 +179,13 @@ def sweep(args: argparse.Namespace) -> int:
     print(f"base model: {base}; data: {sentences}", flush=True)
 
     from .job import Job, choose_device
+    from .precision import choose_precision
     from .train import train
 
-    rows: list[dict[str, Any]] = []
+    device, rows = choose_device(args.device), []
+    precision = choose_precision(args.precision, device)
     for number, (setting, schedule) in enumerate(zip(settings, schedules, strict=True), start=1):
-        job = Job(setting.applied(method), schedule, base, sentences, choose_device(args.device))
+        job = Job(setting.applied(method), schedule, base, sentences, device, precision)
         output = args.output_dir / TRIALS / setting.name
         metrics = None if args.overwrite else record.finished(output, job.plan())
         if metrics and provenance.differing(metrics):

@@ -37,7 +37,20 @@ def runs(tmp_path_factory, small_data) -> dict[str, Path]:
     from experiments.sst2 import main
 
     root = tmp_path_factory.mktemp("runs")
-    common = ["--model", "packaged", "--data", str(small_data), "--epochs", "2", "--max-length", "64", "--device", "cpu"]
+    common = [
+        "--model",
+        "packaged",
+        "--data",
+        str(small_data),
+        "--epochs",
+        "2",
+        "--max-length",
+        "64",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     methods = ("base", "head-only", "full", "lora", "qlora")
     for method in methods:
         assert main(["--method", method, "--output-dir", str(root / method), *common]) == 0

@@ -63,7 +63,20 @@ def call(base, small_data, tmp_path, capfd, monkeypatch):
 
 
 def argv(base, data, method):
-    settings = ["--batch-size", "20", "--epochs", "2", "--max-length", "32", "--device", "cpu", "--method", method]
+    settings = [
+        "--batch-size",
+        "20",
+        "--epochs",
+        "2",
+        "--max-length",
+        "32",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--method",
+        method,
+    ]
     targets = ["--target-modules", "query,value"] if sst2.METHODS[method].adapts else []
     return ["--model", str(base), "--data", str(data), *settings, *targets]
 

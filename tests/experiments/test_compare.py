@@ -45,6 +45,8 @@ def common(small_data):
         64,
         "--device",
         "cpu",
+        "--precision",
+        "fp32",
         "--max-steps",
         1,
     )

@@ -14,7 +14,20 @@ from experiments.chat import main as chat
 from tests.support.language_models import questions, small_llama
 from tests.support.processes import finish, metrics_of, start, trained, whole_run
 
-SHORT = ["--batch-size", "5", "--epochs", "2", "--max-length", "64", "--device", "cpu", "--held-out", "4"]
+SHORT = [
+    "--batch-size",
+    "5",
+    "--epochs",
+    "2",
+    "--max-length",
+    "64",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--held-out",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,20 @@ from experiments.parallel import Processes
 from experiments.stopping import Noted, Stopped, note_signals
 from tests.support.processes import finish, small_base, start, whole_run
 
-KILLED = ("--model", "packaged", "--method", "lora", "--batch-size", "8", "--max-length", "16", "--device", "cpu")
+KILLED = (
+    "--model",
+    "packaged",
+    "--method",
+    "lora",
+    "--batch-size",
+    "8",
+    "--max-length",
+    "16",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+)
 KILLED += ("--max-steps", "24", "--epochs", "2")
 
 
@@ -27,7 +40,20 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on(
     number, code, cause, tmp_path, small_data, capfd, monkeypatch
 ):
     base = small_base(tmp_path / "base")
-    argv = ["--model", str(base), "--data", str(small_data), "--method", "head-only", "--epochs", "1", "--device", "cpu"]
+    argv = [
+        "--model",
+        str(base),
+        "--data",
+        str(small_data),
+        "--method",
+        "head-only",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     step_as_it_is = trainer.SentimentTrainer.training_step
 
     def training_step(self, *args):

@@ -80,7 +80,7 @@ def test_flags_change_the_method():
     assert method.target_modules == ("query", "value") and (method.bias, method.lora_plus_ratio) == ("all", 8)
 
 
-LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu")
+LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu", "--precision", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_results_have_a_place_of_their_own_by_default():
 
 def test_qlora_learns_from_a_part_of_the_packaged_data(call, tmp_path):
     code, _, err = call(
-        "--method", "qlora", "--model", "packaged", "--data", "packaged", "--device", "cpu",
+        "--method", "qlora", "--model", "packaged", "--data", "packaged", "--device", "cpu", "--precision", "fp32",
         "--train-samples", "960", "--epochs", "1", "--learning-rate", "2e-3", "--output-dir", "out",
     )  # fmt: skip
     assert code == 0, err

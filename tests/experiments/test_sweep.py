@@ -88,7 +88,20 @@ def call(capfd, small_data):
     """Runs the command on tiny trials; returns (exit code, standard output, standard error)."""
 
     def run(*argv):
-        common = ("--model", "packaged", "--data", small_data, "--device", "cpu", "--max-steps", 1, "--max-length", 32)
+        common = (
+            "--model",
+            "packaged",
+            "--data",
+            small_data,
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--max-steps",
+            1,
+            "--max-length",
+            32,
+        )
         sizes = ("--train-samples", 32, "--held-out", 32)
         capfd.readouterr()
         try:

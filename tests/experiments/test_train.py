@@ -177,7 +177,7 @@ def test_the_adapter_names_its_base_so_that_others_can_load_it(runs):
 def test_a_run_is_reproducible(runs, tmp_path, small_data):
     from experiments.sst2 import main
 
-    common = ["--model", "packaged", "--data", str(small_data), "--max-length", "64", "--device", "cpu"]
+    common = ["--model", "packaged", "--data", str(small_data), "--max-length", "64", "--device", "cpu", "--precision", "fp32"]
     assert main(["--method", "lora", "--epochs", "2", "--output-dir", str(tmp_path / "again"), *common]) == 0
     first, again = metrics_of(runs["lora"]), metrics_of(tmp_path / "again")
     assert first["loss_history"] == again["loss_history"] and first["loss"] == pytest.approx(again["loss"], abs=1e-6)
