@@ -79,6 +79,9 @@ def parameter_efficiency(group: Group) -> pyplot.Figure:
     """Accuracy against the parameters trained, the head included: each method where it is, with its name beside it."""
     figure, axes = pyplot.subplots(figsize=(SIZE[0], 5.2), layout="constrained")
     rows = [row for row in group.rows if row.mean("trainable_parameters")]
+    if not rows:
+        axes.text(0.5, 0.5, "no method trained anything", ha="center", transform=axes.transAxes)
+        return figure
     places = [(row.mean("trainable_parameters"), row.accuracy) for row in rows]
     heights = [y for _, y in places]
     apart = 0.042 * max(max(heights) - min(heights), 0.02)  # of two names, so that they can be read
