@@ -18,9 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.files.checkpoint import read_config
-from lora_core.files.disk import write_whole
-
 from .command import Parser, run
 from .errors import ExperimentError
 
@@ -47,6 +44,8 @@ def export(directory: Path, onnx: bool = False) -> dict[str, float]:
     """
     import torch
     from torch import Tensor, nn
+
+    from lora_core.files.disk import write_whole
 
     class Logits(nn.Module):
         def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
@@ -158,6 +157,8 @@ def load_merged(directory: Path, device: str) -> tuple[Any, Any, int, str]:
 
 def _model(directory: Path) -> tuple[Any, dict[str, Any]]:
     """The model, a classifier or a causal language model, and what its forward is told besides."""
+    from lora_core.files.checkpoint import read_config
+
     from . import models
     from .language_models import load_language_model
 
