@@ -39,8 +39,9 @@ compare: .venv/.installed-all
 results: .venv/.installed-all
 	$(BIN)/python -m experiments.remake $(ARGS)
 
+# In two processes, since most tests use one core; those of a file stay together, with what they prepare. ARGS="-n 8": in eight.
 test: .venv/.installed-all
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-quick: .venv/.installed-all
 	$(BIN)/python -m pytest $(foreach test,$(CORE),tests/$(subst /,/test_,$(test)).py) $(ARGS)

