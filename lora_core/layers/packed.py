@@ -1,6 +1,6 @@
 """Packed parameters that are no layer's weight, as the fused experts of a mixture are.
 
-    model.layers.0.mlp.experts.gate_up_proj        packed: (E, d_out, d_in) in one parameter, scaled as bitsandbytes does it
+    model.layers.0.mlp.experts.gate_up_proj        packed: (E, d_out, d_in) in one parameter with its scales
 
 The module around them keeps its forward, and reads a parameter as ever: what it gets is dense for one product, one matrix of
 the stack where no more is asked for, and again for its gradient (`maths/packed.py`). A state dict has the scales beside it.
