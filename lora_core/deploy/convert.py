@@ -32,6 +32,7 @@ from ..files.reading import parse_json, read_object
 from ..files.shards import new_directory
 from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
+from ..methods.base import refuse_unmergeable
 from ..methods.registry import all_tables, method_of
 from ..methods.start import start
 from ..spec.checks import check_alpha, check_rank
@@ -96,6 +97,8 @@ def convert_adapter(
         updates = read_updates(directory)
         tensors, metadata = read_weights(directory)
         method = method_of(updates.config)
+        if plain:
+            refuse_unmergeable(method, directory)
         if plain and not method.is_plain:
             if base is None:
                 raise ConfigError(f"{directory} is {method.label}, {method.needs_base}; name it with --base")

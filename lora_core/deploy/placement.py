@@ -24,6 +24,7 @@ from ..errors import StateError, WrongBaseError
 from ..files.checkpoint import Checkpoint
 from ..integrations.model_class import ModelClass, known_class
 from ..integrations.tied_names import OUTPUT_LAYER, may_be_tied, tied_groups
+from ..model.replicate import refuse_replicated
 from ..spec.targets import is_embedding, match_saved_modules, select_targets
 from .updates import AdapterUpdates
 
@@ -75,7 +76,10 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
         WrongBaseError: the base lacks a layer that an adapter updates, or has one that an adapter should update and
             does not.
         StateError: two adapters have a tensor of their own for the same path, or tied weights can't be told apart.
+        ConfigError: an adapter is for a model of replicated layers.
     """
+    for adapter in adapters:
+        refuse_replicated(adapter.config, adapter.directory)
     layers = list(dict.fromkeys(path for adapter in adapters for path in adapter.layers))
     if inside := next((path for path in layers if ".base_layer." in path), None):
         raise StateError(

@@ -88,6 +88,8 @@ def _vllm(asked: _Asked) -> list[Finding]:
 
 
 def _llama_cpp(asked: _Asked) -> list[Finding]:
+    if method_of(asked.updates.config).unmergeable:
+        return [Finding("refuses PEFT's files: it reads GGUF", "llama.cpp's convert_lora_to_gguf.py writes its invocation too")]
     found = _method(asked) + _whole(asked)
     convolutions = [p for p, u in asked.updates.layers.items() if any(t.dim() > 2 for t in u.tensors.values())]
     if convolutions:
@@ -119,6 +121,8 @@ def _method(asked: _Asked) -> list[Finding]:
     method = method_of(asked.updates.config)
     if method.bias_table is not None:
         return [Finding("refuses a bias of B (lora_bias)", asked.merge)]
+    if method.unmergeable:
+        return [Finding(f"reads {method.label} as plain LoRA, which acts on every token", "run it here, or with PEFT")]
     if not method.is_plain:
         first = "" if asked.tool is None else "of PEFT's files, made with --to peft: "
         return [Finding(f"refuses {method.label}", first + asked.convert("--plain --base BASE"))]
@@ -129,7 +133,10 @@ def _whole(asked: _Asked) -> list[Finding]:
     """What is trained whole, or some rows of it."""
     held, rows = sorted(asked.updates.copies), sorted(asked.updates.tokens)
     parts = {"what is trained whole": held, "what has rows that are trained for some tokens": rows}
-    return [Finding(f"refuses {what} ({', '.join(names[:3])})", asked.merge) for what, names in parts.items() if names]
+    found = [Finding(f"refuses {what} ({', '.join(names[:3])})", asked.merge) for what, names in parts.items() if names]
+    if asked.updates.config.layer_replication is not None:
+        found.append(Finding("builds no model of replicated layers", "load it here, merge_and_unload, and serve the result"))
+    return found
 
 
 PROGRAMS: dict[str, Callable[[_Asked], list[Finding]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp, "peft": _peft}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..bases import PACKED
 from ..bases.base import Base
 from ..errors import ConfigError
+from ..methods.base import refuse_unmergeable
+from ..methods.registry import method_of
 from ..spec.checks import check_finite
+from ..spec.config import LoraConfig
 
 ORIGINAL = "original"
 DEQUANTIZED = "-dequantized"  # after the name of a base that packs weights
@@ -64,6 +68,21 @@ class Recipe:
             raise ConfigError(f"base_as must be one of {', '.join(map(repr, choices()))}, not {self.base_as!r}")
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ConfigError(f"dtype must be float32, float16, bfloat16 or float64, not {self.dtype}")
+
+    def weights_for(self, adapters: Sequence[tuple[Path, LoraConfig]]) -> tuple[float, ...]:
+        """The factor of each of these adapters, (directory, settings).
+
+        Raises:
+            ConfigError: there are fewer or more; or one of the adapters can't be merged, or not weighted.
+        """
+        weights = (1.0,) * len(adapters) if self.weights is None else self.weights
+        if not adapters or len(weights) != len(adapters):
+            raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
+        for weight, (directory, config) in zip(weights, adapters, strict=True):
+            refuse_unmergeable(method := method_of(config), directory)
+            if weight != 1 and not method.is_product:
+                raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
+        return weights
 
 
 #: Nothing cast, each update once, into what its fingerprint says.

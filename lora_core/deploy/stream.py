@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..bases import base_for, base_of, dense_weight
 from ..bases.base import Format
-from ..errors import ConfigError, FileFormatError, StateError
+from ..errors import FileFormatError, StateError
 from ..files.adapter import FLOAT_DTYPES
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.shards import Entry, new_directory, write_index, write_shard
@@ -33,7 +33,6 @@ from ..files.stored import StoredTensor
 from ..integrations.model_class import ModelClass, known_class
 from ..layers import LoraLayer
 from ..maths.loss import Cost, cast, cost, cost_of_cast, refuse_loss
-from ..methods.registry import method_of
 from ..model.merge import MergeReport
 from ..spec.targets import is_head
 from .basis import Basis, check_base, find_basis
@@ -91,12 +90,7 @@ class StreamMerge:
     def __init__(self, base: Checkpoint, adapters: Sequence[AdapterUpdates], recipe: Recipe = AS_IT_IS) -> None:
         if "quantization_config" in base.config:
             raise FileFormatError(f"{base.directory} is quantised already; give the base that it was made from")
-        weights = (1.0,) * len(adapters) if recipe.weights is None else recipe.weights
-        if not adapters or len(weights) != len(adapters):
-            raise ConfigError(f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each")
-        for weight, method in zip(weights, (method_of(adapter.config) for adapter in adapters), strict=True):
-            if weight != 1 and not method.is_product:
-                raise ConfigError(f"a {method.label} adapter can't be weighted: its update is no product; leave its weight 1")
+        weights = recipe.weights_for([(adapter.directory, adapter.config) for adapter in adapters])
         self.base, self.original, self.recipe = base, base, recipe
         self.placement, adapters = place_grown(base, [onto(base, adapter) for adapter in adapters])
         companions_of_merge(base, adapters)  # so that an error of theirs comes now

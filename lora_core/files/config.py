@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError, FileFormatError
 from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
+from ..model.replicate import replicated
 from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
 from ..spec.peft_fields import OF_A_START, OF_PEFT, is_empty
@@ -30,7 +31,7 @@ OF_THE_PAST = frozenset({"inference_mode", "init_weights", "enable_lora", "init_
 NUMBERS = ("r", "lora_alpha")
 
 #: Fields that came late to PEFT, left out where they say nothing: an older one then reads the file without a warning.
-LATE_FIELDS = ("trainable_token_indices",)
+LATE_FIELDS = ("trainable_token_indices", "alora_invocation_tokens", "layer_replication")
 
 #: What a file may ask for at most; the configuration of an adapter on thousands of layers takes a tenth.
 MAX_BYTES = 2**20
@@ -47,6 +48,8 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     adapter = find_adapter(model, adapter_name)
     config = adapter.stored
     fields = method_of(config).fields(config)
+    if (layers := replicated(model)) is not None:  # whichever of its adapters said so
+        fields["layer_replication"] = layers.ranges
     fields = {name: value for name, value in fields.items() if value is not None or name not in LATE_FIELDS}
     if config.target_modules == ALL_LINEAR:  # what it stands for depends on the model, so it is written out
         parameters = {path for path, layer in adapter_layers(model, adapter) if layer.weight_path(path) == path}

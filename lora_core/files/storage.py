@@ -40,6 +40,7 @@ from ..model.registry import (
     registry_of,
     unwrap,
 )
+from ..model.replicate import replicate_layers
 from ..model.report import InjectionReport, describe
 from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
@@ -157,12 +158,15 @@ def load_adapter(
     refuse_sharded(model, "loading")
     form, files, others = read_any(Path(directory), hints, lambda: base_of_model(model, hints))
     root = unwrap(model)
+    replicate_layers(root, files.config, registry_of(model).adapters if has_adapters(model) else ())
     settled, architecture = settle_targets(model, files.config)
     fused = fuse_experts(root, settled, files.tensors, directory)
     moved = follow_names(root, fused.config, fused.tensors, directory)
     config, tensors = moved.config, moved.tensors
     exists = has_adapters(model) and adapter_name in registry_of(model).adapters
     was = take_off(root, adapter_name) if exists and replace and not _fits(root, adapter_name, config, tensors) else None
+    if was is not None:  # with the last adapter the layers are the model's own again
+        replicate_layers(root, config, was.names if has_adapters(model) else ())
     exists = exists and was is None
     found = with_kept(root, tensors, plan_for_file(model, config, tensors), directory, strict)
     if not exists:

@@ -95,17 +95,17 @@ class LoraLayer(Traits, FoldedLayer):
         return y if own is None else (y + self.spread(own, y)).to(y.dtype)
 
     def _general_forward(self, x: Tensor) -> Tensor:
-        """The forward where an adapter scales the output, or replaces rows of the weight, beside others that may not."""
-        replacing = [name for name in self.lora_active if self.lora_method[name].replaces_rows]
-        others = tuple(name for name in self.lora_active if name not in replacing)
+        """The forward where an adapter scales the output, or says itself what it adds to it, beside others that may not."""
+        apart = [name for name in self.lora_active if self.lora_method[name].adds_itself]
+        others = tuple(name for name in self.lora_active if name not in apart)
         if not others:
             y = self.base_forward(x, self.bias)
         elif self._are_products(others):
             y = self._product_forward(x, others)
         else:
             y = self._scaled_forward(x, others)
-        for name in replacing:
-            y = self.add_to_tokens(y, x, *self.lora_method[name].change(self, name))
+        for name in apart:
+            y = self.lora_method[name].add(self, name, y, x)
         return y
 
     def products_of(self, names: tuple[str, ...]) -> list[Product]:

@@ -54,6 +54,7 @@ class AdapterHolder(nn.Module):
         lora_folded: names of the adapters that are folded into `weight` now.
         lora_masks: the siblings that share a dropout mask with it; None if none do.
         lora_rows: {thread: the adapters that each row of its batch uses}.
+        lora_text: what the model reads, for methods that ask; None if none does.
     """
 
     lora_A: nn.ParameterDict
@@ -68,7 +69,7 @@ class AdapterHolder(nn.Module):
         module.lora_base_class = base_class
         module.lora_tables = ()
         module.lora_scaling, module.lora_dropout, module.lora_method = {}, {}, {}
-        module.lora_rows, module.lora_masks = {}, None
+        module.lora_rows, module.lora_masks, module.lora_text = {}, None, None
         module.lora_active = module.lora_folded = ()
         module.lora_unfolded = ()  # (weight, bias, dtype of the folded weight): in a tuple they are not registered
         return module
@@ -87,7 +88,19 @@ class AdapterHolder(nn.Module):
             )
         self.leave_mask_group()
         change_class(self, self.lora_base_class)
-        plain = ("scaling", "dropout", "method", "rows", "masks", "active", "folded", "unfolded", "base_class", "tables")
+        plain = (
+            "scaling",
+            "dropout",
+            "method",
+            "rows",
+            "masks",
+            "text",
+            "active",
+            "folded",
+            "unfolded",
+            "base_class",
+            "tables",
+        )
         for name in (*self.lora_tables, *(f"lora_{attribute}" for attribute in plain)):
             delattr(self, name)
         return self

@@ -35,6 +35,7 @@ class RowAdapters:
         B: transposed, with the scaling in it, (K, R, d_out).
         scale: f, with which an adapter multiplies the output, (K, d_out); None if no adapter has one.
         bias: with the scaling in it, (K, d_out); None likewise.
+        by_text: (which of the K, its name) of those that act on some tokens alone, as `methods/activated.py` does.
     """
 
     index: Tensor
@@ -44,6 +45,7 @@ class RowAdapters:
     B: Tensor
     scale: Tensor | None
     bias: Tensor | None
+    by_text: tuple[tuple[int, str], ...] = ()
 
     def forward(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """What the layer computes of x, whose first dimension is the rows.
@@ -55,12 +57,20 @@ class RowAdapters:
         y = layer.base_forward(x, None if self.scale is not None else layer.bias)
         dtype = y.dtype
         if self.A.shape[1]:
+            x = self._acted_on(layer, x)
             y = self._add_linear(y, x) if layer.is_linear else self._add_any(layer, y, x)
         if self.scale is not None:
             y = y * layer.spread(self.scale[self.index], y)
             y = y if layer.bias is None else y + layer.spread(layer.bias, y)
         y = y if self.bias is None else y + layer.spread(self.bias[self.index], y)
         return y.to(dtype)
+
+    def _acted_on(self, layer: LoraLayer, x: Tensor) -> Tensor:
+        """x, with zeros for the tokens on which the adapter of their row does not act: its product is zero there."""
+        for k, name in self.by_text:
+            acts = layer.lora_method[name].acts(layer, name, x) | (self.index != k)[:, None]  # N T
+            x = torch.where(acts[..., None], x, torch.zeros_like(x))
+        return x
 
     def _add_linear(self, y: Tensor, x: Tensor) -> Tensor:
         """y with each row's product added to it, in place where the dtype is that of the update."""
@@ -103,6 +113,7 @@ def stack(layer: LoraLayer, names: Sequence[str], rows: tuple[Tensor, Tensor, Te
         pad_sequence([B.t() for _, B in pairs], batch_first=True).mul_(scaling[:, None, None]),
         each(layer.row_scale, like.new_ones(d_out)),
         each(layer.own_bias, like.new_zeros(d_out)),
+        tuple((k, name) for k, name in enumerate(here) if name is not None and layer.lora_method[name].reads_text),
     )
 
 

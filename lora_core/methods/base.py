@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TargetError
 from ..maths.lora import fold_
 from ..spec.config import LoraConfig
 
@@ -73,18 +73,22 @@ class Method:
         mark: what tells it from others in an adapter's fingerprint.
         is_product: whether it changes W by s B A alone: f is 1.
         replaces_rows: whether it changes some rows of W alone, as `methods/tokens.py` does.
+        adds_itself: whether `add` says what it adds to a layer's output, and not A, B, f and c.
+        reads_text: whether it asks what the model reads; its layers have `lora_text` (see `methods/activated.py`).
+        unmergeable: why no weight can hold what it does; "" where one can.
         owns_factors: whether A and B are tables of its own that may be overwritten.
         bias_table: the name of the table that holds c; None: there is no c.
         besides: what it may change where B A is zero; "" for nothing.
         needs_base: why making plain LoRA of its files takes the base.
     """
 
-    name = label = asked = besides = needs_base = ""
+    name = label = asked = besides = needs_base = unmergeable = ""
     peft_type = LoraConfig.peft_type
     config: type[LoraConfig] = LoraConfig
     tables: tuple[Table, ...] = ()
     mark: tuple[Any, ...] = ()
     is_product, owns_factors, replaces_rows = True, False, False
+    adds_itself, reads_text = False, False
     bias_table: str | None = None
 
     @property
@@ -139,6 +143,10 @@ class Method:
     def row_scale(self, layer: Any, name: str) -> Tensor | None:
         """f, (d_out,), with gradients; None: it is 1."""
         return None
+
+    def add(self, layer: Any, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output y for x with what the adapter adds to it, where `adds_itself`. It may write into y."""
+        raise NotImplementedError
 
     def fold_(self, layer: Any, name: str, W: Tensor) -> Tensor:
         """f (W + s B A) in the place of W, (d_out, d_in), the base's, in float32 or float64. Returns W."""
@@ -203,8 +211,22 @@ def refuse_foreign_factors(method: Method, what: str) -> None:
         raise ConfigError(f"{what} is for adapters with A and B of their own, and {method.label} has none; use plain LoRA")
 
 
+def refuse_other_than_linear(label: str, path: str, module: nn.Module) -> None:
+    """Raises a TargetError if `module`, at `path`, is no linear layer."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or weight is None or weight.dim() != 2:
+        raise TargetError(f"target_modules: {path!r} is no linear layer, and {label} is for those; leave it out")
+
+
+def refuse_unmergeable(method: Method, adapter: object) -> None:
+    """Raises a ConfigError if no weight can hold what such an adapter does."""
+    if method.unmergeable:
+        raise ConfigError(f"{adapter} is {method.label}, which {method.unmergeable}; keep it beside the base")
+
+
 def refuse_no_product(method: Method, name: str) -> None:
     """Raises a ConfigError if the update of the adapter `name` is no product, and so does not add up with others."""
+    refuse_unmergeable(method, f"adapter {name!r}")
     if not method.is_product:
         raise ConfigError(
             f"adapter {name!r} is {method.label}, whose update depends on the weight it is on and does not add up with others; "

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..spec.config import LoraConfig
 from ..spec.peft_fields import plain
+from .activated import Activated
 from .base import FORMS, METHODS, Method, Table
 from .bias import LoraWithBias
 from .dora import ASKED as ASKED, MAGNITUDE as MAGNITUDE, Dora
@@ -15,9 +16,9 @@ from .lora import Lora
 from .tokens import TokenRows
 from .vera import Vera
 
-LORA, DORA, LORA_BIAS, VERA, TOKENS = Lora(), Dora(), LoraWithBias(), Vera(), TokenRows()
+LORA, DORA, LORA_BIAS, VERA, TOKENS, ACTIVATED = Lora(), Dora(), LoraWithBias(), Vera(), TokenRows(), Activated()
 
-METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS, VERA, TOKENS)})
+METHODS.update({method.name: method for method in (LORA, DORA, LORA_BIAS, VERA, TOKENS, ACTIVATED)})
 
 
 def register_method(method: Method) -> None:

@@ -27,7 +27,7 @@ class TokenRows(Method):
     """What an adapter has on the embeddings of which it trains some rows, besides A and B on other layers."""
 
     name, label, asked = "tokens", "trained tokens", "trainable_token_indices"
-    is_product, replaces_rows = False, True
+    is_product, replaces_rows, adds_itself = False, True, True
     tables = (
         Table("lora_tokens", "rows", "token_adapter.trainable_tokens_delta", tied=True),
         Table("lora_token_ids", "rows", trained=False),
@@ -45,6 +45,9 @@ class TokenRows(Method):
         """(ids, t - W[ids]), (k,) and (k, d), the second with gradients of t, in its dtype."""
         rows, ids = stored_entry(layer.lora_tokens, name), stored_entry(layer.lora_token_ids, name)
         return ids, rows - layer.weight.detach()[ids].to(rows.dtype)
+
+    def add(self, layer: Any, name: str, y: Tensor, x: Tensor) -> Tensor:
+        return layer.add_to_tokens(y, x, *self.change(layer, name))
 
     def fold_(self, layer: Any, name: str, W: Tensor) -> Tensor:
         rows, ids = layer.lora_tokens[name].to(W), layer.lora_token_ids[name].to(W.device)

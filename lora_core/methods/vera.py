@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.forwards import stored_entry
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError
 from ..spec.checks import check_finite
 from ..spec.config import LoraConfig
-from .base import Method, Table
+from .base import Method, Table, refuse_other_than_linear
 
 #: Settings of LoRA that VeRA has no use for; its dropout is `vera_dropout`, its scaling 1.
 _NOT_HERE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "rank_pattern")
-_NOT_HERE += ("alpha_pattern", "exclude_modules", "ensure_weight_tying", "trainable_token_indices")
+_NOT_HERE += ("alpha_pattern", "exclude_modules", "ensure_weight_tying", "trainable_token_indices", "alora_invocation_tokens")
+_NOT_HERE += ("layer_replication",)
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ class Vera(Method):
     )
 
     def check(self, config: VeraConfig, path: str, module: nn.Module, shape: tuple[int, int], r: int) -> None:
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Embedding) or weight is None or weight.dim() != 2:
-            raise TargetError(f"target_modules: {path!r} is no linear layer, and VeRA is for those; leave it out")
+        refuse_other_than_linear(self.label, path, module)
 
     def start_of(self, config: VeraConfig) -> float:
         return config.d_initial

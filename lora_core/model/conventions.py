@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -96,6 +97,16 @@ def configs(root: nn.Module) -> list[Any]:
     config = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     return [c for c in (config, text) if hasattr(c, "__dict__")]
+
+
+def own_config(root: nn.Module) -> None:
+    """Gives a model a configuration of its own, in all parts that have it: another may be made from the same one."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(root.config, copies)
+    for part in root.modules():
+        config = vars(part).get("config")
+        if id(config) in copies:
+            part.config = copies[id(config)]
 
 
 def forget_quantization(root: nn.Module) -> None:

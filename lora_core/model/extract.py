@@ -189,6 +189,8 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
     if not method.is_product:
         raise ConfigError(f"{method.asked}: a difference of weights is extracted as plain LoRA; leave it out")
     refuse_foreign_factors(method, "extract_adapter")
+    if config.layer_replication is not None:
+        raise ConfigError("layer_replication: tuned has the layers that model has; leave it out")
     if starts_from_weight(config.init_lora_weights):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} subtracts its start, and an extracted adapter has none; leave it"

@@ -24,6 +24,7 @@ from .notices import warn_of_dropout, warn_of_left_out, warn_of_no_tie, warn_of_
 from .optimizers import watch_optimizers
 from .plan import Plan, plan
 from .registry import Adapter, check_new_name, has_adapters, registry_of, unwrap
+from .replicate import replicate_layers
 from .report import InjectionReport, describe
 from .sharding import refuse_sharded
 from .verbs import changes_adapters
@@ -49,11 +50,14 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     Raises:
         TargetError: a pattern matches nothing, or a layer that can't carry an adapter.
         AdapterNameError: the model has an adapter of that name.
-        ConfigError: the name is not valid, no such start fits a rank, or biases are to be trained beside another adapter.
+        ConfigError: the name is not valid, no such start fits a rank, or biases are to be trained, or layers replicated, beside
+            another adapter.
         StateError: a thread is in a mixed batch, or in `disable_adapters`; the model is spread over processes, or a
             module to be trained whole is offloaded.
     """
-    config, architecture = settle_targets(model, configuration(config))
+    config = configuration(config)
+    replicate_layers(model, config, registry_of(model).adapters if has_adapters(model) else ())
+    config, architecture = settle_targets(model, config)
     check_new_name(model, adapter_name)
     found = plan(model, config)
     warn_of_untied(found)

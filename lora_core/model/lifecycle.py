@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..bases import adopt_layers, release_layers
 from ..errors import StateError
 from ..layers.base import LoraLayer
+from ..methods.activated import Text
+from ..methods.registry import method_of
 from . import copies
 from .atomic import Before, insist
 from .conventions import hold_back, let_go, refuse_saving
@@ -22,6 +24,7 @@ from .registry import (
     ATTRIBUTE,
     Adapter,
     Registry,
+    adapter_layers,
     adapter_parameters,
     changed_layers,
     find_adapter,
@@ -29,6 +32,7 @@ from .registry import (
     registry_of,
     unwrap,
 )
+from .replicate import restore_layers
 from .sharding import is_spread
 from .untie import forget_ties, tie_again
 from .wide import restore_class
@@ -45,11 +49,24 @@ def register(model: nn.Module, name: str, adapter: Adapter, tensors: Mapping[str
     registry = registry_of(model)
     copies.add(model, name, tensors, adapter.saved_modules)
     registry.adapters[name] = adapter
+    _read_text(model, registry)
     if adapter.untied:  # else transformers' `tie_weights` would put the base's tensor in the place of the trained one
         before = forget_ties(model, adapter.untied)
         registry.ties = registry.ties or before
     if len(registry.adapters) == 1:
         activate(model, (name,))
+
+
+def _read_text(model: nn.Module, registry: Registry) -> None:
+    """Has the layers of adapters that ask for it know what the model reads, and no longer if there are none."""
+    asking = [record for record in registry.adapters.values() if method_of(record.config).reads_text]
+    if asking and registry.text is None:
+        registry.text = Text(model)
+    for _, layer in (pair for record in asking for pair in adapter_layers(model, record)):
+        layer.lora_text = registry.text
+    if registry.text is not None and not asking:
+        registry.text.close()
+        registry.text = None
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -67,6 +84,7 @@ def remove(model: nn.Module, name: str) -> None:
         if not layer.lora_scaling:
             layer.release()
     del registry.adapters[name]
+    _read_text(model, registry)
     if registry.ties is not None and not any(record.untied for record in registry.adapters.values()):
         tie_again(model, registry.ties)
         registry.ties = None
@@ -76,6 +94,7 @@ def remove(model: nn.Module, name: str) -> None:
         release_layers(registry.adopted)
         for path, p in model.named_parameters():
             p.requires_grad_(path in registry.trainable_before and p.is_floating_point())  # it may be 4-bit by now
+        restore_layers(model)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from ..layers import LoraLayer
 from ..layers.packed import packed_names, unpack_parameters
 from ..layers.slots import ParameterSlot
 from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
+from ..methods.base import refuse_unmergeable
+from ..methods.registry import method_of
 from . import copies
 from .adapters import remove_all
 from .atomic import LastSteps
@@ -28,6 +30,7 @@ from .conventions import allow_saving, forget_quantization
 from .copies import submodule
 from .lifecycle import activate, unfold_all
 from .registry import Registry, changed_layers, find_adapter, registry_of, unwrap
+from .replicate import keep_layers, replicated
 from .sharding import refuse_sharded
 from .untie import ties, untie
 from .verbs import as_names, change_adapters, changes_adapters
@@ -94,6 +97,7 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
         allow_loss: merge although the weights' 16 bits lose more than half of the update in some layer.
 
     Raises:
+        ConfigError: no weight can hold what an adapter does (activated LoRA).
         StateError: adapters are folded in already, none is active, a weight is computed from others (pruned, say) or
             not finite once it is folded, or too much would be lost; a thread is in a mixed batch or in `disable_adapters`,
             the model is spread over processes, or an adapted weight is offloaded.
@@ -104,7 +108,8 @@ def merge_adapter(model: nn.Module, names: str | Iterable[str] | None = None, *,
     if not allow_loss:
         refuse_loss({path: c.kept for path, c in spent.items()}, f"{_REMEDY}; or pass allow_loss=True")
     _, registry.folded_ties = untie(root, tied.values(), _changed(registry, names, _layers(root, names)))
-    allow_saving(root, registry.held_back)
+    if replicated(root) is None:  # else weights are one in a way that files have no place for
+        allow_saving(root, registry.held_back)
 
 
 @changes_adapters
@@ -153,6 +158,7 @@ def merge_and_unload(
     as they were while the adapter was active, and each has a tensor of its own; a `config.tie_word_embeddings` then says so.
 
     Raises:
+        ConfigError: no weight can hold what an adapter does (activated LoRA).
         StateError: no adapter is active, a weight is computed from others (pruned, say), a merged one would not be
             finite in its dtype, or in some layer less than half of the update would be left. The model is as it was; a
             thread is in a mixed batch or in `disable_adapters`, the model is spread over processes, or an adapted weight is
@@ -174,6 +180,7 @@ def _merge(
     root, registry = unwrap(model), registry_of(model)
     names = _chosen(model, names)
     unfold_all(model)
+    keep_layers(root)
     modules = [(path, m) for path, m in root.named_modules(remove_duplicate=False) if not isinstance(m, ParameterSlot)]
     quantized = [path for path, m in modules if is_packed(m)]
     experts = {path: m for path, m in modules if packed_names(m)}
@@ -248,6 +255,8 @@ def _fold_all(
     of it, where they can be and that is not `shared`.
     """
     refuse_sharded(model, "merging")
+    for name in names:
+        refuse_unmergeable(method_of(find_adapter(model, name).config), f"adapter {name!r}")
     activate(model, names)
     root, spent = unwrap(model), {}
     for path, layer in _layers(model, names).items():

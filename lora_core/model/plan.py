@@ -33,6 +33,7 @@ from .conventions import output_layer
 from .copies import CHILD, added_tables, base_tensors, original_of, own_keys, submodule
 from .left_out import left_out, unnamed_experts
 from .registry import changed_layers, has_adapters, registry_of, unwrap
+from .replicate import first_of
 from .tokens import Rows, plan_tokens
 
 
@@ -149,11 +150,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tied_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """{id of a parameter of the base that has several paths: these}."""
-    paths = defaultdict(list)
+    """{id of a parameter of the base that has several paths, but for those of `replicate`: these}."""
+    paths, first = defaultdict(list), first_of(model)
     for path in base_tensors(model):
         paths[id(original_of(model, path))].append(path)
-    return {key: tuple(tied) for key, tied in paths.items() if len(tied) > 1}
+    return {key: tuple(tied) for key, tied in paths.items() if len(set(map(first, tied))) > 1}
 
 
 def _with_tied_modules(model: nn.Module, saved: Sequence[str], ties: Mapping[int, Sequence[str]]) -> tuple[str, ...]:

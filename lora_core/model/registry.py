@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..bases import Base
 from ..errors import AdapterNameError, ConfigError
 from ..layers.base import LoraLayer
+from ..methods.activated import Text
 from ..spec.config import LoraConfig
 from ..spec.targets import LayerPlan
 from . import copies
@@ -81,6 +82,7 @@ class Registry(Record):
         adopted: other libraries' layers whose forward is ours while there are adapters, and what holds their weights.
         mixing: threads that are in a mixed batch.
         folded_ties: what ties the base's weights again, once adapters that are folded in are unfolded.
+        text: what the model reads, while an adapter asks for it.
         ties: what says that they are tied, again, once no adapter is left that trains some of them apart.
     """
 
@@ -94,6 +96,7 @@ class Registry(Record):
     mixing: set[int] = field(default_factory=set)
     folded_ties: Broken | None = None
     ties: Broken | None = None
+    text: Text | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"disabled": {}, "mixing": set()}  # a copy of the model is in nobody's hands

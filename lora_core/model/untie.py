@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from .atomic import Record
-from .conventions import configs
+from .conventions import configs, own_config
 from .copies import base_tensors, copy_tensor, get_tensor, original_of, submodule
+from .replicate import first_of
 
 
 @dataclass
@@ -31,12 +30,12 @@ class Broken(Record):
 
 
 def ties(root: nn.Module) -> dict[int, list[str]]:
-    """{where it starts in memory: the paths}, of each tensor of the base that has several paths."""
-    paths = defaultdict(list)
+    """{where it starts in memory: the paths}, of each tensor of the base that has several paths, but for `replicate`'s."""
+    paths, first = defaultdict(list), first_of(root)
     for path in base_tensors(root):
         if (place := original_of(root, path).data_ptr()) != 0:
             paths[place].append(path)
-    return {place: tied for place, tied in paths.items() if len(tied) > 1}
+    return {place: tied for place, tied in paths.items() if len(set(map(first, tied))) > 1}
 
 
 def untie(root: nn.Module, ties: Iterable[Sequence[str]], changed: Container[str]) -> tuple[tuple[str, ...], Broken]:
@@ -75,16 +74,6 @@ def tie_again(root: nn.Module, before: Broken) -> None:
         root.all_tied_weights_keys.update(before.keys)
 
 
-def _own_config(root: nn.Module) -> None:
-    """Gives a model a configuration of its own, in all parts that have it: another may be made from the same one, and tied."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(root.config, copies)
-    for part in root.modules():
-        config = vars(part).get("config")
-        if id(config) in copies:
-            part.config = copies[id(config)]
-
-
 def _put(root: nn.Module, path: str, tensor: Tensor) -> None:
     parent, _, name = path.rpartition(".")
     setattr(submodule(root, parent), name, tensor)
@@ -102,7 +91,7 @@ def forget_ties(root: nn.Module, untied: Collection[str]) -> Broken:
     if not untied:
         return before
     if any(flags):
-        _own_config(root)
+        own_config(root)
     for config in configs(root):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

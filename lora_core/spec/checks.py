@@ -38,6 +38,17 @@ def check_tolerance(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be zero or more, not {value!r}: nothing deviates by less")
 
 
+def frozen_ranges(name: str, ranges: Any) -> tuple[tuple[int, int], ...] | None:
+    """Pairs [start, end) as tuples; None where there are none."""
+    if ranges is None or ranges == []:
+        return None
+    listed = isinstance(ranges, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in ranges)
+    valid = listed and all(type(i) is int for pair in ranges for i in pair) and all(0 <= a < b for a, b in ranges)
+    if not valid:
+        raise ConfigError(f"{name} must be a list of pairs [start, end), such as [[0, 4], [2, 5]], not {ranges!r:.99}")
+    return tuple((a, b) for a, b in ranges)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .checks import check_alpha, check_choice, check_rank, check_regex, is_number
+from .checks import check_alpha, check_choice, check_rank, check_regex, frozen_ranges, is_number
 from .patterns import END, LAYERS, WHOLE, matches
 from .peft_fields import TakesFieldsOfPeft
-from .tokens import frozen_tokens
+from .tokens import INVOCATION, frozen_invocation, frozen_tokens
 
 #: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
 #: SVD of N iterations is "pissa_niter_N"). `methods/start.py` says what they are.
@@ -69,8 +69,12 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         alpha_pattern: the same for lora_alpha.
         layers_to_transform: adapt only the layers of these indices, an integer or a list (target list only).
         layers_pattern: name of the module list that holds those layers, when it can't be told from the path.
+        layer_replication: pairs [start, end): the model's layers are stacked anew by these ranges, and those that come again
+            share their weights, and have adapters of their own. See `model/replicate.py`.
         trainable_token_indices: tokens whose rows of the embeddings are trained, and no others: a list of them for the input
             embeddings, or {name of a module: its list}. A head that is tied to these embeddings goes with them.
+        alora_invocation_tokens: activated LoRA: the tokens from which on the adapter acts, wherever they stand last in a text;
+            what stands before is the base's, and so is its cache. See `methods/activated.py`.
         task_type: one of TASK_TYPES; a classification type adds the model's head to `modules_to_save`.
         ensure_weight_tying: train one copy for all the paths of a tied tensor in `modules_to_save` (a head that is the input
             embeddings); else each that is named is trained apart, and the others keep the base's.
@@ -97,7 +101,9 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
     task_type: str | None = None
     ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
@@ -142,6 +148,10 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         object.__setattr__(self, "_found", {})  # {(field, path): what its patterns say}
         self._freeze_layer_indices()
         object.__setattr__(self, "trainable_token_indices", frozen_tokens(self.trainable_token_indices))
+        object.__setattr__(self, "layer_replication", frozen_ranges("layer_replication", self.layer_replication))
+        object.__setattr__(self, INVOCATION, frozen_invocation(self.alora_invocation_tokens))
+        if self.alora_invocation_tokens and (self.use_dora or self.lora_bias):
+            raise ConfigError(f"{INVOCATION} goes with neither use_dora nor lora_bias; leave them out")
 
     def _check_start(self) -> None:
         init = self.init_lora_weights

@@ -47,20 +47,11 @@ NOT_HERE = {
     "velora_config": "VeLoRA, whose gradients are those of compressed activations; use plain LoRA",
 }
 
-#: What is not taken yet.
-NOT_YET = {
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layers that are repeated",
-}
-
 #: Fields that may have one value.
 ONLY = {"init_weights": True}
 
-#: Why a field is refused that asks for something.
-REASONS = NOT_HERE | {name: f"{what}, which is not supported" for name, what in NOT_YET.items()}
-
 #: All that PEFT has besides.
-OF_PEFT = WITHOUT_MEANING | OF_A_START.keys() | ONLY.keys() | REASONS.keys()
+OF_PEFT = WITHOUT_MEANING | OF_A_START.keys() | ONLY.keys() | NOT_HERE.keys()
 
 
 class TakesFieldsOfPeft(type):
@@ -90,8 +81,8 @@ def own_fields(form: str, known: Collection[str], fields: Mapping[str, Any]) -> 
     for name, value in fields.items():
         if name in known:
             continue
-        if name in REASONS and not is_empty(value):
-            raise ConfigError(f"{name}={value!r} asks for {REASONS[name]}")
+        if name in NOT_HERE and not is_empty(value):
+            raise ConfigError(f"{name}={value!r} asks for {NOT_HERE[name]}")
         if name in OF_A_START and not is_empty(value):
             warnings.warn(f"{name} is not used: it is for init_lora_weights={OF_A_START[name]!r}", stacklevel=3)
         if name in ONLY and value is not ONLY[name]:

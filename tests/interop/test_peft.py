@@ -21,7 +21,7 @@ from lora_core.errors import ConfigError, FileFormatError, StateError
 from lora_core.files.adapter import read_adapter
 from lora_core.files.storage import adapter_tensors
 from lora_core.layers import LoraLayer
-from lora_core.spec.peft_fields import OF_A_START, REASONS, WITHOUT_MEANING
+from lora_core.spec.peft_fields import NOT_HERE, OF_A_START, WITHOUT_MEANING
 from tests.support import tiny
 
 peft = pytest.importorskip("peft")
@@ -286,8 +286,6 @@ def test_16_bit_files_keep_their_dtype_and_compute_the_same(architecture, varian
 
 
 REFUSED = {
-    "alora_invocation_tokens": [3, 4],
-    "layer_replication": [[0, 1], [0, 2]],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
@@ -303,8 +301,8 @@ def test_every_field_of_peft_is_known_or_refused_by_name():
     """A field that a newer peft brings must be looked at, not skipped."""
     fields = set(peft.LoraConfig().to_dict())
     known = {f.name for f in dataclasses.fields(LoraConfig)} | {"peft_type"}
-    assert fields <= known | WITHOUT_MEANING | OF_A_START.keys() | REASONS.keys()
-    assert REASONS.keys() - {"enable_lora"} <= {name.split(" ")[0] for name in REFUSED}
+    assert fields <= known | WITHOUT_MEANING | OF_A_START.keys() | NOT_HERE.keys()
+    assert NOT_HERE.keys() - {"enable_lora"} <= {name.split(" ")[0] for name in REFUSED}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -37,6 +37,8 @@ X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
 SAMPLES = 60  # of the lines of each case: with these cases more than 1,500 in all
 ERRORS = (KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError)
 TOKENS = LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3, 7])
+ACTIVATED = LoraConfig(r=2, target_modules=["c_attn"], alora_invocation_tokens=[3, 7])
+REPLICATED = LoraConfig(r=2, target_modules=["query"], layer_replication=[[0, 1], [0, 1]])
 HEAD = {"r": 2, "target_modules": ["q", "v"], "modules_to_save": ["classifier"]}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains it apart:UserWarning")
@@ -82,6 +84,18 @@ def tied_merged():
 def with_tokens():
     model = tiny.build("gpt2")
     inject(model, LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3, 7]), "a")
+    return tiny.randomize(model, "a")
+
+
+def activated():
+    model = tiny.build("gpt2")
+    inject(model, ACTIVATED, "a")
+    return tiny.randomize(model, "a")
+
+
+def replicated():
+    model = tiny.build("bert")
+    inject(model, REPLICATED, "a")
     return tiny.randomize(model, "a")
 
 
@@ -132,6 +146,11 @@ CASES = {
     "set_adapter in 16 bits": (lambda: adapted(bf16), lambda m: set_adapter(m, "b")),
     "disable_adapters": (adapted, disabled),
     "inject with tokens": (lambda: tiny.build("gpt2"), lambda m: inject(m, TOKENS)),
+    "inject activated": (lambda: tiny.build("gpt2"), lambda m: inject(m, ACTIVATED)),
+    "unload activated": (activated, unload),
+    "inject replicated": (lambda: tiny.build("bert"), lambda m: inject(m, REPLICATED)),
+    "unload replicated": (replicated, unload),
+    "merge_and_unload replicated": (replicated, merge_and_unload),
     "merge_adapter with tokens": (with_tokens, merge_adapter),
     "merge_and_unload with tokens": (with_tokens, merge_and_unload),
     "unload with tokens": (with_tokens, unload),

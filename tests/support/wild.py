@@ -16,7 +16,7 @@ import peft
 
 from lora_core import LoraConfig, LoraError
 from lora_core.files.config import config_from_json
-from lora_core.spec.peft_fields import REASONS
+from lora_core.spec.peft_fields import NOT_HERE
 
 
 def as_peft_reads(path):
@@ -62,7 +62,7 @@ def calls(directory):
 
 def refused_by_name(call, error):
     """Whether a call asks for what is on the list of what is refused, and the error names that."""
-    return any(call.get(name) and f"{name}=" in str(error) for name in REASONS)
+    return any(call.get(name) and f"{name}=" in str(error) for name in NOT_HERE)
 
 
 def main(directory):

@@ -16,7 +16,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import ConfigError, FileFormatError, LoraError
+from ...methods.base import refuse_unmergeable
 from ...methods.registry import all_tables, method_of
+from ...model.replicate import refuse_replicated
 from ...spec.config import LoraConfig, starts_from_weight
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from ..config import other_base
@@ -55,6 +57,8 @@ def contents_of(source: object, config: LoraConfig, tensors: Mapping[str, Tensor
     if starts_from_weight(config.init_lora_weights):
         raise ConfigError(f"{source}: {other_base(config.init_lora_weights)} --base BASE")
     method, layers, biases = method_of(config), {}, {}
+    refuse_unmergeable(method, source)
+    refuse_replicated(config, source)
     for key, tensor in tensors.items():
         parsed = parse_key(key)
         if parsed is None or (parsed.table is not None and not parsed.path):
