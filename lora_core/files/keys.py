@@ -71,16 +71,20 @@ def token_key(path: str) -> str:
 
 
 def copy_key(path: str, layers: Collection[str], tokens: Collection[str] = ()) -> str:
-    """The key of a tensor of the base: its own path, but inside of PEFT's wrapper of a layer that is adapted.
+    """The key of a tensor of the base: its own path, but inside of PEFT's wrapper of each layer that is adapted.
 
     Args:
         path: of the tensor.
         layers: paths of those with A and B.
         tokens: paths of those of which rows are trained.
     """
-    owner, _, name = path.rpartition(".")
-    inside = "base_layer." if owner in layers else f"{TOKENS}.base_layer." if owner in tokens else ""
-    return f"{PREFIX}{owner}.{inside}{name}"
+    *modules, name = path.split(".")
+    owner, found = "", PREFIX
+    for module in modules:
+        owner = f"{owner}.{module}" if owner else module
+        inside = "base_layer." if owner in layers else f"{TOKENS}.base_layer." if owner in tokens else ""
+        found += f"{module}.{inside}"
+    return f"{found}{name}"
 
 
 def base_path(path: str) -> str:

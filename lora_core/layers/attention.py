@@ -81,8 +81,8 @@ class LoraAttention(LoraLayer, nn.MultiheadAttention):
 
     @classmethod
     def unsupported(cls, layer: nn.Module, config: LoraConfig, r: int) -> str | None:
-        asked = method_of(config).asked or (f"bias={config.bias!r}" if config.bias != "none" else None)
-        return f"is attention, whose files have no place for {asked} in PEFT; leave it out" if asked else None
+        asked = method_of(config).asked
+        return f"is attention, whose forward in PEFT has no place for {asked}; leave it out" if asked else None
 
     @classmethod
     def matrix_shape(cls, layer: nn.Module) -> tuple[int, int]:

@@ -4,12 +4,13 @@ The kernel, (d_out, channels, *k), is a matrix of d_in = channels * k values a r
 the same geometry to r channels, by A, and one of size 1 from those, by B.
 
 Where the base's kernel has groups, A reads all channels, as in PEFT, and B has the groups: (d_out, r / groups). The update then
-reaches across the groups, which no kernel of the base's shape can hold: it can't be folded in.
+reaches across the groups, which no kernel of the base's shape can hold: it can't be folded in. For DoRA PEFT takes norms of
+another matrix, and so does `weight_with`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..maths.lora import update_dtype
+from ..maths.lora import fold_, update_dtype
+from ..methods.base import Method
 from ..methods.registry import method_of
 from ..spec.config import FROM_WEIGHT, LoraConfig
 from .base import LoraLayer
@@ -73,7 +75,7 @@ class LoraGroupedConv(LoraConv):
         here = f"is a convolution of {layer.groups} groups"
         if r % layer.groups:
             return f"{here}, and the rank {r} is no multiple of that; choose another rank, or leave it out"
-        if not (method := method_of(config)).is_plain:
+        if not (method := method_of(config)).owns_factors:
             return f"{here}, whose update is no part of its weight, as {method.label} needs it; leave {method.asked} out"
         init = config.init_lora_weights
         if isinstance(init, str) and (init == "orthogonal" or FROM_WEIGHT.fullmatch(init)):
@@ -86,10 +88,14 @@ class LoraGroupedConv(LoraConv):
         d_out, _, *ones = shapes["B"]
         return shapes | {"B": (d_out, r // layer.groups, *ones)}
 
-    def add_adapter(self, name: str, r: int, *args: Any, **settings: Any) -> None:
-        super().add_adapter(name, r, *args, **settings)
-        B = self.lora_B[name]
-        B.data = B.data[:, : r // self.groups].contiguous()
+    def started(self, method: Method, like: Tensor, r: int, scaling: float, init: Any) -> Mapping[str, Tensor]:
+        tables = super().started(method, like, r, scaling, init)
+        return {**tables, "lora_B": tables["lora_B"][:, : r // self.groups].contiguous()}
+
+    def weight_with(self, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """What PEFT takes norms of: the values of B, r in a row, times A, (r, channels k), added to W's as they lie."""
+        W = self.as_matrix(self.dense_weight())
+        return fold_(W.view(-1, A.shape[1]), A, B.reshape(-1, len(A)), scaling).view_as(W)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A, (r, d_in), and B as one matrix, (d_out, r), which is zero between an output and the ranks of other groups."""

@@ -45,6 +45,10 @@ class FoldedLayer(AdapterHolder):
             raise StateError(f"folding in {', '.join(names)} gives NaN or infinite weights")
         return W
 
+    def weight_with(self, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """W + scaling B A, (d_out, d_in), a new tensor in float32 or float64: what the norms of a direction are taken of."""
+        return fold_(self.as_matrix(self.dense_weight()), A, B, scaling)
+
     def update_norm(self, names: Iterable[str]) -> float:
         """Frobenius norm of the sum of the updates of `names`."""
         if not self._are_products(names):

@@ -54,7 +54,7 @@ class AdapterHolder(nn.Module):
         lora_folded: names of the adapters that are folded into `weight` now.
         lora_masks: the siblings that share a dropout mask with it; None if none do.
         lora_rows: {thread: the adapters that each row of its batch uses}.
-        lora_text: what the model reads, for methods that ask; None if none does.
+        lora_reader: what the model reads, for methods that ask; None if none does.
     """
 
     lora_A: nn.ParameterDict
@@ -69,7 +69,7 @@ class AdapterHolder(nn.Module):
         module.lora_base_class = base_class
         module.lora_tables = ()
         module.lora_scaling, module.lora_dropout, module.lora_method = {}, {}, {}
-        module.lora_rows, module.lora_masks, module.lora_text = {}, None, None
+        module.lora_rows, module.lora_masks, module.lora_reader = {}, None, None
         module.lora_active = module.lora_folded = ()
         module.lora_unfolded = ()  # (weight, bias, dtype of the folded weight): in a tuple they are not registered
         return module
@@ -94,7 +94,7 @@ class AdapterHolder(nn.Module):
             "method",
             "rows",
             "masks",
-            "text",
+            "reader",
             "active",
             "folded",
             "unfolded",

@@ -58,7 +58,7 @@ class Activated(Lora):
 
     def acts(self, layer: Any, name: str, x: Tensor) -> Tensor:
         """On which tokens of the layer's input x, (N, T, d_in), the adapter acts: (N, T), bool."""
-        return layer.lora_text.from_last(name, stored_entry(layer.lora_invocation, name), x)
+        return layer.lora_reader.from_last(name, stored_entry(layer.lora_invocation, name), x)
 
     def add(self, layer: Any, name: str, y: Tensor, x: Tensor) -> Tensor:  # N T d_out, N T d_in -> N T d_out
         acts = self.acts(layer, name, x)

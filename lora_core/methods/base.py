@@ -74,7 +74,7 @@ class Method:
         is_product: whether it changes W by s B A alone: f is 1.
         replaces_rows: whether it changes some rows of W alone, as `methods/tokens.py` does.
         adds_itself: whether `add` says what it adds to a layer's output, and not A, B, f and c.
-        reads_text: whether it asks what the model reads; its layers have `lora_text` (see `methods/activated.py`).
+        reads_text: whether it asks what the model reads; its layers have `lora_reader` (see `methods/activated.py`).
         unmergeable: why no weight can hold what it does; "" where one can.
         owns_factors: whether A and B are tables of its own that may be overwritten.
         bias_table: the name of the table that holds c; None: there is no c.

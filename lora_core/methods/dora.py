@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..bases.forwards import stored_entry
-from ..maths.lora import fold_
 from ..spec.config import LoraConfig
 from .base import Table
 from .lora import Lora
@@ -47,7 +46,7 @@ class Dora(Lora):
     @torch.no_grad()
     def direction(self, layer: Any, name: str) -> Tensor:
         """W + s B A, (d_out, d_in), a new tensor in float32 or float64."""
-        return fold_(layer.as_matrix(layer.dense_weight()), *self.product(layer, name), layer.lora_scaling[name])
+        return layer.weight_with(*self.product(layer, name), layer.lora_scaling[name])
 
     def row_scale(self, layer: Any, name: str) -> Tensor:
         return dora_factor(self.direction(layer, name), stored_entry(layer.lora_magnitude, name))

@@ -63,7 +63,7 @@ def _read_text(model: nn.Module, registry: Registry) -> None:
     if asking and registry.text is None:
         registry.text = Text(model)
     for _, layer in (pair for record in asking for pair in adapter_layers(model, record)):
-        layer.lora_text = registry.text
+        layer.lora_reader = registry.text
     if registry.text is not None and not asking:
         registry.text.close()
         registry.text = None

@@ -123,7 +123,6 @@ def test_merging_is_refused_and_changes_nothing(verb):
     ("settings", "message"),
     [
         ({"r": 6}, "of 4 groups, and the rank 6 is no multiple"),
-        ({"use_dora": True}, "leave use_dora=True out"),
         ({"init_lora_weights": "pissa"}, "'pissa' can't start"),
         ({"init_lora_weights": "orthogonal"}, "'orthogonal' can't start"),
     ],

@@ -213,7 +213,6 @@ def test_in_a_decoder_and_in_an_encoder_without_its_fast_path():
         ({"kdim": 4}, {}, "'attention' is a MultiheadAttention.*kdim=4, vdim=8"),
         ({}, {"use_dora": True}, "no place for use_dora=True"),
         ({}, {"lora_bias": True}, "no place for lora_bias=True"),
-        ({}, {"bias": "lora_only"}, "no place for bias='lora_only'"),
         ({}, {"target_modules": ["out_proj"]}, "name the attention itself, 'attention'"),
         ({}, {"exclude_modules": ["out_proj"]}, "'attention.out_proj' is excluded"),
     ],
