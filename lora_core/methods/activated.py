@@ -13,6 +13,7 @@ What is generated, token by token, does not invoke, as in PEFT and vLLM.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -91,6 +92,7 @@ class Text:
                 f"{Activated.asked}: a {type(model).__name__} reads one text and writes another, and activated LoRA is for "
                 "models of one text; leave it out"
             )
+        self.first = next(iter(inspect.signature(model.forward).parameters), "input_ids")
         self.calls: dict[int, _Call] = {}
         self.to_come: list[_Call] = []  # the last two whose backward is to come, of which a checkpoint asks again
         self.asked_again = False
@@ -111,7 +113,7 @@ class Text:
             handle.remove()
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("input_ids", args[0] if args else kwargs.get(self.first))
         if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             call = _Call(_text(ids.detach(), _cache_in(kwargs)), ids.shape[1])
         else:

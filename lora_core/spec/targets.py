@@ -92,7 +92,11 @@ def select_targets(
         chosen = [p for p in free if p in linear and not is_head(p)]
         hits = {ALL_LINEAR: len(chosen)}
     else:
-        found = match_patterns("target_modules", targets or (), free, strict, parameters)
+        try:
+            found = match_patterns("target_modules", targets or (), free, strict, parameters)
+        except TargetError:
+            _refuse_saved(targets, paths, saved)
+            raise
         hits = {pattern: len(hit) for pattern, hit in found.items()}
         matched = set().union(*found.values())
         chosen = [p for p in free if p in matched]
@@ -183,6 +187,15 @@ def _hits(field: str, patterns: str | Iterable[str], paths: Sequence[str]) -> di
         with spending(field):
             hits[name] = [p for p in paths if p == name or p.endswith(f".{name}")]
     return hits
+
+
+def _refuse_saved(targets: str | Sequence[str] | None, paths: Sequence[str], saved: Collection[str]) -> None:
+    """Raises a TargetError for a pattern that matches what is trained whole, and nothing else."""
+    for pattern, hit in match_patterns("target_modules", targets or (), paths, strict=False).items():
+        if hit and all(_inside(path, saved) for path in hit):
+            raise TargetError(
+                f"target_modules: {pattern!r} is trained whole (modules_to_save, or a task_type); leave it out of one of them"
+            )
 
 
 def match_saved_modules(patterns: Iterable[str], optional: Collection[str], paths: Sequence[str]) -> tuple[str, ...]:

@@ -116,6 +116,7 @@ def test_the_adapter_acts_from_the_last_invocation_on(invocation):
     base = model.linear.lora_base_class.forward(model.linear, model.embed(IDS))
     update = torch.stack([torch.stack([by_hand(model, "a", row, t) for t in range(8)]) for row in IDS])
     torch.testing.assert_close(model(IDS), base + update, rtol=0, atol=1e-12)
+    assert torch.equal(model(ids=IDS), model(IDS))  # whatever the model calls its first argument
     assert bool(update.any()) == (invocation not in ([9, 9], list(range(9))))
 
 

@@ -55,6 +55,14 @@ def test_excluded_modules_are_left_alone(exclude):
     assert chosen == ("encoder.layer.0.q_lin", "encoder.layer.2.q_lin")
 
 
+def test_a_target_that_is_trained_whole_is_told():
+    config = LoraConfig(target_modules=["q_lin", "classifier"], modules_to_save=["classifier"])
+    with pytest.raises(TargetError, match=r"'classifier' is trained whole \(modules_to_save.*; leave it out"):
+        select(config, saved=["classifier"])
+    with pytest.raises(TargetError, match="'q_line' matched no module"):
+        select(LoraConfig(target_modules=["q_line"]), saved=["classifier"])
+
+
 def test_saved_modules_are_never_targets():
     config = LoraConfig(target_modules=["q_lin"])
     assert select(config, saved=["encoder.layer.1"]).paths == ("encoder.layer.0.q_lin", "encoder.layer.2.q_lin")
