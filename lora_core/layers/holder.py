@@ -156,6 +156,8 @@ class AdapterHolder(nn.Module):
             if name in getattr(self, table):
                 del getattr(self, table)[name]
         del self.lora_method[name], self.lora_scaling[name], self.lora_dropout[name]
+        if not any(method.reads_text for method in self.lora_method.values()):
+            self.lora_reader = None
 
     def rename_adapter(self, old: str, new: str) -> None:
         tables = [getattr(self, table) for table in self.lora_tables]

@@ -334,8 +334,13 @@ def test_it_comes_is_switched_renamed_copied_and_goes():
         unload(other)
         assert torch.equal(logits(other), plain) and not other._forward_pre_hooks
     assert torch.equal(logits(model), alone)
-    delete_adapter(model, "c")
-    assert torch.equal(logits(model), plain)
+    inject(model, LoraConfig(**PLAIN), "plain")
+    assert delete_adapter(model, "c") == ()
+    assert model.lm_head.lora_reader is model.lora_registry.text and torch.equal(logits(model), plain)
+    delete_adapter(model, "b")
+    assert model.model.layers[0].self_attn.q_proj.lora_reader is None and not model._forward_pre_hooks
+    delete_adapter(model, "plain")
+    adapted("b", model, seed=4, alora_invocation_tokens=[5, 6])
     set_adapter(model, "b")
     acts = (logits(model) - plain).abs().amax(-1) > 0
     assert acts[[0, 2, 3, 4], 4:].all() and not acts[:, :4].any() and not acts[1].any()
