@@ -414,7 +414,7 @@ def test_two_adapters(pair, tmp_path):
             close(ours(x), theirs(x))
             unmerge_adapter(ours)
         rows = ["a", "b", "__base__", "b", "a", "a", "__base__"]
-        if pair not in ("parameters", "head, none"):  # no row can have its own; PEFT 0.21 fails
+        if pair not in ("parameters", "head, none", "DoRA, DoRA", "DoRA, plain"):  # which PEFT 0.21 can't
             with mixed_batch(ours, [None if name == "__base__" else name for name in rows]):
                 close(ours(x), theirs(x, adapter_names=rows))
         with disable_adapters(ours), theirs.disable_adapter():
