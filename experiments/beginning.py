@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +74,19 @@ def checkpoint_of(args: argparse.Namespace, output: Path, begin: int) -> Checkpo
     return checkpoints.read(place if args.resume == AUTO else Path(args.resume))
 
 
+def interpreter() -> str:
+    """How this Python is called from where the command stands: "python" outside of a virtual environment, else its path."""
+    if sys.prefix == sys.base_prefix:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if path.startswith("..") else path)
+
+
 def command_to_go_on(argv: Sequence[str], output: Path, processes: Processes, module: str = "sst2") -> str:
     """The command that goes on with the run of `argv`: the same, in its output directory, with --resume."""
     text = "\0".join(["", *argv, ""])
     kept = re.sub(r"\0--(overwrite|resume(=[^\0]*|\0[^\0-][^\0]*)?)(?=\0)", "", text).split("\0")[1:-1]
-    launcher = "python"
+    launcher = interpreter()
     if processes.count > 1:
         launcher = f"torchrun --nproc-per-node {processes.local_count}"
         launcher += f" --nnodes {processes.count // processes.local_count}" if processes.count > processes.local_count else ""

@@ -76,7 +76,7 @@ class Planned:
         given = {field.name: getattr(self.schedule, field.name) for field in fields(Schedule)}
         settings = [text for name, value in given.items() if value is not None for text in (flag(name), str(value))]
         command = [sys.executable, "-m", "experiments.sst2", "--method", self.method.name, *self.source, *settings]
-        return [*command, "--output-dir", str(self.output), "--overwrite"]
+        return [*command, "--full", "--output-dir", str(self.output), "--overwrite"]
 
     def outcome(self) -> str:
         from . import record

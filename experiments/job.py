@@ -38,6 +38,19 @@ class Job:
     report_to: tuple[str, ...] = ()
     processes: Processes = dataclasses.field(default_factory=Processes)
 
+    def __post_init__(self) -> None:
+        """Refuses what is certain to fail, before a model is loaded."""
+        config = self.base.config
+        limit, width = (config.get(name) for name in ("max_position_embeddings", "hidden_size"))
+        if isinstance(limit, int) and self.schedule.max_length > limit:
+            raise ExperimentError(
+                f"max_length is {self.schedule.max_length}, and this model reads at most {limit} tokens; lower it"
+            )
+        if self.method.adapts and isinstance(width, int) and self.method.r > width:
+            raise ExperimentError(
+                f"--rank {self.method.r} is more than the model's width, {width}, so that it saves nothing; lower it"
+            )
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the layers to adapt."""

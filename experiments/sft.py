@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, default_output
+from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, default_output, interpreter
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import adapter_flags, checkpoint_flags, chosen_method, output_flags, schedule_flags, schedule_of, source_flags
@@ -97,7 +97,7 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
     print(f"results: {output / record.METRICS}")
     if method.trains != NOTHING:
         trained = f"--adapter {output / record.ADAPTER} --compare" if method.adapts else f"--merged {output / record.MODEL}"
-        print(f"try it: python -m experiments.chat {trained} {example(rows)}")
+        print(f"try it: {interpreter()} -m experiments.chat {trained} {example(rows)}")
     return 0
 
 
@@ -115,8 +115,8 @@ def summary(metrics: dict[str, Any]) -> str:
         minutes, seconds = divmod(round(metrics["train_seconds"]), 60)
         line += f" ({metrics['exact_match_before']:.1%} before), loss {metrics['loss']:.3f}"
         line += f", after {minutes} min {seconds:02d} s of training at {metrics['tokens_per_second']:.0f} tokens/s"
-    cuda = f", {metrics['peak_cuda_mb']:,.0f} MB on the GPU" if metrics["peak_cuda_mb"] else ""
-    return f"{line}; peak memory {metrics['peak_rss_mb']:,.0f} MB{cuda}"
+    cuda = f", {metrics['peak_cuda_mb']:,.0f} MiB on the GPU" if metrics["peak_cuda_mb"] else ""
+    return f"{line}; peak memory {metrics['peak_rss_mb']:,.0f} MiB{cuda}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

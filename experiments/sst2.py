@@ -15,17 +15,21 @@ not done twice. One that is stopped goes on with --resume as if it had not been:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, default_output
+from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, default_output, interpreter
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import adapter_flags, checkpoint_flags, chosen_method, output_flags, schedule_flags, schedule_of, source_flags
 from .methods import METHODS, NOTHING
 from .parallel import Processes, first_prints
 from .stopping import Stopped
+
+#: Sentences that a run takes of a large data set, unless it is told otherwise: the first command ends in minutes.
+BUDGET = 8000
 
 
 def parser() -> Parser:
@@ -39,7 +43,9 @@ def parser() -> Parser:
     output_flags(what)
 
     adapter_flags(p.add_argument_group("the adapter; what is not given, the method decides"))
-    schedule_flags(p.add_argument_group("the schedule"))
+    schedule = p.add_argument_group("the schedule")
+    schedule_flags(schedule)
+    schedule.add_argument("--full", action="store_true", help=f"all sentences, and not {BUDGET:,} of them where there are more")
     checkpoint_flags(p.add_argument_group("stopping and going on"))
     return p
 
@@ -55,6 +61,11 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
     sentences = data.load(args.data)
     base = models.resolve(args.model)
     print(f"base model: {base}; data: {sentences}", flush=True)
+    if not args.full and schedule.train_samples is None and len(sentences.train) > BUDGET:
+        schedule = dataclasses.replace(schedule, train_samples=BUDGET)
+        print(
+            f"training on {BUDGET:,} of {len(sentences.train):,} sentences, which takes minutes; --full takes all", flush=True
+        )
 
     from . import checkpoints, record
     from .job import Job, choose_device
@@ -83,7 +94,7 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
     print(f"results: {output / record.METRICS}")
     if method.trains != NOTHING:
         trained = f"--adapter {output / record.ADAPTER}" if method.adapts else f"--model {output / record.MODEL}"
-        print(f'try it: python -m experiments.predict {trained} "I absolutely loved this product!"')
+        print(f'try it: {interpreter()} -m experiments.predict {trained} "I absolutely loved this product!"')
     return 0
 
 
@@ -93,8 +104,8 @@ def summary(metrics: dict[str, Any]) -> str:
     if metrics["train_seconds"]:
         minutes, seconds = divmod(round(metrics["train_seconds"]), 60)
         line += f" after {minutes} min {seconds:02d} s of training at {metrics['examples_per_second']:.0f} examples/s"
-    cuda = f", {metrics['peak_cuda_mb']:,.0f} MB on the GPU" if metrics["peak_cuda_mb"] else ""
-    return f"{line}; peak memory {metrics['peak_rss_mb']:,.0f} MB{cuda}"
+    cuda = f", {metrics['peak_cuda_mb']:,.0f} MiB on the GPU" if metrics["peak_cuda_mb"] else ""
+    return f"{line}; peak memory {metrics['peak_rss_mb']:,.0f} MiB{cuda}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -179,9 +179,11 @@ def _config(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> dict[str, A
         if suffix and (match := _CLASS.fullmatch(_architecture(config))) and match[2] != suffix:
             config["architectures"] = [match[1] + suffix]
         rows = label_rows([adapter])
-        if suffix and rows and rows != _label_count(config):
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+        labels = adapter.labels if adapter.labels and len(set(adapter.labels)) == rows else None
+        if suffix and rows and (labels or rows != _label_count(config)):
+            labels = labels or [f"LABEL_{i}" for i in range(rows)]
+            config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            config["label2id"] = {label: i for i, label in enumerate(labels)}
     return config
 
 

@@ -71,6 +71,12 @@ class AdapterUpdates:
         return {self.split.get(p, p): LayerPlan(p, update.rank, update.scaling) for p, update in self.layers.items()}
 
     @property
+    def labels(self) -> list[str] | None:
+        """What the labels of its head are called, in their order, by its fingerprint; None if it does not say."""
+        found = self.fingerprint.get("labels") if isinstance(self.fingerprint, dict) else None
+        return found if isinstance(found, list) and all(isinstance(label, str) for label in found) else None
+
+    @property
     def trained_on(self) -> str | None:
         """The format of the base's adapted weights when the adapter was saved, by its fingerprint; None if it has none."""
         base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None

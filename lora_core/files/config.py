@@ -73,6 +73,16 @@ def config_to_json(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     return dict(sorted(fields.items()))  # and no deeper: the order of patterns has a meaning
 
 
+def label_names(model: nn.Module, task_type: str | None) -> list[str] | None:
+    """What a classifier's labels are called, in their order, by its configuration; None where nobody has named them."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if task_type not in ("SEQ_CLS", "TOKEN_CLS") or not isinstance(named, dict):
+        return None
+    labels = [named.get(i) for i in range(len(named))]
+    default = labels == [f"LABEL_{i}" for i in range(len(labels))]  # transformers' own
+    return labels if all(isinstance(label, str) for label in labels) and not default else None
+
+
 def config_from_json(path: Path) -> LoraConfig:
     """The configuration in the file at `path`.
 

@@ -46,7 +46,7 @@ from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
 from ..spec.config import LoraConfig
 from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE
-from .config import config_to_json
+from .config import config_to_json, label_names
 from .disk import to_safetensors, write_all
 from .fingerprint import fingerprint
 from .fit import check_base, check_finite, fitting_tensors, plan_for_file
@@ -102,6 +102,8 @@ def save_adapter(
         mark["experts"] = packed
     if lines := describe_vocabulary(unwrap(model), adapter_name, grown):
         mark["vocabulary"] = lines
+    if labels := label_names(unwrap(model), adapter.config.task_type):
+        mark["labels"] = labels
     weights = to_safetensors(tensors, {"format": "pt", FINGERPRINT: json.dumps(mark)})
     if writes_files(model):
         write_all(Path(directory), {WEIGHTS_FILE: weights, CONFIG_FILE: config.encode()})

@@ -20,6 +20,7 @@ from ..files.checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, read_config
 from ..files.disk import expanded, is_directory
 from ..files.reading import check_directory
 from .model_class import LOCAL
+from .packages import packaged
 
 WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 TIME_LIMIT = 3.0  # seconds, for the Hub to say that it is there
@@ -35,7 +36,7 @@ AUTO_CLASSES = {
 
 
 def find_base(reference: str) -> Path:
-    """The directory of a base: `reference` itself, or the Hub's model of that name, from its cache or fetched now.
+    """The directory of a base: `reference` itself, or the Hub's model of that name, from a package, its cache, or fetched now.
 
     Raises:
         FileFormatError: it is neither, or the Hub can't be reached.
@@ -45,6 +46,8 @@ def find_base(reference: str) -> Path:
         return path
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", reference):
         raise FileFormatError(f"the base {reference!r} is no directory, and no name of the Hub")
+    if directory := packaged(reference):
+        return directory
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError:

@@ -57,6 +57,7 @@ def test_the_merged_model_is_the_trained_one(trained, tmp_path, method):
     directory = merged(runs[method], tmp_path / "merged")
     model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     assert not any(loading.values())
+    assert model.config.id2label == {0: "negative", 1: "positive"} and model.config.label2id == {"negative": 0, "positive": 1}
     found = logits(model.eval(), AutoTokenizer.from_pretrained(directory), validation.texts)
     assert (found - expected).abs().max() < 1e-5
     accuracy = np.mean(found.argmax(1).numpy() == validation.labels)

@@ -118,10 +118,11 @@ def test_refresh_does_again_what_other_code_or_other_settings_made(compared, com
     assert call(*argv, "--batch-size", 16)[0] == 0 and started[1:] == ["base", "lora"]
 
 
-def test_a_run_that_fails_is_named(common, call, tmp_path):
-    code, _, err = call("--methods", "head-only", *common, "--max-length", 513, "--output-dir", tmp_path / "out")
+def test_a_run_that_fails_is_named(common, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.Planned, "command", [sys.executable, "-c", "import sys; sys.exit('error: no such thing')"])
+    code, _, err = call("--methods", "head-only", *common, "--output-dir", tmp_path / "out")
     assert code == 2
-    assert err.splitlines()[-1].startswith("error: 1 of 1 runs failed: head-only, seed 0 (max_length is 513, and this model")
+    assert err.splitlines()[-1] == "error: 1 of 1 runs failed: head-only, seed 0 (no such thing)"
 
 
 def test_runs_that_are_fine_are_reported_beside_one_that_fails(compared, common, call, tmp_path, monkeypatch):
@@ -181,6 +182,10 @@ def test_runs_at_a_time_share_the_cores(tmp_path):
     [
         (["--methods", "lora,qlorra"], "--methods: there is no 'qlorra'; there are base, head-only"),
         (["--methods", "lora,"], "'lora,' is no comma-separated list of names"),
+        (
+            ["--data", "packaged", "--model", "packaged", "--max-length", "513"],
+            "max_length is 513, and this model reads at most",
+        ),
         (["--jobs", "0"], "'0' is no whole number above 0"),
         (["--seeds", "0,one"], "'0,one' is no comma-separated list of numbers"),
         (["--seeds", "0,-1"], "seed must lie in [0, 2^32), not -1"),

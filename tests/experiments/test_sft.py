@@ -68,7 +68,7 @@ def test_a_model_learns_to_answer_and_says_how_well(call, tmp_path, base):
     assert metrics["loss"] < metrics["loss_before"] - 1 and len(metrics["exact_match_by_epoch"]) == 30
     assert metrics["data"]["train"] == 20 and metrics["tokens_per_second"] > 0
     assert "untrained: 0.0% of the held-out answers are exact" in out and "lora: 100.0% of 4 held-out" in out
-    command = out.split("try it: python -m experiments.chat ")[1].split()
+    command = out.split(" -m experiments.chat ")[1].split()
     assert command[:3] == ["--adapter", str(tmp_path / "out" / "adapter"), "--compare"]
     assert "holds this very run already: exact match 100.0%" in call(*settings)[1]
     adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())

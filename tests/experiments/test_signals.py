@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import command, sst2, stopping, trainer
+from experiments import beginning, command, sst2, stopping, trainer
 from experiments.parallel import Processes
 from experiments.stopping import Noted, Stopped, note_signals
 from tests.support.processes import finish, small_base, start, whole_run
@@ -69,7 +69,7 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on(
     output = "runs/head-only-sst-2-base-seed0"
     assert stated == f"error: {cause}; step 2 is done and saved as {output}/checkpoints/step-00000002"
     words = shlex.split(to_go_on)
-    assert words == ["python", "-m", "experiments.sst2", *argv, "--output-dir", output, "--resume"]
+    assert words == [beginning.interpreter(), "-m", "experiments.sst2", *argv, "--output-dir", output, "--resume"]
     monkeypatch.setattr(trainer.SentimentTrainer, "training_step", step_as_it_is)
     assert sst2.main(words[3:]) == 0 and (tmp_path / output / "metrics.json").is_file()
 
@@ -86,7 +86,24 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on(
 )
 def test_the_command_to_go_on(argv, words):
     said = sst2.command_to_go_on(argv, Path("o"), Processes())
-    assert shlex.split(said) == ["python", "-m", "experiments.sst2", *words]
+    assert shlex.split(said) == [beginning.interpreter(), "-m", "experiments.sst2", *words]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "executable", "called"),
+    [
+        ("/usr", "/usr/bin/python3", "python"),  # no virtual environment: the one that everybody calls so
+        ("here/.venv", "here/.venv/bin/python", ".venv/bin/python"),
+        ("/elsewhere/a b", "/elsewhere/a b/bin/python", "'/elsewhere/a b/bin/python'"),
+    ],
+)
+def test_the_interpreter_is_called_so_that_the_line_works_as_printed(monkeypatch, tmp_path, prefix, executable, called):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(beginning.sys, "base_prefix", "/usr")
+    for name, path in (("prefix", prefix), ("executable", executable)):
+        monkeypatch.setattr(beginning.sys, name, path if path.startswith("/") else str(tmp_path / path))
+    assert beginning.interpreter() == called
 
 
 def test_the_command_to_go_on_with_several_processes():

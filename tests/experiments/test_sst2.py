@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments import sst2 as command, train
+from experiments.errors import ExperimentError
 from experiments.flags import schedule_of
 from experiments.methods import Schedule
 
@@ -42,7 +43,7 @@ def test_the_documented_command_works_as_a_process_of_its_own(small_data, tmp_pa
     assert "37 layers to NF4" in out[1] and "4.127 bits a parameter" in out[1]
     assert "training 295,682 of" in out[2]
     assert out[3].startswith("epoch 0.6667 of 3: accuracy")
-    assert out[-1].startswith("try it: python -m experiments.predict --adapter")
+    assert re.match(r"try it: \S*python\S* -m experiments\.predict --adapter", out[-1]) and "MiB" in out[-3]
     assert "ex/s" in done.stderr
     for noise in ("Warning", "warning", "Failed", "kernels", "newly initialized", "Loading weights"):
         assert noise not in done.stderr + done.stdout
@@ -100,6 +101,8 @@ LOAD = ("--model", "packaged", "--method", "lora", "--device", "cpu", "--precisi
         (["--data", "packaged", "--model", "./nowhere"], "'./nowhere' is no directory and no name of the Hub"),
         ([*LOAD, "--train-samples", "97"], "train_samples is 97, and there are 96 training sentences; ask for fewer"),
         ([*LOAD, "--max-length", "513"], "max_length is 513, and this model reads at most 512 tokens"),
+        ([*LOAD, "--method", "full", "--max-length", "5000"], "max_length is 5000, and this model reads at most 512 tokens"),
+        ([*LOAD, "--rank", "4096"], "--rank 4096 is more than the model's width, 384"),
         ([*LOAD, "--rank", "0"], "r must be a positive integer, not 0"),
         ([*LOAD, "--dropout", "1"], "lora_dropout must be a probability in [0, 1), not 1.0"),
         ([*LOAD, "--target-modules", "query,valeu"], "'valeu' matched no module; closest: 'value' (6 modules)"),
@@ -150,6 +153,27 @@ def test_a_finished_run_is_not_done_twice_nor_lost(call, runs, small_data, monke
     with pytest.raises(AssertionError, match="trained again"):
         call(*again, "--overwrite")
     assert (output / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--max-length", "5000"], ["--rank", "4096"]])
+def test_what_is_certain_to_fail_is_refused_before_a_model_is_loaded(call, small_data, monkeypatch, flags):
+    monkeypatch.setattr(train, "load_classifier", lambda base: pytest.fail("loaded a model"))
+    assert call(*LOAD, "--data", str(small_data), *flags)[0] == 2
+
+
+def test_a_large_data_set_is_taken_whole_only_when_asked_for(call, small_data, monkeypatch):
+    taken = []
+
+    def no_training(job, *args):
+        taken.append(job.schedule.train_samples)
+        raise ExperimentError("enough")
+
+    monkeypatch.setattr(train, "train", no_training)
+    monkeypatch.setattr(command, "BUDGET", 50)
+    for flags in ([], ["--full"], ["--train-samples", "60"]):
+        _, out, _ = call(*LOAD, "--data", str(small_data), *flags)
+        assert ("training on 50 of 96 sentences, which takes minutes; --full takes all" in out) is (not flags)
+    assert taken == [50, None, 60]
 
 
 def test_results_have_a_place_of_their_own_by_default():

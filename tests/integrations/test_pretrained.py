@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import constants
 
 from lora_core.errors import FileFormatError, MissingDependencyError
-from lora_core.integrations import pretrained
+from lora_core.integrations import packages, pretrained
 from lora_core.integrations.pretrained import find_base, load_model, tokenize
 from tests.support import tiny
 
@@ -121,3 +121,18 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     tokenize([tmp_path / "nowhere", tmp_path], ("a", "b"))
     assert (found["pad"], found["max_length"], found["texts"]) == ("</s>", 40, ["a", "b"])
+
+
+def test_a_base_that_is_installed_as_a_package_needs_no_hub(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "PACKAGES", {"owner/name": ("a_package", "model")})
+    (tmp_path / "a_package" / "model").mkdir(parents=True)
+    (tmp_path / "a_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_base("owner/name") == tmp_path / "a_package" / "model" and not hub.asked
+    assert packages.packaged("owner/another") is None
+
+
+def test_the_adapter_of_a_run_is_verified_without_naming_its_base(hub, runs, capsys):
+    from lora_core.__main__ import main
+
+    assert main(["verify", str(runs["lora"] / "adapter")]) == 0 and not hub.asked
