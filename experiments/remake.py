@@ -5,7 +5,7 @@
 
 What the present code made already is left as it is, so that a command that was stopped goes on. The time is that of earlier
 runs, from the seconds that they recorded. In order: the runs of the study, the sweep, peft's runs beside them
-(`python -m bench reference`), the report with its figures.
+(`python -m bench reference`), the report with its figures, the tables of README.md and docs/study.md, the notebook.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parser() -> Parser:
 
 def remake(args: argparse.Namespace) -> int:
     """Say how long it will take; unless only that was asked for, do it."""
-    from . import measured, reporting
+    from . import documents, measured, reporting
     from .several import Several
 
     reporting.require_matplotlib()
@@ -82,6 +82,9 @@ def remake(args: argparse.Namespace) -> int:
     shutil.copyfile(swept, args.output_dir / "sweep" / swept.name)
     _call("bench", "reference", "--data", args.data)
     print(f"report: {reporting.write(args.output_dir)}")
+    if args.output_dir == RESULTS:
+        print(f"tables: {', '.join(str(path) for path in documents.write(measured.read(args.output_dir)))}")
+        _call("experiments.notebook")
     return 0
 
 

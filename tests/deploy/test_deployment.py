@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from experiments import data, export
 from experiments.models import resolve
 from experiments.predict import Predictor, main
 from experiments.sst2 import main as train
+from lora_core import LoraConfig
 from lora_core.__main__ import main as lora_core
+from lora_core.deploy import placement
+from lora_core.deploy.updates import AdapterUpdates
 from tests.support import ROOT
 
 METHODS = ("lora", "qlora", "dora")
@@ -71,6 +75,32 @@ def test_the_merged_model_is_the_trained_one(trained, tmp_path, method):
     assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.parametrize(
+    ("fingerprint", "labels"),
+    [
+        ({"labels": ["no", "yes"]}, ["no", "yes"]),
+        ({"labels": ["no", 1]}, None),
+        ({"labels": "no"}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_names_of_labels_are_a_list_of_texts_or_not_there(tmp_path, fingerprint, labels):
+    adapter = AdapterUpdates(tmp_path, LoraConfig(task_type="SEQ_CLS"), {}, {}, {}, False, fingerprint)
+    assert adapter.labels == labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"), [(["no", "yes"], ["no", "yes"]), (["no"] * 2, None), (["no", "yes", "maybe"], None)]
+)
+def test_a_merged_head_has_its_names_if_they_are_as_many_as_its_rows(tmp_path, labels, found):
+    adapter = AdapterUpdates(
+        tmp_path, LoraConfig(task_type="SEQ_CLS"), {}, {"classifier.weight": torch.zeros(2, 3)}, {}, False, {"labels": labels}
+    )
+    config = placement._config(SimpleNamespace(config={"architectures": ["BertModel"]}), [adapter])
+    assert config.get("label2id") == (found and {name: i for i, name in enumerate(found)})
+
+
 def test_the_exported_program_serves_the_same_answers(trained, tmp_path, capsys):
     runs, validation = trained
     directory = merged(runs["qlora"], tmp_path / "merged")
@@ -114,6 +144,6 @@ def test_the_page_s_commands_run(trained, tmp_path):
         ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr
-    for text in ("effective rank", "verified", "nf4-dequantized  logits off by", "LABEL_", "I absolutely loved"):
+    for text in ("effective rank", "verified", "nf4-dequantized  logits off by", "positive", "I absolutely loved"):
         assert text in done.stdout
     assert (tmp_path / "merged" / "model.pt2").is_file() and (tmp_path / "merged-fp16" / "model.safetensors").is_file()

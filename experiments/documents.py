@@ -1,0 +1,109 @@
+"""The study's tables in README.md and docs/, made from the same files as the report.
+
+A table stands between two marks, <!-- results: NAME --> and <!-- end -->; `write` puts what the runs say in between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_core.files.disk import write_whole
+
+from . import provenance, reference
+from .claims import spread
+from .errors import ExperimentError
+from .measured import Group, Row, Run, grouped, percent
+from .methods import METHODS, NOTHING
+from .models import PACKAGED
+from .table import markdown
+
+ROOT = Path(__file__).parents[1]
+FILES = ("README.md", "docs/study.md")
+MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+#: What a reader of a table alone must know.
+NOTES = {"qlora": ", the base in 4 bits", "best": ", what a sweep found"}
+#: (sentences of SST-2, epochs) of the two tables.
+WHOLE, PART = (67_349, 3), (12_000, 2)
+
+
+def write(runs: Sequence[Run], root: Path = ROOT) -> list[Path]:
+    """Writes the tables of every file; returns the files' paths.
+
+    Raises:
+        ExperimentError: a mark names no table.
+    """
+    found = tables(runs)
+    for path in (paths := [root / name for name in FILES]):
+        write_whole(path, filled(path.read_text(encoding="utf-8"), found).encode())
+    return paths
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """A document with its tables as they are now."""
+
+    def put(match: re.Match) -> str:
+        if match[2] not in found:
+            raise ExperimentError(f"there is no table {match[2]!r} for the mark in a document; there are {', '.join(found)}")
+        return f"{match[1]}{found[match[2]]}\n{match[3]}"
+
+    return MARKED.sub(put, text)
+
+
+def tables(runs: Sequence[Run]) -> dict[str, str]:
+    """{name of a table: its text}, of the budgets that have runs."""
+    made, peft = {}, reference.read()
+    if group := _group(runs, WHOLE):
+        made["whole"] = f"{_beside_peft(group, peft)}\n\n{_made(group)}"
+    if group := _group(runs, PART):
+        made["part"] = f"{_methods(group)}\n\n{_made(group)}"
+    return made
+
+
+def _group(runs: Sequence[Run], budget: tuple[int, int]) -> Group | None:
+    wanted = ("SST-2", PACKAGED, *budget)
+    found = [g for g in grouped(runs) if (g.budget.data, g.budget.base, g.budget.train, g.budget.epochs) == wanted]
+    return found[0] if found else None
+
+
+def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:
+    header = ("all of SST-2, three epochs, MiniLM", "accuracy", "peak memory", "with peft", "peft's peak")
+    lines = []
+    for row in group.rows:
+        theirs = reference.beside(peft, row.method, "SST-2", WHOLE[0])
+        shown = (percent(theirs["accuracy"]), f"{theirs['peak_rss_mb']:,.0f} MiB") if theirs else ("", "")
+        lines.append((_name(row), _accuracy(row), f"{spread(row.all('peak_rss_mb'))} MiB", *shown))
+    return markdown(header, lines)
+
+
+def _methods(group: Group) -> str:
+    header = ("method", "accuracy", "trained, with head", "base weights", "peak memory")
+    lines = []
+    for row in group.rows:
+        trained, total = row.mean("trainable_parameters"), row.mean("total_parameters")
+        share = "-" if METHODS[row.method].trains == NOTHING else f"{trained:,.0f} ({100 * trained / total:.3g} %)"
+        weights = f"{row.mean('base_weight_bytes') / 2**20:.1f} MiB"
+        lines.append((_name(row), _accuracy(row), share, weights, f"{spread(row.all('peak_rss_mb'))} MiB"))
+    return markdown(header, lines)
+
+
+def _name(row: Row) -> str:
+    return f"`{row.label}`{NOTES.get(row.label, '')}"
+
+
+def _accuracy(row: Row) -> str:
+    deviation = f" ± {100 * row.deviation:.1f}" if row.deviation is not None else ""
+    return f"{100 * row.accuracy:.1f}{deviation} %"
+
+
+def _made(group: Group) -> str:
+    """Who made the rows, in a sentence."""
+    runs = [run for row in group.rows for run in row.runs]
+    known = [run.metrics[provenance.KEY] for run in runs if run.metrics.get(provenance.KEY)]
+    if len(known) < len(runs):
+        return "These were measured with an earlier version of the code, one seed each."
+    seeds = sorted({len(row.runs) for row in group.rows})
+    number = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    processors = " and ".join(sorted({f"{one['processor']}, {one['threads']} threads a run" for one in known}))
+    return f"Means of {number}, ± one standard deviation; version {known[0]['version']}, {processors}."
