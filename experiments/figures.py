@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from .measured import Group, Row, percent
 
-matplotlib.use("Agg")
+if "matplotlib.pyplot" not in sys.modules:  # a notebook has chosen already where its pictures go
+    matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
