@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..cpu.heap import keep_freed_memory
 from ..deploy.inspection import inspect_adapter
@@ -26,6 +22,7 @@ from ..files.checkpoint import open_checkpoint
 from ..files.disk import expanded, is_directory
 from ..files.shards import check_free, new_directory
 from ..files.storage import load_adapter, save_adapter
+from ..progress import counted
 from ..spec.config import ALL_LINEAR, LoraConfig
 from .command_line import CHECK_FAILED, DONE, show
 
@@ -58,7 +55,7 @@ def merge(args: Namespace) -> int:
     stream = StreamMerge(open_checkpoint(_base(args.base, args.adapters[0])), adapters, recipe)
     deviations = []
     with new_directory(args.output) as directory:
-        with _progress(stream.nbytes, "merging") as progress:
+        with counted(stream.nbytes, "merging") as progress:
             report = stream.write(directory, progress)
         if args.check:
             deviations = _checked(stream, directory, texts, args)
@@ -199,13 +196,6 @@ def _lines(path: str) -> list[str]:
     if not texts:
         raise FileFormatError(f"--check: {path} holds no text; put one on each line")
     return texts
-
-
-@contextmanager
-def _progress(nbytes: int, what: str) -> Iterator:
-    """A bar on standard error, if that is a terminal and it takes more than a second."""
-    with tqdm(total=nbytes, desc=what, unit="B", unit_scale=True, delay=1, disable=None, file=sys.stderr, leave=False) as bar:
-        yield bar.update
 
 
 def quieten() -> None:

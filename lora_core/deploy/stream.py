@@ -34,6 +34,7 @@ from ..integrations.model_class import ModelClass, known_class
 from ..layers import LoraLayer
 from ..maths.loss import Cost, cast, cost, cost_of_cast, refuse_loss
 from ..model.merge import MergeReport
+from ..progress import counted
 from ..spec.targets import is_head
 from .basis import Basis, check_base, find_basis
 from .companions import Result, companions_of_merge, write_companions
@@ -51,7 +52,7 @@ def merge_checkpoint(
     adapters: Sequence[str | Path],
     output: str | Path,
     recipe: Recipe = AS_IT_IS,
-    progress: Callable[[int], object] = int,
+    progress: Callable[[int], object] | None = None,
 ) -> MergeReport:
     """Merges adapter directories into a base's files; `output` is there whole or not at all, and loads in transformers.
 
@@ -60,7 +61,7 @@ def merge_checkpoint(
         adapters: directories of adapters; their updates add up.
         output: the directory to make.
         recipe: how.
-        progress: hears of the bytes of each tensor that was written.
+        progress: hears of the bytes of each tensor that was written; None: a bar on a terminal.
 
     Returns:
         What it cost: for each layer, what casting or packing lost of the update.
@@ -70,8 +71,8 @@ def merge_checkpoint(
             can't be written. Nothing is at `output`.
     """
     merge = StreamMerge(open_checkpoint(Path(base)), [read_updates(Path(a)) for a in adapters], recipe)
-    with new_directory(Path(output)) as directory:
-        return merge.write(directory, progress)
+    with new_directory(Path(output)) as directory, counted(merge.nbytes, "merging") as bar:
+        return merge.write(directory, progress or bar)
 
 
 class StreamMerge:
@@ -81,8 +82,7 @@ class StreamMerge:
         base, original: the base as the adapters know its experts, and as its files are.
         base_as: as the recipe has it, given or chosen.
         form: what the base's weights are packed in first; None: they are not.
-        repacks: whether the result is packed.
-        quantized: paths of the layers that are packed.
+        quantized, repacks: paths of the layers that are packed, and whether they are in the result too.
         file_dtype, result_dtype: of the adapted weights, in the base's files and in the result.
         nbytes: bytes of the tensors to be written, for a progress bar: about, if they are packed.
     """

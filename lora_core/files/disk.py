@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import ConfigError, OutputError
+from ..progress import watched
 from .header import METADATA, encode_header
 from .locks import clear_abandoned, own, temporary_name
 from .reading import open_file
@@ -79,7 +80,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     stored, metadata = stored_tensors(path, MAX_HEADER)
     with open_file(path, buffering=0) as file:
-        return {name: tensor.read(file) for name, tensor in stored.items()}, metadata
+        return {name: tensor.read(file) for name, tensor in watched(stored.items(), f"reading {path.name}")}, metadata
 
 
 def is_directory(path: Path) -> bool:

@@ -31,6 +31,7 @@ from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import method_of
+from ..progress import watched
 from ..spec.checks import check_finite
 from ..spec.targets import LayerPlan
 from .registry import Adapter, adapter_layers, find_adapter
@@ -77,7 +78,7 @@ def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str =
             raise ConfigError(f"{path} reads vectors of {d_in} values, too few for a rank of {ranks[path]}; lower it")
     moments, vectors = _second_moments(model, layers, batches)
     spectra, directions = {}, {}
-    for path, moment in moments.items():
+    for path, moment in watched(moments.items(), "directions of the inputs"):
         if (short := vectors[path]) < ranks[path]:
             raise ConfigError(f"{path} saw {short} input vectors, too few for a rank of {ranks[path]}; pass more batches")
         if not 0 < moment.trace() < math.inf:
@@ -125,7 +126,7 @@ def _second_moments(
             undo.callback(layer.register_forward_pre_hook(watch(path)).remove)
         undo.callback(lambda: [setattr(m, "training", mode) for m, mode in training.items()])
         model.eval()
-        for batch in batches:
+        for batch in watched(batches, "reading batches"):
             keywords = batch if isinstance(batch, Mapping) else {}
             mask = keywords.get("attention_mask")
             model(**keywords) if keywords else model(*batch if isinstance(batch, (tuple, list)) else (batch,))
@@ -190,7 +191,7 @@ def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], 
         if adapter_name in layer.lora_A0:
             raise LoraError(f"adapter {adapter_name!r} starts from the weight of {path}; inject it with init_lora_weights=True")
     ranks, energy = {}, {}
-    for path, layer in layers.items():
+    for path, layer in watched(layers.items(), "what packing lost"):
         W = _dense_weight(tensors, path, layer).detach().to(layer.weight.device, torch.float32)
         lost = W - layer.dense_weight()
         ranks[path] = len(layer.lora_A[adapter_name])

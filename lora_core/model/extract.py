@@ -21,6 +21,7 @@ from ..layers import LoraLayer, lora_class
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import configuration, method_of
+from ..progress import watched
 from ..spec.config import LoraConfig, starts_from_weight
 from .copies import CHILD, original_of, submodule
 from .defaults import settle_targets
@@ -66,7 +67,7 @@ def extract_adapter(model: nn.Module, tuned: Tuned, config: LoraConfig, adapter_
     names = _match_names(root, source)
 
     updates, biases, energy = {}, {}, {}
-    for path, settings in found.targets.layers.items():
+    for path, settings in watched(found.targets.layers.items(), "extracting"):
         layer, s = submodule(root, path), settings.scaling
         if not lora_class(layer).any_factors:
             raise ConfigError(f"{path} is a {type(layer).__name__} that no adapter can be extracted for; exclude it")

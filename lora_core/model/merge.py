@@ -23,11 +23,11 @@ from ..layers.slots import ParameterSlot
 from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from ..methods.base import refuse_unmergeable
 from ..methods.registry import method_of
+from ..progress import watched
 from . import copies
 from .adapters import remove_all
 from .atomic import LastSteps
 from .conventions import allow_saving, forget_quantization
-from .copies import submodule
 from .lifecycle import activate, unfold_all
 from .registry import Registry, changed_layers, find_adapter, registry_of, unwrap
 from .replicate import keep_layers, replicated
@@ -198,12 +198,12 @@ def _merge(
         refuse_loss(kept, f"{_REMEDY_NF4 if requantize else _REMEDY}; or pass allow_loss=True")
     remove_all(root)
     dense: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
-    for path in () if requantize else quantized:
-        layer = submodule(root, path)
+    for path in () if requantize else watched(quantized, "unpacking layers"):
+        layer = copies.submodule(root, path)
         if layer not in dense:
             dense[layer] = base_of(layer).to_dense(layer)
         parent, _, name = path.rpartition(".")
-        setattr(submodule(root, parent), name, dense[layer])
+        setattr(copies.submodule(root, parent), name, dense[layer])
     for host in () if requantize else set(experts.values()):
         unpack_parameters(host)
     untied, _ = untie(root, tied.values(), changed)
@@ -259,7 +259,7 @@ def _fold_all(
         refuse_unmergeable(method_of(find_adapter(model, name).config), f"adapter {name!r}")
     activate(model, names)
     root, spent = unwrap(model), {}
-    for path, layer in _layers(model, names).items():
+    for path, layer in watched(_layers(model, names).items(), "merging layers"):
         for name in layer.present(names):
             layer.check_shape(path, name)
         try:
@@ -284,7 +284,7 @@ def _keep_tied(root: nn.Module, name: str) -> None:
     """Gives layers that were one before, and got the same rows, one folded weight."""
     first: dict[tuple[int, ...], LoraLayer] = {}
     for path in find_adapter(root, name).tokens:
-        layer = submodule(root, path)
+        layer = copies.submodule(root, path)
         if all(layer.lora_method[n].replaces_rows for n in layer.lora_folded):
             rows = (id(layer.lora_tokens[n]) for n in layer.lora_folded)
             layer.weight = first.setdefault((id(layer.lora_unfolded[0]), *rows), layer).weight

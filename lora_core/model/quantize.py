@@ -25,6 +25,7 @@ from ..layers import LoraLayer
 from ..layers.experts import LoraHost
 from ..layers.kinds import packs
 from ..layers.packed import pack_parameters
+from ..progress import watched
 from ..spec.targets import EXPERTS, is_head, match_patterns
 from .atomic import all_or_nothing
 from .conventions import kept_in_float32, output_layer
@@ -176,12 +177,12 @@ def quantize(
     experts = {(id(host), name): (host, name) for host, name in packed.values()}.values()
     before = sum(m.weight.nbytes for m in set(chosen.values())) + sum(_parameter(place).nbytes for place in experts)
     quantized: dict[nn.Module, nn.Module] = {}  # a layer used under two paths stays one layer
-    for path, module in chosen.items():
+    for path, module in watched(chosen.items(), f"packing layers in {base.label}"):
         if module not in quantized:
             quantized[module] = base.pack(module, form, compute_dtype)
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, quantized[module])
-    for host, name in experts:
+    for host, name in watched(experts, f"packing experts in {base.label}"):
         pack_parameters(host, [name], base, form, compute_dtype)
     weights = [*(m.weight for m in quantized.values()), *map(_parameter, experts)]
     return QuantizationReport(

@@ -14,6 +14,7 @@ ENGINE = ROOT / "lora_core"
 #: The rooms of the engine from the bottom up. Each imports only from itself and from those before it.
 ROOMS = (
     "errors",
+    "progress",
     "spec",
     "cpu",
     "gpu",
@@ -38,7 +39,7 @@ ALSO_ALLOWED = {
     "integrations.pretrained": {"transformers", "huggingface_hub"},
     "integrations.model_class": {"transformers"},
     "integrations.trainer": {"transformers"},
-    "cli.commands": {"tqdm"},
+    "progress": {"tqdm"},
     "files.formats.gguf": {"gguf"},
 }
 MAX_LINES = 300
