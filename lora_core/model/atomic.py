@@ -176,7 +176,13 @@ def insist(step: Callable[[], object]) -> None:
 
 
 def _refill(table: Any, content: Any) -> None:
-    """Makes a dictionary, set or list hold exactly `content`; it stays the same object."""
+    """Makes a dictionary, set or list hold exactly `content`; it stays the same object.
+
+    One that holds it still is left alone: diffusers' configurations can't be written to.
+    """
+    pairs = zip(table.items(), content.items(), strict=False) if isinstance(table, dict) else ()
+    if isinstance(table, dict) and len(table) == len(content) and all(k is n and v is w for (k, v), (n, w) in pairs):
+        return
     if isinstance(table, list):
         table[:] = content
         return
