@@ -85,7 +85,7 @@ def check_base(basis: Basis, adapters: Sequence[AdapterUpdates], path: str, W: T
 
 def check_line(adapter: AdapterUpdates, path: str, line: str) -> None:
     """Raises a WrongBaseError if the weight at `path`, which `line` describes, is not what the adapter was trained on."""
-    found = {"base": {path: line}, "settings": settings_hash(adapter.config, adapter.settings)}
+    found = {"base": {adapter.called.get(path, path): line}, "settings": settings_hash(adapter.config, adapter.settings)}
     try:
         differs = difference(adapter.fingerprint, found)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..files.checkpoint import Checkpoint
 from ..integrations.model_class import ModelClass
 from ..spec.targets import is_embedding, is_head
@@ -43,5 +43,18 @@ def layers_to_pack(
         if absent := sorted(set(named) - set(matrices)):
             raise ConfigError(f"{absent[0]!r} is to be packed, and is no matrix of this base")
         return set(named)
-    linear = set(matrices) & known.linear if known else {path for path in matrices if not is_embedding(path)}
+    if known:
+        linear = {path for path in matrices if path in known.linear or known.renamed(path) in known.linear}
+    else:
+        linear = {path for path in matrices if not is_embedding(path)}
     return {path for path in linear.difference(*(a.split for a in adapters)) if not is_head(path)}
+
+
+def refuse_renamed(layers: Collection[str], known: ModelClass | None) -> None:
+    """Raises a StateError if transformers renames some of these as it loads them, and would not find their scales."""
+    renamed = sorted(path for path in layers if known and path not in known.linear and known.renamed(path) in known.linear)
+    if renamed:
+        raise StateError(
+            f"transformers calls {renamed[0]!r} otherwise in memory, and packed layers of such models are not written; leave "
+            "base_as out, which makes them dense"
+        )

@@ -7,8 +7,7 @@ weights stand in the file once:
     adapter of BertForSequenceClassification     bert.encoder.layer.0.attention.self.query
     checkpoint of BertModel                           encoder.layer.0.attention.self.query.weight
 
-Some models of transformers 5 (ViT) have other names in memory than in their files; only transformers knows which, so their
-adapters find no base here.
+Where transformers has renamed modules, and the files have the names of then, `moved.py` has brought the adapters to these.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Placement:
     @property
     def architecture(self) -> str:
         """The class of the model, as transformers calls it."""
-        return _architecture(self.config)
+        return architecture_of(self.config)
 
 
 def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
@@ -94,7 +93,7 @@ def place(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> Placement:
     # Numbered blocks are never tied, nor are heads of labels; for the rest it is worth the seconds that transformers takes.
     named = touched | {name for adapter in adapters for name in adapter.base_tensors}
     ask = not all(_IN_A_BLOCK.search(name) or _LABELS.fullmatch(name) for name in named)
-    known = known_class(base.directory, _architecture(config)) if ask else None
+    known = known_class(base.directory, architecture_of(config)) if ask else None
     groups = known.tied if known else ()
     tied = {name for group in groups for name in group}
     sure = [name for name in weights.values() if name not in tied and not may_be_tied(name)]  # to be in the files
@@ -137,7 +136,23 @@ def _copies(adapters: Sequence[AdapterUpdates]) -> dict[str, AdapterUpdates]:
 
 
 def _prefixed(base: Checkpoint, known: Sequence[str], adapters: Sequence[AdapterUpdates]) -> dict[str, str]:
-    """{name as the adapters have it: name in the base}, for one prefix that may have to be added or taken off.
+    """The same as `prefixed`.
+
+    Raises:
+        WrongBaseError: there is no such prefix.
+    """
+    if (names := prefixed(base, known)) is not None:
+        return names
+    missing = next(name for name in known if name not in base.tensors)
+    raise WrongBaseError(
+        f"{base.directory} has no weight for the layer {missing.removesuffix('.weight')!r} of {adapters[0].directory}, with "
+        f"or without a prefix; its tensors are called like {max(base.tensors, key=len, default='')!r}; use the base it was "
+        "trained on, and for a model whose tensors transformers renames as it loads them, merge_and_unload"
+    )
+
+
+def prefixed(base: Checkpoint, known: Sequence[str]) -> dict[str, str] | None:
+    """{name as adapters have it: name in the base}, for one prefix that may have to be added or taken off; None: there is none.
 
     `known` are names of tensors that must be in the files.
     """
@@ -153,12 +168,7 @@ def _prefixed(base: Checkpoint, known: Sequence[str], adapters: Sequence[Adapter
             prefix = name.removesuffix(first)
             if all(f"{prefix}{other}" in base.tensors for other in known):
                 return {n.removeprefix(prefix): n for n in base.tensors if n.startswith(prefix)}
-    missing = next(name for name in known if name not in base.tensors)
-    raise WrongBaseError(
-        f"{base.directory} has no weight for the layer {missing.removesuffix('.weight')!r} of {adapters[0].directory}, with "
-        f"or without a prefix; its tensors are called like {max(base.tensors, key=len, default='')!r}; use the base it was "
-        "trained on, and for a model whose tensors transformers renames as it loads them, merge_and_unload"
-    )
+    return None
 
 
 def _common_root(layers: Sequence[str]) -> str | None:
@@ -167,7 +177,8 @@ def _common_root(layers: Sequence[str]) -> str | None:
     return roots.pop() if len(roots) == 1 else None
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class of the model that a config.json is of, as transformers calls it; "" if it does not say."""
     named = config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else ""
 
@@ -176,7 +187,7 @@ def _config(base: Checkpoint, adapters: Sequence[AdapterUpdates]) -> dict[str, A
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     for adapter in adapters:
         suffix = CLASSES.get(adapter.config.task_type or "")
-        if suffix and (match := _CLASS.fullmatch(_architecture(config))) and match[2] != suffix:
+        if suffix and (match := _CLASS.fullmatch(architecture_of(config))) and match[2] != suffix:
             config["architectures"] = [match[1] + suffix]
         rows = label_rows([adapter])
         labels = adapter.labels if adapter.labels and len(set(adapter.labels)) == rows else None
@@ -211,7 +222,7 @@ def _untied(
     An adapter changes the tensors that it names, and no other: so it was trained, and so the merged model computes. What the
     base has once is then there under each of its names, since no library ties some of them and not the rest.
     """
-    architecture, tie = _architecture(config), config.get("tie_word_embeddings")
+    architecture, tie = architecture_of(config), config.get("tie_word_embeddings")
     if tie is False or (tie is None and OUTPUT_LAYER in names):
         return names, config, ()
     groups = tied_groups(known, architecture, names)
@@ -252,7 +263,7 @@ def _stays_tied(group: Sequence[str], adapters: Sequence[AdapterUpdates]) -> boo
 def _check_renamed(names: Collection[str], copies: Iterable[str], base: Checkpoint, known: ModelClass) -> None:
     """Raises a WrongBaseError if the base has under another name what an adapter trained whole: it would be there twice."""
     absent = [name for name in copies if name not in names and name in known.tensors]
-    other = [name for name in names if name not in known.tensors]
+    other = [name for name in names if name not in known.tensors and known.renamed(name) in absent]
     if absent and other:
         raise WrongBaseError(
             f"{base.directory} has no {absent[0]!r}, which the adapter trained whole, and tensors that transformers renames as "

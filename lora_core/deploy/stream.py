@@ -40,7 +40,8 @@ from .basis import Basis, check_base, find_basis
 from .companions import Result, companions_of_merge, write_companions
 from .experts import as_trained
 from .layer_update import LayerUpdate, carrier
-from .packing import layers_to_pack, matrices
+from .moved import follow, moved_names
+from .packing import layers_to_pack, matrices, refuse_renamed
 from .parameters import first_layer, onto
 from .recipe import AS_IT_IS, DEQUANTIZED, ORIGINAL, REMEDY, Recipe, packing_of
 from .updates import AdapterUpdates, read_updates
@@ -92,7 +93,7 @@ class StreamMerge:
             raise FileFormatError(f"{base.directory} is quantised already; give the base that it was made from")
         weights = recipe.weights_for([(adapter.directory, adapter.config) for adapter in adapters])
         self.base, self.original, self.recipe = base, base, recipe
-        self.placement, adapters = place_grown(base, [onto(base, adapter) for adapter in adapters])
+        self.placement, adapters = place_grown(base, [onto(base, follow(base, adapter)) for adapter in adapters])
         companions_of_merge(base, adapters)  # so that an error of theirs comes now
         self.adapters, self.rows = adapters, rows_of(self.placement, adapters)
         self.copies = {name: tensor for adapter in adapters for name, tensor in adapter.copies.items()}
@@ -115,6 +116,8 @@ class StreamMerge:
         own = self.basis.form
         self.form: Format | None = packing and (own if isinstance(own, packing.Format) else packing.Format())
         self.quantized = frozenset(self.packed_layers() if packing else ())
+        if self.repacks:
+            refuse_renamed(self.quantized, self.known)
         self.file_dtype = base.tensors[self._source(first)].dtype
         self.result_dtype = recipe.dtype or self.file_dtype
         self.nbytes = sum(base.tensors[source].nbytes for source in self.placement.names.values())
@@ -144,6 +147,7 @@ class StreamMerge:
             dequantized=(*sorted(self.quantized - set(packed)), *(self.experts.paths if self.base_as != ORIGINAL else ())),
             requantized=packed,
             kept=kept,
+            moved=moved_names(self.adapters),
         )
         own = {name.removesuffix(".weight") for name, tensor in self.copies.items() if tensor.dim() == 2}
         # Also what the file does not hold, since it is tied: transformers would make a 4-bit layer of it.

@@ -52,6 +52,7 @@ class AdapterUpdates:
         transposed: whether the configuration says that weights are stored as (d_in, d_out).
         fingerprint: what the file says of the base; None if nothing.
         split: {path in `layers`: the parameter that it is a part of}, where a base holds experts one by one.
+        called: {path in `layers`: what the files call it}, where that is another name than the base's (see `moved.py`).
     """
 
     directory: Path
@@ -64,11 +65,13 @@ class AdapterUpdates:
     split: Mapping[str, str] = field(default_factory=dict)
     tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    called: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, LayerPlan]:
         """{path of a layer in the model that it was trained on: its rank and scaling}."""
-        return {self.split.get(p, p): LayerPlan(p, update.rank, update.scaling) for p, update in self.layers.items()}
+        paths = {self.called.get(p, self.split.get(p, p)): update for p, update in self.layers.items()}
+        return {path: LayerPlan(path, update.rank, update.scaling) for path, update in paths.items()}
 
     @property
     def labels(self) -> list[str] | None:
@@ -87,7 +90,7 @@ class AdapterUpdates:
     def dtype_of(self, path: str) -> torch.dtype | None:
         """The dtype of the base's weight at `path`, if it was dense and the adapter has a fingerprint."""
         base = self.fingerprint.get("base") if isinstance(self.fingerprint, dict) else None
-        line = base.get(path) if isinstance(base, dict) else None
+        line = base.get(self.called.get(path, path)) if isinstance(base, dict) else None
         form = parse_format(line.split(" ")[0]) if isinstance(line, str) else None
         return form.dtype if isinstance(form, DenseFormat) and form.dtype in FLOAT_DTYPES else None
 

@@ -67,7 +67,7 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
     renamed, compiled = renaming(model), {_uncompiled(path): path for path in here}
     found = {path: new for path in lost if (new := compiled.get(_uncompiled(path)) or renamed(path)) in here}
     taken = {*paths, *found.values()}
-    found |= _by_their_ends([path for path in lost if path not in found], [path for path in here if path not in taken], source)
+    found |= by_their_ends([path for path in lost if path not in found], [path for path in here if path not in taken], source)
     if not found:
         return Moved(config, tensors)
     if config.target_parameters and (config.rank_pattern or config.alpha_pattern):
@@ -85,7 +85,7 @@ def follow_names(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor
         old = _module_of(parsed[key]) if key in parsed else None
         moved[with_path(key, old, found[old]) if old in found else key] = tensor
     held = {here.get(found.get(p.path, p.path)) for p in parsed.values() if p.table is not None}
-    settled, absent = _by_new_names(config, list(modules), names, held)
+    settled, absent = by_new_names(config, list(modules), names, held)
     means = settled.target_modules or settled.target_parameters
     return Moved(settled, moved, names, absent) if means else Moved(config, tensors)
 
@@ -106,7 +106,7 @@ def _module_of(parsed: Parsed) -> str:
     return path.removesuffix(".base_layer") if parsed.table is None else re.sub(r"(\.base_layer)+$", "", path)
 
 
-def _by_their_ends(lost: Sequence[str], modules: Sequence[str], source: object) -> dict[str, str]:
+def by_their_ends(lost: Sequence[str], modules: Sequence[str], source: object) -> dict[str, str]:
     """{path that is lost: the only one of `modules` that it may be by now}."""
     groups, places = defaultdict(list), defaultdict(set)
     for path in lost:
@@ -143,7 +143,7 @@ def _same_parts(old: Collection[str], new: Collection[str]) -> bool:
     return set(old) <= set(new) or set(new) <= set(old)
 
 
-def _by_new_names(
+def by_new_names(
     config: LoraConfig, modules: Sequence[str], names: Mapping[str, str], held: Collection[str]
 ) -> tuple[LoraConfig, tuple[str, ...]]:
     """The configuration with whole paths, and layers that it means in parts of the model that the file says nothing of.

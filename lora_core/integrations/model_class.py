@@ -9,13 +9,14 @@ know the class, the answer is None.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..layers.kinds import packs
-from ..model.conventions import kept_in_float32, output_layer
+from ..model.conventions import kept_in_float32, output_layer, renaming
 
 #: A model's directory may bring code of its own, which is not run; if this were not said, transformers would ask.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -30,11 +31,13 @@ class ModelClass:
         tied: groups of names that are one tensor each. A checkpoint holds that once, under one of them.
         linear: paths of linear layers that quantising takes: not the output layer, what is tied or kept in float32, nor those
             with a forward of their own (a router).
+        renamed: from what files call a module or a tensor to what it is called in memory.
     """
 
     tensors: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
     linear: frozenset[str]
+    renamed: Callable[[str], str] = str
 
 
 def known_class(directory: Path, architecture: str) -> ModelClass | None:
@@ -61,4 +64,5 @@ def known_class(directory: Path, architecture: str) -> ModelClass | None:
         tensors=frozenset(model.state_dict()),
         tied=tuple((source, *targets) for source, targets in groups.items()),
         linear=frozenset(linear).difference(kept_in_float32(model)),
+        renamed=renaming(model),
     )

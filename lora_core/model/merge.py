@@ -18,7 +18,7 @@ from torch import nn
 from ..bases import base_of, is_packed
 from ..errors import StateError
 from ..layers import LoraLayer
-from ..layers.packed import packed_names, unpack_parameters
+from ..layers.packed import PackedHost, packed_experts, unpack_parameters
 from ..layers.slots import ParameterSlot
 from ..maths.loss import Cost, describe_loss, overflow, refuse_loss
 from ..methods.base import refuse_unmergeable
@@ -57,6 +57,7 @@ class MergeReport:
         untied: paths of weights that the base tied to others, and that are apart now.
         kept: {path: how much of the update there is in what is stored: 1 all of it, 0 nothing}; see `maths/loss.py`. Also of
             the tensors that were trained whole and are cast, the update being what training changed.
+        moved: {path in a base's files: what the adapter calls it}, where that is another name.
     """
 
     adapters: tuple[str, ...]
@@ -65,6 +66,7 @@ class MergeReport:
     requantized: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     kept: dict[str, float] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def largest_error(self) -> float:
@@ -77,6 +79,7 @@ class MergeReport:
     def __str__(self) -> str:
         kinds = f"; {len(self.dequantized)} packed layers made dense" if self.dequantized else ""
         kinds += f"; {len(self.requantized)} layers packed" if self.requantized else ""
+        kinds += f"; {len(self.moved)} modules have other names in the base" if self.moved else ""
         kinds += f"; no longer tied to others: {', '.join(self.untied)}" if self.untied else ""
         left = describe_loss(self.kept) or f"at least {min(self.least_kept, 1):.1%} of each update is there"
         error = f"; rounding moved a weight by up to {self.largest_error:.2g} times its update" if self.largest_error else ""
@@ -164,8 +167,7 @@ def merge_and_unload(
             thread is in a mixed batch or in `disable_adapters`, the model is spread over processes, or an adapted weight is
             offloaded.
     """
-    change = functools.partial(_merge, model, names, dtype, requantize, allow_loss)
-    return change_adapters(model, change)
+    return change_adapters(model, functools.partial(_merge, model, names, dtype, requantize, allow_loss))
 
 
 def _merge(
@@ -181,10 +183,9 @@ def _merge(
     names = _chosen(model, names)
     unfold_all(model)
     keep_layers(root)
-    modules = [(path, m) for path, m in root.named_modules(remove_duplicate=False) if not isinstance(m, ParameterSlot)]
-    quantized = [path for path, m in modules if is_packed(m)]
-    experts = {path: m for path, m in modules if packed_names(m)}
-    stacks = [f"{path}.{name}".lstrip(".") for path, m in experts.items() for name in packed_names(m)]
+    modules = root.named_modules(remove_duplicate=False)
+    quantized = [path for path, m in modules if is_packed(m) and not isinstance(m, ParameterSlot)]
+    packed = (*quantized, *packed_experts(root))
     _check_cast(root, dtype)
     tied = ties(root)
     spent = _fold_all(model, names, dtype, packed=requantize, last=last, shared=tied)
@@ -204,10 +205,9 @@ def _merge(
             dense[layer] = base_of(layer).to_dense(layer)
         parent, _, name = path.rpartition(".")
         setattr(copies.submodule(root, parent), name, dense[layer])
-    for host in () if requantize else set(experts.values()):
+    for host in () if requantize else [m for m in root.modules() if isinstance(m, PackedHost)]:
         unpack_parameters(host)
     untied, _ = untie(root, tied.values(), changed)
-    packed = (*quantized, *stacks)
     if packed and not requantize:
         forget_quantization(root)
     if dtype is not None:

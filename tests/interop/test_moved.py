@@ -12,8 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_core import load_adapter
-from lora_core.errors import FileFormatError
+from lora_core import LoraConfig, inject, load_adapter, merge_checkpoint, quantize_nf4, save_adapter
+from lora_core.deploy.recipe import Recipe
+from lora_core.errors import FileFormatError, StateError, WrongBaseError
+from tests.support import tiny
 from tests.support.bad_adapters import edit_config
 
 peft = pytest.importorskip("peft")
@@ -180,3 +182,69 @@ def test_files_with_the_names_of_now_are_read_as_ever(tmp_path):
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings(action="error", category=UserWarning):
         assert load_adapter(copy.deepcopy(base("llava")), tmp_path).moved == {}
+
+
+# --- merged over files, which keep the names of then ------------------------------------------------------------------
+
+
+def saved_base(family, directory, names):
+    """A base's files, with the names of then, as transformers writes them, or with those of now."""
+    model = base(family)
+    model.save_pretrained(directory)
+    if names == "now":
+        tensors = {key: t.clone() for key, t in model.state_dict().items() if key not in model.all_tied_weights_keys}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("adapter", ["then", "now"])
+@pytest.mark.parametrize("files", ["then", "now"])
+@pytest.mark.parametrize("family", CASES)
+def test_it_is_merged_over_files_of_either_time(family, files, adapter, tmp_path):
+    case = CASES[family]
+    expected = of_then(family, tmp_path / "then", case["targets"], **case.get("settings", {}))
+    if "then" in case:
+        edit_config(tmp_path / "then", target_modules=case["then"])
+    if adapter == "now":
+        model = base(family)
+        with pytest.warns(UserWarning, match="otherwise than this model"):
+            load_adapter(model, tmp_path / "then")
+        save_adapter(model, tmp_path / "now")
+    saved_base(family, tmp_path / "base", files)
+    held = load_file(tmp_path / "base" / "model.safetensors").keys()
+    report = merge_checkpoint(tmp_path / "base", [tmp_path / adapter], tmp_path / "merged")
+    merged, info = type(base(family)).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert (output(family, merged.eval()) - expected).abs().max() <= 1e-5
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) - {"lm_head.weight"} == held - {"lm_head.weight"}
+    assert report.moved or adapter == files  # what is saved of the image encoders' names of then is not all of them
+    if report.moved:
+        assert f"{len(report.moved)} modules have other names in the base" in str(report)
+
+
+def test_the_fingerprint_still_tells_another_base(tmp_path):
+    model = base("llava")
+    inject(model, LoraConfig(r=2, target_modules=r"model\.language_model\..*\.[qv]_proj"))
+    save_adapter(model, tmp_path / "adapter")
+    saved_base("llava", tmp_path / "base", "then")
+    assert len(merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged").moved) == 4
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["language_model.model.layers.1.self_attn.v_proj.weight"][0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(WrongBaseError, match=r"model\.language_model\.layers\.1\.self_attn\.v_proj .*has other values"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again")
+
+
+def test_an_adapter_of_a_base_in_four_bits_is_merged_into_what_that_was(tmp_path):
+    model = base("llava")
+    quantize_nf4(model)
+    inject(model, LoraConfig(r=4, target_modules=r"model\.language_model\..*\.[qv]_proj"))
+    save_adapter(tiny.randomize(model), tmp_path / "adapter")
+    saved_base("llava", tmp_path / "base", "then")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (output("llava", merged) - output("llava", model)).abs().max() <= 1e-4
+    with pytest.raises(StateError, match="otherwise in memory, and packed layers of such models are not written"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again", Recipe(base_as="nf4"))
