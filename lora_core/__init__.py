@@ -49,6 +49,7 @@ _PUBLIC = {
     "model.report": "FitReport InjectionReport",
     "model.scale": "scale_adapter",
     "model.sharding": "packed_parameters",
+    "model.subtracted": "initialize_corda initialize_lora_ga",
     "spec.config": "LoraConfig",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -52,6 +52,10 @@ from .model.quantize import (
 from .model.report import FitReport as FitReport, InjectionReport as InjectionReport
 from .model.scale import scale_adapter as scale_adapter
 from .model.sharding import packed_parameters as packed_parameters
+from .model.subtracted import (
+    initialize_corda as initialize_corda,
+    initialize_lora_ga as initialize_lora_ga,
+)
 from .spec.config import LoraConfig as LoraConfig
 
 __version__: str

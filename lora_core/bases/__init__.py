@@ -24,6 +24,12 @@ PACKED: dict[str, Base] = {base.name: base for base in (NF4(), Int8())}
 #: How weights are packed where nobody says how.
 DEFAULT: Format = NF4.Format()
 
+#: {bits: (what PEFT's LoftQ quantises a base to, the call that does the same here)}.
+OF_LOFTQ: dict[int, tuple[Format, str]] = {
+    4: (NF4.Format(double_quant=False), "quantize_nf4(model, double_quant=False)"),
+    8: (Int8.Format(), "quantize_int8(model)"),
+}
+
 
 def libraries() -> tuple[str, ...]:
     """The packages that packed weights need."""
@@ -75,6 +81,16 @@ def parse_format(text: str) -> Format | None:
 def dense_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight that a module computes with, (d_out, d_in), in `dtype`: a new tensor."""
     return base_of(module).dense(module, dtype)
+
+
+def is_on_grid(weight: Tensor, form: Format) -> bool:
+    """Whether a dense weight, (d_out, d_in), holds what it would in this format, but for the rounding of its dtype."""
+    with torch.no_grad():
+        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+        base = base_for(form)
+        again = base.dense(base.pack(linear, form))
+    return torch.allclose(again, linear.weight, rtol=4 * torch.finfo(weight.dtype).eps, atol=0)
 
 
 def weight_bytes(weight: Tensor) -> int:

@@ -30,13 +30,15 @@ from ..files.formats.registry import is_foreign
 from ..files.keys import base_path, layer_keys_of, parse_key
 from ..files.reading import parse_json, read_object
 from ..files.shards import new_directory
+from ..files.started import other_base
 from ..maths.loss import cast
 from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_unmergeable
 from ..methods.registry import all_tables, method_of
 from ..methods.start import start
 from ..spec.checks import check_alpha, check_rank
-from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
+from ..spec.config import ALL_LINEAR, LoraConfig
+from ..spec.starts import SUBTRACTED, starts_from_weight
 from .companions import companions, copy_companions
 from .exchange import ConversionReport, exchange, named
 from .layer_update import carrier
@@ -162,6 +164,8 @@ def _without_start(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """B A - B0 A0 as one product of rank 2r, for the base that the start was taken from."""
     kind = fields["init_lora_weights"]
+    if kind not in SUBTRACTED and not starts_from_weight(kind):
+        raise FileFormatError(f"{directory}: {other_base(kind)}")
     again = base is not None and starts_from_weight(kind)
     if initial is None and not again:
         or_base = ", or the base with --base" if starts_from_weight(kind) else ""

@@ -23,13 +23,15 @@ from ..bases.base import Format
 from ..bases.dense import DenseFormat
 from ..errors import FileFormatError
 from ..files.adapter import CONFIG_FILE, FLOAT_DTYPES, AdapterFiles, read_adapter
-from ..files.config import MAX_BYTES, other_base
+from ..files.config import MAX_BYTES
 from ..files.formats.registry import find_format, is_foreign
 from ..files.keys import PREFIX, TOKENS, base_path, owner_path, parameter_paths, parse_key
 from ..files.reading import read_object
+from ..files.started import other_base
 from ..methods.registry import all_tables, method_of
-from ..spec.config import LoraConfig, starts_from_weight
+from ..spec.config import LoraConfig
 from ..spec.patterns import limited, spending
+from ..spec.starts import changes_base
 from ..spec.targets import LayerPlan
 from .layer_update import LayerUpdate
 
@@ -139,8 +141,8 @@ def read_updates(directory: Path, *, finite: bool = True, started: bool = False)
         )
     files = read_adapter(directory)
     init = files.config.init_lora_weights
-    if starts_from_weight(init) and not started:
-        raise FileFormatError(f"{directory}: {other_base(init)} --base BASE")
+    if changes_base(init) and not started:
+        raise FileFormatError(f"{directory}: {other_base(init)}")
     # Of the configuration file, and not of LoraConfig: this engine's layers know it themselves.
     fields = read_object(directory / CONFIG_FILE, MAX_BYTES)
     return updates_of(directory, files, finite=finite, transposed=fields.get("fan_in_fan_out") is True)

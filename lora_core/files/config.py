@@ -16,9 +16,10 @@ from ..errors import ConfigError, FileFormatError
 from ..methods.registry import config_classes, method_of
 from ..model.registry import adapter_layers, find_adapter
 from ..model.replicate import replicated
-from ..spec.config import ALL_LINEAR, LoraConfig, starts_from_weight
+from ..spec.config import ALL_LINEAR, LoraConfig
 from ..spec.patterns import END, LAYERS, WHOLE, is_name, refusal
 from ..spec.peft_fields import OF_A_START, OF_PEFT, is_empty
+from ..spec.starts import changes_base
 from ..spec.targets import excluded_paths, shortest_names
 from .reading import parse_json, read_bytes
 
@@ -38,8 +39,7 @@ MAX_BYTES = 2**20
 MAX_ENTRIES = 10_000
 MAX_EXPRESSIONS = 1_000
 
-#: Values of `init_lora_weights` that leave the base alone. The others (PiSSA, CorDA, ...) move part of W into A and B; where
-#: that part follows from W alone it can be found again.
+#: Values of `init_lora_weights` that leave the base alone. Of the others `started.py` says what they take.
 HARMLESS_INITIALISERS = (True, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -86,7 +86,7 @@ def label_names(model: nn.Module, task_type: str | None) -> list[str] | None:
 def config_from_json(path: Path) -> LoraConfig:
     """The configuration in the file at `path`.
 
-    Its `init_lora_weights` is True, but where A and B started from the weight alone: whoever has the base can find that again.
+    Its `init_lora_weights` is True, but where the start changed the base too.
 
     Raises:
         FileFormatError: it is not JSON, not a LoRA adapter's, or asks for something that is not supported.
@@ -102,14 +102,13 @@ def config_from_json(path: Path) -> LoraConfig:
         raise FileFormatError(f"{path}: peft_type is {kind!r}; only {readable} adapters can be read")
     form = classes[kind]
     init = fields.get("init_lora_weights") or True
-    from_weight = starts_from_weight(init)
-    if not from_weight and init not in HARMLESS_INITIALISERS:
-        raise FileFormatError(f"{path}: {other_base(init)} with --initial, the adapter as it was when it started")
+    if not changes_base(init) and init not in HARMLESS_INITIALISERS:
+        raise FileFormatError(f"{path}: init_lora_weights={init!r} is unknown here and in peft 0.21")
     # An empty value, of a field known or not, means that the field is not used; but for what is on if nothing is said.
     on = {f.name for f in dataclasses.fields(form) if f.default is True}
     said = {key: v for key, v in fields.items() if not is_empty(v) or key in NUMBERS or (v is False and key in on)}
     fields = {key: v for key, v in said.items() if key not in OF_THE_PAST}
-    fields |= {"init_lora_weights": init} if from_weight else {}
+    fields |= {"init_lora_weights": init} if changes_base(init) else {}
     if unknown := fields.keys() - {f.name for f in dataclasses.fields(form)} - OF_PEFT:
         listed = ", ".join(f"{name}={fields[name]!r}" for name in sorted(unknown))
         raise FileFormatError(
@@ -122,14 +121,6 @@ def config_from_json(path: Path) -> LoraConfig:
         return form(**fields)
     except ConfigError as error:
         raise FileFormatError(f"{path}: {error}") from None
-
-
-def other_base(init: object) -> str:
-    """Why an adapter with this start is no adapter of its base alone, and what to do, but for the arguments."""
-    return (
-        f"init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was trained; make it "
-        "plain LoRA, by convert --plain"
-    )
 
 
 def _check_patterns(path: Path, fields: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def settings_hash(config: LoraConfig, layers: Mapping[str, LayerPlan]) -> str:
 
 def is_weight_of(layer: nn.Module, tensor: Tensor) -> bool:
     """Whether `tensor` holds the values of the layer's own weight, in this dtype or a wider one."""
-    return same_values(stored_weight(_unfolded(layer)).detach(), tensor)
+    return same_values(stored_weight(unfolded(layer)).detach(), tensor)
 
 
 def same_values(weight: Tensor, tensor: Tensor) -> bool:
@@ -64,7 +64,7 @@ def same_values(weight: Tensor, tensor: Tensor) -> bool:
     return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight))
 
 
-def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNamespace:
+def unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNamespace:
     """The layer, or what holds the base's own weight while adapters are folded in."""
     folded = isinstance(layer, LoraLayer) and layer.lora_folded
     return SimpleNamespace(**{name: layer.lora_unfolded[0]}) if folded else layer
@@ -72,7 +72,7 @@ def _unfolded(layer: nn.Module, name: str = "weight") -> nn.Module | SimpleNames
 
 def _describe(layer: nn.Module) -> str:
     name = getattr(lora_class(layer), "weight_name", "weight")  # deploy asks of what holds a weight alone
-    return describe_layer(_unfolded(layer, name), name)
+    return describe_layer(unfolded(layer, name), name)
 
 
 def describe_layer(layer: nn.Module, name: str = "weight") -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import AdapterNameError, ConfigError, FileFormatError, LoraError, StateError
 from ..layers.packed import packed_experts
 from ..methods.registry import all_tables, method_of
+from ..model.copies import submodule
 from ..model.defaults import settle_targets
 from ..model.inject import attach
 from ..model.lifecycle import put_back, take_off
@@ -45,6 +46,7 @@ from ..model.report import InjectionReport, describe
 from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
 from ..spec.config import LoraConfig
+from ..spec.starts import starts_later
 from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE
 from .config import config_to_json, label_names
 from .disk import to_safetensors, write_all
@@ -54,6 +56,7 @@ from .formats.exchange import base_of_model, read_any
 from .fused import fuse_experts, warn_of_fused
 from .keys import copy_key, layer_keys, shared_keys, token_key
 from .moved import follow_names, warn_of_moved
+from .started import settle_start
 from .vocabulary import describe_vocabulary, grown_tensors, with_kept
 
 
@@ -123,7 +126,7 @@ def load_adapter(
     """Reads an adapter that `save_adapter` or PEFT wrote, or another tool (see `formats/`), told by what is in its file.
 
     One that started from the weight (PiSSA, OLoRA) subtracts that start, worked out again from this base; PEFT takes it off
-    the base.
+    the base. One whose start changed the base otherwise (CorDA, LoRA-GA, LoftQ) goes onto the changed one: see `started.py`.
 
     A model without an adapter of that name gets one, as the file's configuration says; one that has it, with the same
     settings, gets its values. The first adapter of a model becomes active. A and B keep the file's dtype. Tensors that
@@ -136,8 +139,9 @@ def load_adapter(
         directory: the directory with the two files; another tool's file, or the directory with it.
         adapter_name: the name that it gets here; it is not in the files.
         trainable: whether a new adapter is to be trained further; one that is there already keeps its setting.
-        strict: raise if the file has a fingerprint of its base and this base has another; else warn. Also whether embeddings
-            in the file must be this base's but for the rows of new tokens, at the end.
+        strict: raise if the file has a fingerprint of its base and this base has another, or the adapter's start changed its
+            base and this is not known to be that one; else warn. Also whether embeddings in the file must be this base's but
+            for the rows of new tokens, at the end.
         hints: what another tool's file does not say: its "lora_alpha"; of a pipeline's models the "component"; which parts of
             loralib's merged layers are adapted, "enable_lora".
         replace: what to do about an adapter of that name of other layers, ranks or settings: put this one in its place, active
@@ -151,7 +155,8 @@ def load_adapter(
         AdapterNameError: the model has another adapter of that name, and it is not to be replaced.
         StateError: it has this one, and it is folded into the weights now; a thread is in a mixed batch, or in
             `disable_adapters`; the base's weights are on the meta device, or a module to be replaced whole is offloaded.
-        WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise.
+        WrongBaseError: the adapter was saved on another base: other values, another dtype, or quantised otherwise; or its
+            start changed the base.
         FileFormatError: a file is broken or asks for something that is not supported; tensors are missing, unexpected,
             of another shape or not finite; another tool's layers have no counterpart in the model. The message lists them,
             and the model is as it was.
@@ -182,6 +187,9 @@ def load_adapter(
         raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
     if not found.targets.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
+    if starts_later(config.init_lora_weights):
+        layers = {path: submodule(root, path) for path in found.targets.paths}
+        config = settle_start(directory, config, layers, strict)
     tensors = fitting_tensors(root, config, tensors, found, directory)
     known = {**moved.names, **fused.names}
     names = {path: known.get(path, path) for path in found.targets.paths if path not in fused.stacked}

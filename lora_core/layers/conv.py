@@ -22,7 +22,8 @@ from ..errors import StateError
 from ..maths.lora import fold_, update_dtype
 from ..methods.base import Method
 from ..methods.registry import method_of
-from ..spec.config import FROM_WEIGHT, LoraConfig
+from ..spec.config import LoraConfig
+from ..spec.starts import starts_from_weight
 from .base import LoraLayer
 
 
@@ -78,7 +79,7 @@ class LoraGroupedConv(LoraConv):
         if not (method := method_of(config)).owns_factors:
             return f"{here}, whose update is no part of its weight, as {method.label} needs it; leave {method.asked} out"
         init = config.init_lora_weights
-        if isinstance(init, str) and (init == "orthogonal" or FROM_WEIGHT.fullmatch(init)):
+        if init == "orthogonal" or starts_from_weight(init):
             return f"{here}, where init_lora_weights={init!r} can't start; use True or 'gaussian'"
         return None
 

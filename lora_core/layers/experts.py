@@ -32,7 +32,8 @@ from ..errors import StateError
 from ..maths.updated import UpdatedWeight, added
 from ..methods.base import Method
 from ..methods.registry import method_of
-from ..spec.config import FROM_WEIGHT, LoraConfig
+from ..spec.config import LoraConfig
+from ..spec.starts import starts_from_weight
 from .base import LoraLayer
 from .packed import PackedFolding, PackedHost
 from .slots import SLOTS, ParameterSlot, takes_stand_ins
@@ -128,7 +129,7 @@ class LoraParameter(PackedFolding, ParameterSlot):
             return f"{here}: {method.label} does not go with that, nor in PEFT; leave {method.asked} out"
         if config.bias != "none":
             return f"{here}, and PEFT's files have no place for bias={config.bias!r} beside it; leave it out"
-        if isinstance(init, str) and (init == "orthogonal" or FROM_WEIGHT.fullmatch(init)):
+        if init == "orthogonal" or starts_from_weight(init):
             return f"{here}, where init_lora_weights={init!r} can't start; use True or 'gaussian'"
         return None
 

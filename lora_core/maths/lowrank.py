@@ -41,6 +41,20 @@ def best_of_matrix(D: Tensor, r: int, scaling: float = 1.0) -> Factors:
         that it keeps, 1 if D is zero. The same D gives the same factors, and torch's generators are left as they were.
     """
     total = torch.linalg.vector_norm(D, dtype=torch.float64).item() ** 2
+    return _cut(*largest_triplets(D, r), r, total, scaling)
+
+
+def largest_triplets(D: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of the r largest singular triplets of a dense matrix.
+
+    Args:
+        D: (d_out, d_in), float32 or float64.
+        r: how many; no more than min(d_out, d_in) are there.
+
+    Returns:
+        U, (d_out, k), S, (k,), falling, and V^T, (k, d_in), with k = min(r, d_out, d_in), in float64 where D is small. The same
+        D gives the same ones, and torch's generators are left as they were.
+    """
     directions = 2 * r + EXTRA
     if min(D.shape) <= max(EXACT_SIDE, 2 * directions):
         U, S, Vt = torch.linalg.svd(D.double(), full_matrices=False)
@@ -49,7 +63,7 @@ def best_of_matrix(D: Tensor, r: int, scaling: float = 1.0) -> Factors:
             torch.manual_seed(0)
             U, S, V = torch.svd_lowrank(D, directions, niter=ITERATIONS)
         Vt = V.t()
-    return _cut(U, S, Vt, r, total, scaling)
+    return U[:, :r], S[:r], Vt[:r]
 
 
 def best_of_product(A: Tensor, B: Tensor, r: int | None, eps: float) -> Factors:

@@ -41,6 +41,26 @@ class Lora(Method):
         A, B, from_weight = start(init, like, shape, r, scaling, lambda: layer.as_matrix(layer.dense_weight()), layer.zero_A)
         return {"lora_A": A, "lora_B": B} | ({"lora_A0": A.clone(), "lora_B0": B.clone()} if from_weight else {})
 
+    @torch.no_grad()
+    def restart(self, layer: Any, name: str, A: Tensor, B: Tensor, subtracted: bool = False) -> None:
+        """Starts an adapter that is on a layer anew.
+
+        Args:
+            layer: the layer.
+            name: the adapter.
+            A: (r, d_in).
+            B: (d_out, r).
+            subtracted: whether s B A is to be subtracted, so that this start changes nothing.
+        """
+        for letter, value in (("A", A), ("B", B)):
+            parameter, starts = getattr(layer, f"lora_{letter}")[name], getattr(layer, f"lora_{letter}0")
+            parameter.data = value.to(parameter).clone(memory_format=torch.contiguous_format)
+            if subtracted:
+                starts[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            elif name in starts:
+                del starts[name]
+        self.settle(layer, name)
+
     def product(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
         A, B = stored_entry(layer.lora_A, name), stored_entry(layer.lora_B, name)
         if name in layer.lora_A0:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..spec.config import starts_from_weight
+from ..spec.starts import starts_from_weight
 
 
 def check_rank_fits(init: bool | str, path: str, shape: tuple[int, int], r: int) -> None:

@@ -4,13 +4,7 @@
     initialize_eva(model, batches)                    # or
     initialize_loftq(model, dense_model)              # after quantising the model
 
-EVA (Paischl et al., arXiv 2410.07170): the rows of A are the r directions in which a layer's inputs vary most, the first
-eigenvectors of their second moment x^T x; B is zero, so the model does not change. With `rho` above 1 ranks move from layers
-whose inputs a few directions explain to those whose inputs take more.
-
-LoftQ (Li et al., arXiv 2310.08659): s B A is the best approximation of rank r of what quantisation took from the weight,
-W - Q, so the adapted model starts nearer to the dense one than Q alone. This is the first of the paper's alternations; the
-others would change Q too, and then no file of the adapter would be right on the 4-bit base that others have.
+What they are, with their papers, `methods/eva.py` and `methods/loftq.py` say; see `subtracted.py` for CorDA and LoRA-GA.
 """
 
 from __future__ import annotations
@@ -19,7 +13,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,8 +21,9 @@ from torch import Tensor, nn
 from ..bases import is_packed
 from ..errors import ConfigError, LoraError, StateError
 from ..layers import LoraLayer
-from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
+from ..methods.eva import directions, share_out
+from ..methods.loftq import loftq
 from ..methods.registry import method_of
 from ..progress import watched
 from ..spec.checks import check_finite
@@ -37,6 +31,7 @@ from ..spec.targets import LayerPlan
 from .registry import Adapter, adapter_layers, find_adapter
 from .report import FitReport
 from .verbs import changes_adapters
+from .watch import second_moments
 
 # --- EVA ------------------------------------------------------------------------------------------------------------
 
@@ -67,79 +62,30 @@ def initialize_eva(model: nn.Module, batches: Iterable[Any], adapter_name: str =
     check_finite("rho", rho)
     if rho < 1:
         raise ConfigError(f"rho must be at least 1, not {rho!r}")
-    adapter, layers = _changeable(model, adapter_name)
-    for path, layer in layers.items():
-        if not layer.is_linear:
-            raise ConfigError(f"EVA is for linear layers, and {path} is a {layer.lora_base_class.__name__}; exclude it")
+    adapter, layers = changeable(model, adapter_name)
+    check_linear("EVA", layers)
     ranks = {path: len(layer.lora_A[adapter_name]) for path, layer in layers.items()}
     for path, layer in layers.items():
         d_in, _ = layer.matrix_shape(layer)
         if ranks[path] > d_in:
             raise ConfigError(f"{path} reads vectors of {d_in} values, too few for a rank of {ranks[path]}; lower it")
-    moments, vectors = _second_moments(model, layers, batches)
-    spectra, directions = {}, {}
+    moments, vectors = second_moments(model, layers, batches)
+    spectra, found = {}, {}
     for path, moment in watched(moments.items(), "directions of the inputs"):
         if (short := vectors[path]) < ranks[path]:
             raise ConfigError(f"{path} saw {short} input vectors, too few for a rank of {ranks[path]}; pass more batches")
         if not 0 < moment.trace() < math.inf:
             raise ConfigError(f"{path} saw inputs that are all zero, or not finite; pass other batches")
         most = math.floor(min(rho * ranks[path], len(moment)))
-        values, bases = torch.linalg.eigh(moment.double())  # ascending
-        spectra[path] = values.flip(0).clamp(min=0)[:most] / moment.trace().double()
-        directions[path] = bases.flip(1)[:, :most].t()
+        found[path], spectra[path] = directions(moment, most)
     if rho > 1:
-        ranks = _share_out(sum(ranks.values()), spectra)
+        ranks = share_out(sum(ranks.values()), spectra)
     for path, layer in layers.items():
-        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        A.data = directions[path][: ranks[path]].to(A)
-        B.data = B.new_zeros(len(B), ranks[path])
-        for start in (layer.lora_A0, layer.lora_B0):
-            if adapter_name in start:
-                del start[adapter_name]
-        layer.lora_method[adapter_name].settle(layer, adapter_name)
+        A = found[path][: ranks[path]]
+        B = A.new_zeros(layer.matrix_shape(layer)[1], len(A))
+        layer.lora_method[adapter_name].restart(layer, adapter_name, A, B)
     _settle(adapter, layers, ranks, adapter_name)
     return FitReport(adapter_name, "EVA of the inputs", ranks, {p: spectra[p][:r].sum().item() for p, r in ranks.items()})
-
-
-def _second_moments(
-    model: nn.Module, layers: Mapping[str, LoraLayer], batches: Iterable[Any]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """{path: sum of x^T x over the layer's input vectors, (d_in, d_in)}, {path: how many those were}."""
-    sizes = {path: layer.matrix_shape(layer)[0] for path, layer in layers.items()}
-    moments = {path: torch.zeros(d_in, d_in, device=layers[path].weight.device) for path, d_in in sizes.items()}
-    vectors = dict.fromkeys(layers, 0)
-    mask: Tensor | None = None
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].float()
-            fits = mask is not None and x.shape[:-1] == mask.shape
-            x = x[mask.bool().to(x.device)] if fits else x.reshape(-1, x.shape[-1])
-            moments[path].addmm_(x.t(), x)
-            vectors[path] += len(x)
-
-        return hook
-
-    training = {m: m.training for m in model.modules()}
-    with ExitStack() as undo:
-        for path, layer in layers.items():
-            undo.callback(layer.register_forward_pre_hook(watch(path)).remove)
-        undo.callback(lambda: [setattr(m, "training", mode) for m, mode in training.items()])
-        model.eval()
-        for batch in watched(batches, "reading batches"):
-            keywords = batch if isinstance(batch, Mapping) else {}
-            mask = keywords.get("attention_mask")
-            model(**keywords) if keywords else model(*batch if isinstance(batch, (tuple, list)) else (batch,))
-    return moments, vectors
-
-
-def _share_out(budget: int, spectra: Mapping[str, Tensor]) -> dict[str, int]:
-    """The ranks, at least 1 each and `budget` in all, that take the directions which explain most of their inputs."""
-    further = [(share, path) for path, shares in spectra.items() for share in shares[1:].tolist()]
-    ranks = dict.fromkeys(spectra, 1)
-    for _, path in sorted(further, key=lambda pair: -pair[0])[: budget - len(spectra)]:
-        ranks[path] += 1
-    return ranks
 
 
 def _settle(adapter: Adapter, layers: Mapping[str, LoraLayer], ranks: Mapping[str, int], name: str) -> None:
@@ -182,7 +128,7 @@ def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], 
         LoraError: the adapter subtracts its start from the weight (PiSSA, OLoRA), so it can't start anew.
         StateError: adapters are folded into the weights now, or a thread is in a mixed batch.
     """
-    layers = {path: layer for path, layer in _changeable(model, adapter_name)[1].items() if is_packed(layer)}
+    layers = {path: layer for path, layer in changeable(model, adapter_name)[1].items() if is_packed(layer)}
     if not layers:
         raise StateError(f"adapter {adapter_name!r} is on no quantised layer; quantise the model before inject")
     tensors = dense.state_dict(keep_vars=True) if isinstance(dense, nn.Module) else dense
@@ -193,17 +139,15 @@ def initialize_loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor], 
     ranks, energy = {}, {}
     for path, layer in watched(layers.items(), "what packing lost"):
         W = _dense_weight(tensors, path, layer).detach().to(layer.weight.device, torch.float32)
-        lost = W - layer.dense_weight()
-        ranks[path] = len(layer.lora_A[adapter_name])
-        A, B, energy[path] = best_of_matrix(lost, ranks[path], layer.lora_scaling[adapter_name])
-        own = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        own[0].data, own[1].data = (torch.zeros_like(parameter) for parameter in own)
-        own[0].data[: len(A)], own[1].data[:, : len(A)] = A, B
-        layer.lora_method[adapter_name].settle(layer, adapter_name)
+        Q, ranks[path] = layer.dense_weight(), len(layer.lora_A[adapter_name])
+        A, B, energy[path] = loftq(W, Q, ranks[path], layer.lora_scaling[adapter_name])
+        zeros = ranks[path] - len(A)  # of a rank that the weight does not have
+        A, B = nn.functional.pad(A, (0, 0, 0, zeros)), nn.functional.pad(B, (0, zeros))
+        layer.lora_method[adapter_name].restart(layer, adapter_name, A, B)
     return FitReport(adapter_name, "LoftQ of what quantisation took", ranks, energy)
 
 
-def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:
+def changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLayer]]:
     """The adapter `name` and its layers, {path: layer}, if its tensors can be replaced now."""
     adapter = find_adapter(model, name)
     refuse_foreign_factors(method_of(adapter.config), "starting anew")
@@ -213,6 +157,13 @@ def _changeable(model: nn.Module, name: str) -> tuple[Adapter, dict[str, LoraLay
     if any(layer.lora_folded for layer in layers.values()):
         raise StateError("adapters are folded into the weights; call unmerge_adapter(model) before starting one anew")
     return adapter, layers
+
+
+def check_linear(what: str, layers: Mapping[str, LoraLayer]) -> None:
+    """Raises a ConfigError if a layer is not linear."""
+    for path, layer in layers.items():
+        if not layer.is_linear:
+            raise ConfigError(f"{what} is for linear layers, and {path} is a {layer.lora_base_class.__name__}; exclude it")
 
 
 def _dense_weight(tensors: Mapping[str, Tensor], path: str, layer: LoraLayer) -> Tensor:

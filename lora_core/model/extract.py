@@ -22,7 +22,8 @@ from ..maths.lowrank import best_of_matrix
 from ..methods.base import refuse_foreign_factors
 from ..methods.registry import configuration, method_of
 from ..progress import watched
-from ..spec.config import LoraConfig, starts_from_weight
+from ..spec.config import LoraConfig
+from ..spec.starts import subtracts_start
 from .copies import CHILD, original_of, submodule
 from .defaults import settle_targets
 from .inject import attach
@@ -192,7 +193,7 @@ def _check_arguments(model: nn.Module, tuned: Tuned, config: LoraConfig) -> None
     refuse_foreign_factors(method, "extract_adapter")
     if config.layer_replication is not None:
         raise ConfigError("layer_replication: tuned has the layers that model has; leave it out")
-    if starts_from_weight(config.init_lora_weights):
+    if subtracts_start(config.init_lora_weights):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} subtracts its start, and an extracted adapter has none; leave it"
         )

@@ -17,6 +17,7 @@ from ..layers import LoraLayer, lora_class
 from ..layers.holder import share
 from ..methods.registry import TOKENS, configuration, method_of
 from ..spec.config import LoraConfig
+from ..spec.starts import AFTERWARDS, starts_later
 from .copies import copy_tensor, original_of, submodule
 from .defaults import settle_targets
 from .lifecycle import register
@@ -72,6 +73,8 @@ def attach(model: nn.Module, config: LoraConfig, name: str, found: Plan, trainab
     """Puts the adapter `name` on the modules of a plan."""
     model = unwrap(model)
     refuse_sharded(model, "a new adapter")
+    if starts_later(init := config.init_lora_weights):
+        raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
     if config.bias != "none" and has_adapters(model):
         others = ", ".join(map(repr, registry_of(model).adapters))
         raise ConfigError(f"bias={config.bias!r} needs the model for itself, but it holds {others}; use bias='none'")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,13 +20,8 @@ from ..errors import ConfigError
 from .checks import check_alpha, check_choice, check_rank, check_regex, frozen_ranges, is_number
 from .patterns import END, LAYERS, WHOLE, matches
 from .peft_fields import TakesFieldsOfPeft
+from .starts import INITIALIZERS, starts_from_weight, starts_later, subtracts_start
 from .tokens import INVOCATION, frozen_invocation, frozen_tokens
-
-#: Starts of an adapter, besides True and False; and those among them that start from the weight (PiSSA with a randomised
-#: SVD of N iterations is "pissa_niter_N"). `methods/start.py` says what they are.
-INITIALIZERS = ("gaussian", "orthogonal", "pissa", "olora")
-FROM_WEIGHT = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
-AFTERWARDS = {"eva": "initialize_eva(model, batches)", "loftq": "initialize_loftq(model, dense_weights)"}
 
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
@@ -63,7 +57,8 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
         lora_bias: give B a bias, trained from zero; adapted layers need one of their own to be merged.
         init_lora_weights: where A and B start. True: A Kaiming-uniform and B zero; False: B random too, so that the
             adapter changes the model from the start (of use in tests); or "gaussian", "orthogonal", "pissa",
-            "pissa_niter_N", "olora" (see `methods/start.py`).
+            "pissa_niter_N", "olora" (see `methods/start.py`). "eva", "loftq", "corda" and "lora_ga" need more than the
+            model, and `inject` says which verb starts an adapter so.
         rank_pattern: {pattern: value}, an r of its own for some layers. A pattern matches a path that it ends, after a dot or
             from the start, as a regular expression; the first hit wins.
         alpha_pattern: the same for lora_alpha.
@@ -155,10 +150,8 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def _check_start(self) -> None:
         init = self.init_lora_weights
-        if isinstance(init, bool) or init in INITIALIZERS or starts_from_weight(init):
+        if isinstance(init, bool) or init in INITIALIZERS or starts_from_weight(init) or starts_later(init):
             return
-        if isinstance(init, str) and init in AFTERWARDS:
-            raise ConfigError(f"init_lora_weights={init!r} needs more than the model: leave it True, then {AFTERWARDS[init]}")
         known = ", ".join(map(repr, INITIALIZERS))
         raise ConfigError(f"init_lora_weights must be True, False, {known} or 'pissa_niter_N', not {init!r}")
 
@@ -206,7 +199,7 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
 
     def as_stored(self) -> LoraConfig:
         """What this adapter is in a file: one that subtracts its start is plain LoRA of rank 2r with the same scaling."""
-        if not starts_from_weight(self.init_lora_weights):
+        if not subtracts_start(self.init_lora_weights):
             return self
         alpha = math.sqrt(2) if self.use_rslora else 2
         return dataclasses.replace(
@@ -248,8 +241,3 @@ class LoraConfig(metaclass=TakesFieldsOfPeft):
             hits = (value for pattern, value in getattr(self, name).items() if matches(pattern, path, END))
             found[name, path] = next(hits, default)
         return found[name, path]
-
-
-def starts_from_weight(init: Any) -> bool:
-    """Whether A and B start from the weight that they are for, and from nothing else."""
-    return isinstance(init, str) and FROM_WEIGHT.fullmatch(init) is not None

@@ -83,7 +83,7 @@ def own_fields(form: str, known: Collection[str], fields: Mapping[str, Any]) -> 
             continue
         if name in NOT_HERE and not is_empty(value):
             raise ConfigError(f"{name}={value!r} asks for {NOT_HERE[name]}")
-        if name in OF_A_START and not is_empty(value):
+        if name in OF_A_START and not is_empty(value) and fields.get("init_lora_weights") != OF_A_START[name]:
             warnings.warn(f"{name} is not used: it is for init_lora_weights={OF_A_START[name]!r}", stacklevel=3)
         if name in ONLY and value is not ONLY[name]:
             raise ConfigError(f"{name} must be {ONLY[name]}, not {value!r}; leave it out")

@@ -293,7 +293,6 @@ REFUSED = {
     "monteclora_config": {"num_samples": 4},
     "kasa_config": {"beta": 0.1},
     "use_qalora": True,
-    **{f"init_lora_weights {init}": init for init in ("corda", "loftq", "lora_ga")},
 }
 
 

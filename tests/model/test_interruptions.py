@@ -13,8 +13,10 @@ from lora_core import (
     delete_adapter,
     disable_adapters,
     extract_adapter,
+    initialize_corda,
     initialize_eva,
     initialize_loftq,
+    initialize_lora_ga,
     inject,
     load_adapter,
     merge_adapter,
@@ -29,6 +31,7 @@ from lora_core import (
     unload,
     unmerge_adapter,
 )
+from lora_core.errors import TargetError
 from tests.support import tiny
 from tests.support.interruptions import Lines, difference, state
 
@@ -178,6 +181,8 @@ CASES = {
     "combine_adapters ties": (adapted, lambda m: combine_adapters(m, ["a", "b"], [1, 1], "new", "ties", density=0.5)),
     "extract_adapter": (plain, lambda m: extract_adapter(m, fine_tuned(), LoraConfig(**HEAD))),
     "initialize_eva": (just_a, lambda m: initialize_eva(m, [X], "a")),
+    "initialize_corda": (just_a, lambda m: initialize_corda(m, [X], "a")),
+    "initialize_lora_ga": (just_a, lambda m: initialize_lora_ga(m, [X], "a", loss=lambda y, _: y.square().mean())),
     "initialize_loftq": (lambda: adapted(packed, names="a"), lambda m: initialize_loftq(m, plain(), "a")),
     "mixed_batch": (adapted, mixed),
     "share_dropout_masks": (adapted, share_dropout_masks),
@@ -280,3 +285,21 @@ def test_an_interruption_while_things_are_put_back_waits():
     with pytest.raises(KeyboardInterrupt):
         insist(step)
     assert len(calls) == 3
+
+
+class Frozen(dict):
+    """As diffusers' configurations are."""
+
+    def _refuse(self, *_args, **_fields):
+        raise TypeError("this can't be changed")
+
+    update = clear = __setitem__ = __delitem__ = _refuse
+
+
+def test_a_configuration_that_can_not_be_changed_hides_no_error():
+    model = plain()
+    model._internal_dict = Frozen(width=WIDTH)
+    before = state(model)
+    with pytest.raises(TargetError, match="matched no module"):
+        inject(model, LoraConfig(r=2, target_modules=["nothing"]))
+    assert state(model) == before and model._internal_dict == {"width": WIDTH}

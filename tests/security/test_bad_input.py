@@ -280,7 +280,7 @@ ADAPTERS = {
     "field: use_dora a number": (fields(use_dora=1), FORMAT, "use_dora must be True or False, not 1"),
     "field: use_rslora a text": (fields(use_rslora="no"), FORMAT, "use_rslora must be True or False, not 'no'"),
     "field: lora_bias a list": (fields(lora_bias=[1]), FORMAT, "lora_bias must be True or False"),
-    "field: init an object": (fields(init_lora_weights={"a": 1}), FORMAT, "changed the base too"),
+    "field: init an object": (fields(init_lora_weights={"a": 1}), FORMAT, "init_lora_weights={'a': 1} is unknown"),
     "field: base a number": (fields(base_model_name_or_path=5), FORMAT, "must be a name or a path, not 5"),
     "field: base a list": (fields(base_model_name_or_path=["x"]), FORMAT, "must be a name or a path"),
     "field: saved modules an object": (fields(modules_to_save={"a": 1}), FORMAT, "modules_to_save must be a list"),

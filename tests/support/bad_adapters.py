@@ -10,6 +10,7 @@ from lora_core.errors import (
     FileFormatError,
     LoraError,
     TargetError,
+    WrongBaseError,
 )
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE
 
@@ -133,8 +134,8 @@ BAD = {
     "bias on B": (lambda d: edit_config(d, lora_bias=True), FileFormatError, r"4 missing tensors \(.*lora_B\.bias"),
     "target parameters": (lambda d: edit_config(d, target_modules=[], target_parameters=["w"]), FileFormatError, "match no"),
     "a new field": (lambda d: edit_config(d, use_magic=1), FileFormatError, "has use_magic=1, unknown here"),
-    "CorDA": (lambda d: edit_config(d, init_lora_weights="corda"), FileFormatError, "corda.*changed the base"),
-    "LoftQ": (lambda d: edit_config(d, init_lora_weights="loftq"), FileFormatError, "loftq"),
+    "CorDA": (lambda d: edit_config(d, init_lora_weights="corda"), WrongBaseError, "corda.*changed the base"),
+    "LoftQ": (lambda d: edit_config(d, init_lora_weights="loftq"), WrongBaseError, "loftq"),
     "other layers": (lambda d: edit_config(d, layers_to_transform=[0]), FileFormatError, "without a home"),
     "another base": (
         lambda d: edit_config(d, target_modules=["q_proj"], rank_pattern={}),

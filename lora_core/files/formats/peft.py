@@ -19,11 +19,12 @@ from ...errors import ConfigError, FileFormatError, LoraError
 from ...methods.base import refuse_unmergeable
 from ...methods.registry import all_tables, method_of
 from ...model.replicate import refuse_replicated
-from ...spec.config import LoraConfig, starts_from_weight
+from ...spec.config import LoraConfig
+from ...spec.starts import changes_base
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from ..config import other_base
 from ..disk import to_safetensors, write_whole
 from ..keys import copy_key, layer_keys_of, parse_key
+from ..started import other_base
 from .base import Base, Contents, Layer
 from .shared import check_factors, config_fields
 
@@ -54,8 +55,8 @@ def contents_of(source: object, config: LoraConfig, tensors: Mapping[str, Tensor
         ConfigError: they hold what other tools have no place for: another method, modules trained whole, or a start that was
             taken off the base.
     """
-    if starts_from_weight(config.init_lora_weights):
-        raise ConfigError(f"{source}: {other_base(config.init_lora_weights)} --base BASE")
+    if changes_base(config.init_lora_weights):
+        raise ConfigError(f"{source}: {other_base(config.init_lora_weights)}")
     method, layers, biases = method_of(config), {}, {}
     refuse_unmergeable(method, source)
     refuse_replicated(config, source)
