@@ -33,8 +33,9 @@ from ..layers.slots import slot_of
 from ..methods.registry import method_of
 from ..model.conventions import output_layer, renaming
 from ..model.plan import base_modules
-from ..spec.config import LoraConfig, starts_from_weight
+from ..spec.config import LoraConfig
 from ..spec.patterns import limited
+from ..spec.starts import starts_from_weight
 from ..spec.targets import FUSED, LayerPlan, match_saved_modules, select_targets
 from .fit import listed
 from .keys import layer_keys, parse_key, with_path

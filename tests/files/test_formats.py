@@ -601,3 +601,38 @@ def test_registering_refuses_what_is_no_format(extension):
     for wrong, words in ((Twin(), "a format 'mlx' already"), (Nameless(), "with a name"), ("npz", "not 'npz'")):
         with pytest.raises(ConfigError, match=words):
             register_format(wrong)
+
+
+# --- LyCORIS' other methods -------------------------------------------------------------------------------------------
+
+LYCORIS = {
+    "LoHa": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8), "alpha": ()},
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4), "alpha": ()},
+    "OFT": {"oft_blocks": (2, 4, 4), "alpha": ()},
+}
+PAIR = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}
+
+
+@pytest.mark.parametrize("method", LYCORIS)
+def test_what_lycoris_has_besides_lora_is_told_for_what_it_is(method, tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    state = {f"{name}.{end}": torch.ones(shape) for end, shape in LYCORIS[method].items()}
+    file = tmp_path / "style.safetensors"
+    save_file(state, file)
+    model = built(Attention)
+    before = tiny.snapshot(model)
+    told = f"is an adapter of LyCORIS, and no LoRA: it is {method}.*has no A and B"
+    for source in (file, tmp_path):
+        for call in (
+            load_adapter,
+            lambda _, s: inspect_adapter(s),
+            lambda _, s: convert_adapter(s, tmp_path / "out", to="peft"),
+        ):
+            with pytest.raises(FileFormatError, match=told) as caught:
+                call(model, source)
+            assert "\n" not in str(caught.value)
+    other = {f"lora_unet_mid_block_attentions_0_proj_in.{end}": torch.ones(s) for end, s in PAIR.items()}
+    save_file(state | other, file)  # some layers are LoRA
+    with pytest.raises(FileFormatError, match=rf"can't be mapped .*some are {method}"):
+        load_adapter(model, file)
+    assert tiny.snapshot(model) == before

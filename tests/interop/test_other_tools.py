@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_core import LoraConfig, convert_adapter, inject, load_adapter, save_adapter
+from lora_core.deploy.updates import read_updates
+from lora_core.errors import ConfigError, FileFormatError
 from tests.support import llamacpp, tiny
 
 CONFIG = transformers.LlamaConfig(
@@ -316,3 +318,222 @@ def test_kohya_names_of_the_original_unet_are_diffusers_ones(tmp_path):
         theirs = theirs.replace("to_q_lora", "to_q").replace("to_out_lora", "to_out.0")
         theirs = theirs.partition(".lora.")[0].partition(".down.")[0]
         assert modern(name) == theirs.replace(".", "_"), name
+
+
+# --- Flux -------------------------------------------------------------------------------------------------------------
+
+#: The original model's fused layers, with what diffusers' converter takes for granted: a width of 3,072.
+WIDTH, MLP = 3072, 12288
+FLUX = {
+    "double_blocks_0_img_attn_qkv": (WIDTH, 3 * WIDTH),
+    "double_blocks_0_img_attn_proj": (WIDTH, WIDTH),
+    "double_blocks_0_img_mlp_0": (WIDTH, MLP),
+    "double_blocks_0_img_mlp_2": (MLP, WIDTH),
+    "double_blocks_0_img_mod_lin": (WIDTH, 6 * WIDTH),
+    "double_blocks_1_txt_attn_qkv": (WIDTH, 3 * WIDTH),
+    "double_blocks_1_txt_attn_proj": (WIDTH, WIDTH),
+    "double_blocks_1_txt_mlp_0": (WIDTH, MLP),
+    "double_blocks_1_txt_mlp_2": (MLP, WIDTH),
+    "double_blocks_1_txt_mod_lin": (WIDTH, 6 * WIDTH),
+    "single_blocks_2_linear1": (WIDTH, 3 * WIDTH + MLP),
+    "single_blocks_2_linear2": (WIDTH + MLP, WIDTH),
+    "single_blocks_2_modulation_lin": (WIDTH, 3 * WIDTH),
+    "guidance_in_in_layer": (256, WIDTH),
+    "guidance_in_out_layer": (WIDTH, WIDTH),
+    "time_in_in_layer": (256, WIDTH),
+    "time_in_out_layer": (WIDTH, WIDTH),
+    "vector_in_in_layer": (768, WIDTH),
+    "vector_in_out_layer": (WIDTH, WIDTH),
+    "img_in": (64, WIDTH),
+    "txt_in": (4096, WIDTH),
+    "final_layer_adaLN_modulation_1": (WIDTH, 2 * WIDTH),
+    "final_layer_linear": (WIDTH, 64),
+}
+
+
+def flux_file(path, shapes, r=2, alpha=4.0, prefix="lora_unet_"):
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, (d_in, d_out) in shapes.items():
+        state[f"{prefix}{name}.lora_down.weight"] = torch.randn(r, d_in, generator=generator)
+        state[f"{prefix}{name}.lora_up.weight"] = torch.randn(d_out, r, generator=generator)
+        state[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
+    save_file(state, path)
+    return state
+
+
+def of_diffusers(state):
+    """{path: (A, B)} as diffusers' converter has it, with the scaling in them."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    found = _convert_kohya_flux_lora_to_diffusers(dict(state))
+    down = {key: tensor for key, tensor in found.items() if key.endswith(".lora_A.weight")}
+    assert 2 * len(down) == len(found)
+    return {
+        key.removeprefix("transformer.").removesuffix(".lora_A.weight"): (A, found[key.replace("lora_A", "lora_B")])
+        for key, A in down.items()
+    }
+
+
+def products(directory):
+    """{path: s B A} of PEFT's files."""
+    updates = read_updates(directory)
+    return {path: u.scaling * u.tensors["lora_B"] @ u.tensors["lora_A"] for path, u in updates.layers.items()}
+
+
+def diffusers_or_skip():
+    return pytest.importorskip("diffusers", reason="diffusers is not installed", exc_type=ImportError)
+
+
+#: Of layers outside of blocks diffusers' converter drops the alpha of the last two, which it lists as a thing to do.
+LAST = ("proj_out", "norm_out.linear")
+
+
+def test_kohya_names_of_flux_are_diffusers_ones(tmp_path):
+    diffusers_or_skip()
+    state = flux_file(tmp_path / "flux.safetensors", FLUX)
+    convert_adapter(tmp_path / "flux.safetensors", tmp_path / "out")
+    ours, theirs = products(tmp_path / "out"), of_diffusers(state)
+    assert ours.keys() == theirs.keys() and len(ours) == 30
+    for path, (A, B) in theirs.items():
+        near(ours[path], (2.0 if path in LAST else 1.0) * B @ A)
+
+
+def flux():
+    """A small FluxTransformer2DModel of diffusers."""
+    torch.manual_seed(0)
+    return diffusers_or_skip().FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+
+
+def drawn(model):
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"hidden_states": (1, 6, 4), "encoder_hidden_states": (1, 5, 32), "pooled_projections": (1, 32)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs |= {"timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.5])}
+    with torch.no_grad():
+        return model(**inputs, img_ids=torch.arange(18.0).view(6, 3), txt_ids=torch.zeros(5, 3)).sample
+
+
+#: In widths of the model; the fused rows are worked out from what a layer reads.
+SMALL_FLUX = {
+    "double_blocks_0_img_attn_qkv": (32, 96),
+    "double_blocks_0_txt_attn_qkv": (32, 96),
+    "double_blocks_0_img_mlp_0": (32, 128),
+    "single_blocks_1_linear1": (32, 224),
+    "single_blocks_1_linear2": (160, 32),
+    "final_layer_adaLN_modulation_1": (32, 64),
+    "img_in": (4, 32),
+}
+
+
+def test_a_file_of_kohya_runs_on_diffusers_flux_as_diffusers_reads_it(tmp_path):
+    """Of fused layers of this width diffusers' converter reads q, k and v alone, so the single block's is split here."""
+    model = flux()
+    state = flux_file(tmp_path / "flux.safetensors", SMALL_FLUX, alpha=2.0)
+    text = flux_file(tmp_path / "text.safetensors", {"text_model_encoder_layers_0_mlp_fc1": (8, 8)}, prefix="lora_te1_")
+    save_file(state | text, tmp_path / "flux.safetensors")
+    report = load_adapter(model, tmp_path / "flux.safetensors")
+    assert "kohya" in report.tool and report.other_parts == ("text_encoder (1 layers)",)
+    assert len(report.targets) == 3 + 3 + 1 + 4 + 1 + 1 + 1
+    found = drawn(model)
+
+    expected = flux()
+    fused = {key: state.pop(key) for key in list(state) if "linear1" in key}
+    theirs = of_diffusers(state)
+    down, up = (fused[f"lora_unet_single_blocks_1_linear1.lora_{end}.weight"] for end in ("down", "up"))
+    for part, rows in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), up.split([32, 32, 32, 128]), strict=True):
+        theirs[f"single_transformer_blocks.1.{part}"] = down, rows
+    with torch.no_grad():
+        for path, (A, B) in theirs.items():
+            expected.get_submodule(path).weight += B @ A
+    near(found, drawn(expected))
+    assert (found - drawn(flux())).abs().max() > 1e-2
+
+
+FLUX_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0"]
+FLUX_TARGETS += ["proj_mlp", "ff.net.2", "norm_out.linear"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, 17),
+        ({"alpha_pattern": {"to_k": 5}, "rank_pattern": {"to_v": 2}}, 17),
+        ({"target_modules": ["to_q", "to_v", "add_k_proj"]}, 7),  # some of the parts of a fused layer
+        ({"use_dora": True}, 17),
+    ],
+    ids=str,
+)
+def test_what_is_written_for_flux_comes_back_and_has_kohyas_names(settings, parts, tmp_path):
+    model = flux()
+    model.save_pretrained(tmp_path / "base")
+    inject(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": FLUX_TARGETS, **settings}))
+    tiny.randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    for base in (tmp_path / "base", None):
+        out = tmp_path / f"kohya-{base is None}"
+        convert_adapter(tmp_path / "adapter", out, to="kohya", base=base)
+        names = {key.partition(".")[0] for key in load_file(out / "lora.safetensors")}
+        assert "lora_unet_double_blocks_0_img_attn_qkv" in names and "lora_unet_single_blocks_1_linear1" in names
+        again = flux()
+        assert len(load_adapter(again, out).targets) == parts
+        near(drawn(again), drawn(model))
+
+
+def test_diffusers_reads_what_is_written_for_flux(tmp_path):
+    model = flux()
+    inject(model, LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]))
+    tiny.randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    convert_adapter(tmp_path / "adapter", tmp_path / "kohya", to="kohya")
+    held = load_file(tmp_path / "kohya" / "lora.safetensors")
+    theirs = of_diffusers({key: tensor for key, tensor in held.items() if "linear1" not in key})
+    ours = products(tmp_path / "adapter")
+    assert set(ours) - set(theirs) == {f"single_transformer_blocks.{n}.attn.to_{x}" for n in "01" for x in "qkv"}
+    for path, (A, B) in theirs.items():
+        near(B @ A, ours[path])
+        assert len(A) == 4  # taken apart again, and not of three times the rank
+
+
+def test_fused_layers_of_flux_that_have_no_place_are_told(tmp_path):
+    model = flux()
+    inject(model, LoraConfig(r=4, target_modules=["to_q"], use_dora=True))
+    save_adapter(model, tmp_path / "dora")
+    with pytest.raises(ConfigError, match=r"with lora_magnitude all are adapted: .*to_k, .*to_v"):
+        convert_adapter(tmp_path / "dora", tmp_path / "out", to="kohya")
+    flux_file(tmp_path / "wrong.safetensors", {"double_blocks_0_img_attn_qkv": (32, 95)})
+    with pytest.raises(FileFormatError, match=r"img_attn_qkv has A \(2, 32\) and B \(95, 2\); it is read as 3 layers"):
+        load_adapter(flux(), tmp_path / "wrong.safetensors")
+    flux_file(tmp_path / "more.safetensors", {"double_blocks_0_img_attn_qkv": (32, 96), "double_blocks_7_img_mlp_0": (32, 128)})
+    with pytest.raises(FileFormatError, match="1 layers can't be mapped .transformer_blocks.7.ff.net.0.proj"):
+        load_adapter(flux(), tmp_path / "more.safetensors")
+
+
+def test_the_text_encoders_of_flux(tmp_path):
+    """CLIP's part, under both of its names, and T5's."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    clip = transformers.CLIPTextConfig(hidden_size=32, intermediate_size=64, **small)
+    t5 = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=99)
+    flux_file(tmp_path / "unet.safetensors", SMALL_FLUX)
+    of_clip, of_t5 = {"text_model_encoder_layers_0_mlp_fc1": (32, 64)}, {"encoder_block_0_layer_0_SelfAttention_q": (32, 32)}
+    for prefix, names, build, component in (
+        ("lora_te1_", of_clip, lambda: transformers.CLIPTextModel(clip), "text_encoder"),
+        ("lora_te2_", of_t5, lambda: transformers.T5EncoderModel(t5), "text_encoder_2"),
+        ("lora_te3_", of_t5, lambda: transformers.T5EncoderModel(t5), "text_encoder_2"),  # as sd-scripts calls it
+    ):
+        text = flux_file(tmp_path / "text.safetensors", names, prefix=prefix)
+        save_file(load_file(tmp_path / "unet.safetensors") | text, tmp_path / "both.safetensors")
+        model = build()
+        report = load_adapter(model, tmp_path / "both.safetensors")
+        assert report.other_parts == ("transformer (14 layers)",) and len(report.targets) == 1
+        layer = model.get_submodule(report.targets[0])
+        A, B = layer.factors("default")
+        down, up = (text[f"{prefix}{next(iter(names))}.lora_{end}.weight"] for end in ("down", "up"))
+        near(B @ A, up @ down)
+        save_adapter(model, tmp_path / prefix)
+        convert_adapter(tmp_path / prefix, tmp_path / f"{prefix}kohya", to="kohya", hints={"component": component})
+        again = build()
+        assert load_adapter(again, tmp_path / f"{prefix}kohya").targets == report.targets

@@ -3,15 +3,16 @@
     lora_unet_down_blocks_0_..._to_q.lora_down.weight (r, d_in), .lora_up.weight (d_out, r), .alpha; with DoRA .dora_scale
     lora_te_..., lora_te1_..., lora_te2_...: the text encoders
 
-Names have underscores where paths have dots, and for SDXL those of the original UNet (`input_blocks_4_1_...`). LoCon's layers
-are convolutions, whose tensors are kernels. Without an alpha the scaling is 1. Source: sd-scripts networks/lora.py and
-diffusers' loaders/lora_conversion_utils.py.
+Names have underscores where paths have dots, and for SDXL those of the original UNet (`input_blocks_4_1_...`); for Flux those
+of the original transformer, with "lora_unet_" before them too (see `flux.py`). LoCon's layers are convolutions, whose tensors
+are kernels. Without an alpha the scaling is 1. Source: sd-scripts networks/lora.py and diffusers'
+loaders/lora_conversion_utils.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from ...errors import ConfigError, FileFormatError
 from ...methods.registry import MAGNITUDE
 from ..disk import to_safetensors, write_whole
 from .base import AdapterFormat, Base, Contents, Layer
-from .pipeline import WRAPPER, component_of, dotted, one_component
+from .flux import fuse, fused_names, is_flux, parts_of, split
+from .pipeline import WRAPPER, component_of, dotted, one_component, settled
 from .shared import paired, refuse_unmapped, renamed
 from .source import GGUF, Source
 
@@ -37,6 +39,14 @@ PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+}
+#: The same in files for Flux, whose sd-scripts has other numbers.
+OF_FLUX = {"lora_unet_": "transformer", "lora_te3_": "text_encoder_2"}
+#: {what a name has in it: the method}, of LyCORIS' files: no A and B, and so nothing that can be read.
+OTHER_METHODS = {
+    ".hada_w": "LoHa, a Hadamard product of two low-rank ones",
+    ".lokr_w": "LoKr, a Kronecker product",
+    ".oft_blocks": "OFT, a rotation of the weight",
 }
 #: The original UNet's names inside of a block, and diffusers'.
 INNER = {
@@ -73,17 +83,20 @@ class Kohya(AdapterFormat):
 
     def read(self, source: Source, base: Base) -> Contents:
         found, alphas, unknown = {}, {}, []
+        flux = is_flux(match["name"] for name in source.names if (match := _NAME.match(name)))
+        of_flux = PREFIXES | OF_FLUX
         for name, tensor in source.tensors().items():
             layer, _, end = name.partition(".")
             match = _NAME.fullmatch(layer)
-            component = PREFIXES.get(match["prefix"]) if match else None
+            component = (of_flux if flux else PREFIXES).get(match["prefix"]) if match else None
             if component is None or (end not in TABLES and end != ALPHA):
                 unknown.append(name)
             elif end == ALPHA:
                 alphas[f"{component}.{match['name']}"] = _number(source, name, tensor)
             else:
                 found[name] = f"{component}.{match['name']}", TABLES[end], tensor
-        refuse_unmapped(source, unknown, "lora_down, lora_up, alpha and dora_scale are read; LoHa, LoKr and lora_mid are not")
+        also = f"; some are {method}" if (method := other_method(unknown)) else ""
+        refuse_unmapped(source, unknown, f"lora_down, lora_up, alpha and dora_scale are read, and lora_mid is not{also}")
         layers = {}
         for path, pair in paired(source, found).items():
             if MAGNITUDE in pair:
@@ -93,17 +106,27 @@ class Kohya(AdapterFormat):
         return Contents(layers)
 
     def to_base(self, contents: Contents, base: Base) -> Contents:
-        layers = {f"{c}.{modern(name)}": v for c, name, v in ((*p.split(".", 1), v) for p, v in contents.layers.items())}
+        layers: dict[str, Layer] = {}
+        flux = is_flux(path.partition(".")[2] for path in contents.layers)
+        for path, layer in contents.layers.items():
+            component, _, name = path.partition(".")
+            parts = split(name, layer) if flux and parts_of(name) else {modern(name): layer}
+            layers |= {f"{component}.{part}": own for part, own in parts.items()}
         contents = one_component(replace(contents, layers=layers), base, self.tool)
-        names = {name: dotted(name, base) for name in contents.layers}
+        names = {name: settled(name, base) if "." in name else dotted(name, base) for name in contents.layers}
         why = "the base has no such layers" if base.shapes else "name the base (--base), or load it onto its model"
         return renamed(contents, names, self.tool, why)
 
     def from_base(self, contents: Contents, base: Base) -> Contents:
         component = component_of(contents, base)
+        fused = fused_names(list(contents.layers), base) if component == "transformer" else None
+        if fused is not None:
+            held = {name: {p: contents.layers[p] for p in parts if p in contents.layers} for name, parts in fused.items()}
+            return replace(contents, layers={f"lora_unet_{name}": fuse(name, parts, base) for name, parts in held.items()})
         prefix = next(p for p, name in PREFIXES.items() if name == component)
-        if component.startswith("text_encoder"):  # these names have the wrapper that recent models lack
-            prefix += WRAPPER.replace(".", "_")
+        # Names of CLIP have the wrapper that recent models lack; T5, whose blocks are called so, has none.
+        clip = component.startswith("text_encoder") and not any("encoder.block." in path for path in contents.layers)
+        prefix += WRAPPER.replace(".", "_") if clip else ""
         names = {path: prefix + path.removeprefix(WRAPPER).replace(".", "_") for path in contents.layers}
         return renamed(contents, names, self.tool, "")
 
@@ -118,6 +141,11 @@ class Kohya(AdapterFormat):
                 tensors[f"{name}.{ends[table]}"] = tensor
             tensors[f"{name}.{ALPHA}"] = torch.tensor(float(layer.alpha), device="cpu")
         write_whole(directory / WEIGHTS, to_safetensors(tensors, {"format": "pt", "ss_network_module": "networks.lora"}))
+
+
+def other_method(names: Iterable[str]) -> str | None:
+    """Which method of LyCORIS that is no LoRA a file with these names is of; None if it is of none."""
+    return next((method for name in names for mark, method in OTHER_METHODS.items() if mark in name), None)
 
 
 def modern(name: str) -> str:

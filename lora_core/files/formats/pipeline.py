@@ -18,7 +18,10 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 #: How paths begin in each of them: with it a file that says no component tells it.
 BEGINNINGS = {
     "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
-    "transformer": ("transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder"),
+    "transformer": (
+        *("transformer_blocks.", "single_transformer_blocks.", "x_embedder", "context_embedder", "time_text_embed."),
+        *("norm_out.", "proj_out"),
+    ),
     "text_encoder": ("text_model.", "text_projection", "encoder.layers."),
 }
 WRAPPER = "text_model."

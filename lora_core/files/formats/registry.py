@@ -10,7 +10,7 @@ from ..disk import is_directory, is_file
 from .base import FORMATS, AdapterFormat
 from .diffusers import Diffusers
 from .gguf import Gguf
-from .kohya import Kohya
+from .kohya import Kohya, other_method
 from .litgpt import Litgpt
 from .loralib import Loralib
 from .mlx import Mlx
@@ -56,6 +56,7 @@ def find_format(path: Path) -> tuple[AdapterFormat, Source] | None:
     source = Source(path)
     found = _recognised(source)
     if found is None:
+        _refuse_other_methods(source)
         known = ", ".join(form.tool for form in FORMATS.values() if not isinstance(form, Vllm))
         names = ", ".join(source.names[:3]) or "no tensors that can be read"
         raise FileFormatError(
@@ -70,11 +71,22 @@ def _in_directory(directory: Path) -> tuple[AdapterFormat, Source] | None:
     if not sources:
         others = sorted(p for p in directory.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
         sources = [source for source in map(Source, filter(is_file, others)) if _can_be_read(source)]  # a pipe is no file
+    for source in sources:
+        _refuse_other_methods(source)
     hits = [(form, source) for source in sources if (form := _recognised(source)) is not None]
     if len(hits) > 1:
         listed = ", ".join(f"{source.path.name} ({form.tool})" for form, source in hits)
         raise FileFormatError(f"{directory} holds several adapters: {listed}; name one of the files")
     return hits[0] if hits else None
+
+
+def _refuse_other_methods(source: Source) -> None:
+    """Raises a FileFormatError for a file of LyCORIS' that has no LoRA in it."""
+    if _recognised(source) is None and (method := other_method(source.names)):
+        raise FileFormatError(
+            f"{source} is an adapter of LyCORIS, and no LoRA: it is {method}, which has no A and B; merge it with LyCORIS' own "
+            "tools, and extract_adapter makes LoRA of the difference"
+        )
 
 
 def _can_be_read(source: Source) -> bool:
