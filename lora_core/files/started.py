@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from ..bases import OF_LOFTQ, base_for, base_of, is_on_grid
 from ..bases.base import Format
 from ..bases.forwards import stored_weight
 from ..errors import WrongBaseError
+from ..model.copies import submodule
 from ..spec.config import LoraConfig
-from ..spec.starts import starts_from_weight
+from ..spec.starts import starts_from_weight, starts_later
 from .adapter import CONFIG_FILE
 from .config import MAX_BYTES
 from .fingerprint import unfolded
@@ -42,22 +43,28 @@ def other_base(init: object) -> str:
     return f"init_lora_weights={init!r} changed the base too, so the adapter alone is not the model that was trained; {remedy}"
 
 
-def settle_start(directory: str | os.PathLike, config: LoraConfig, layers: Mapping[str, nn.Module], strict: bool) -> LoraConfig:
+def settle_start(
+    directory: str | os.PathLike, config: LoraConfig, root: nn.Module, paths: Iterable[str], strict: bool
+) -> LoraConfig:
     """The configuration as the adapter goes onto these layers: where they are the changed ones, A and B are loaded as they are.
 
     Args:
         directory: the adapter's; of LoftQ its file says how the base was quantised.
-        config: what the file says; its start is one that changes the base.
-        layers: {path: the layer}, of the base, adopted or not.
+        config: what the file says.
+        root: the model.
+        paths: of the layers that it is for, adapted or not.
         strict: raise if this base is not known to be the changed one; else warn.
 
     Raises:
         WrongBaseError: it is not.
     """
-    init, reason = config.init_lora_weights, other_base(config.init_lora_weights)
+    init = config.init_lora_weights
+    if not starts_later(init):
+        return config
+    reason: str | None = other_base(init)
     if init == "loftq":
         settings = read_object(Path(directory) / CONFIG_FILE, MAX_BYTES).get("loftq_config")
-        reason = _why_not_quantised(settings, layers)
+        reason = _why_not_quantised(settings, {path: submodule(root, path) for path in paths})
     if reason and strict:
         raise WrongBaseError(f"{directory}: {reason}; strict=False takes this base for the changed one")
     if reason:
@@ -88,5 +95,7 @@ def _holds(layer: Any, form: Format, packed: bool) -> bool:
     base = base_of(layer)
     if base.packed:
         return packed and base is base_for(form) and base.format_of(layer) == form
+    if getattr(layer, "weight", None) is None:  # of attention, or of a parameter: LoftQ has none of these
+        return False
     weight = stored_weight(layer)
     return weight.dim() == 2 and is_on_grid(weight, form)

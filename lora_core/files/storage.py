@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..errors import AdapterNameError, ConfigError, FileFormatError, LoraError, StateError
 from ..layers.packed import packed_experts
 from ..methods.registry import all_tables, method_of
-from ..model.copies import submodule
 from ..model.defaults import settle_targets
 from ..model.inject import attach
 from ..model.lifecycle import put_back, take_off
@@ -46,7 +45,6 @@ from ..model.report import InjectionReport, describe
 from ..model.sharding import refuse_sharded, whole, writes_files
 from ..model.verbs import changes_adapters
 from ..spec.config import LoraConfig
-from ..spec.starts import starts_later
 from .adapter import CONFIG_FILE, FINGERPRINT, FLOAT_DTYPES, WEIGHTS_FILE
 from .config import config_to_json, label_names
 from .disk import to_safetensors, write_all
@@ -187,9 +185,7 @@ def load_adapter(
         raise StateError(f"adapter {adapter_name!r} is folded into the weights; call unmerge_adapter(model) before loading")
     if not found.targets.paths:
         raise FileFormatError(f"{directory} does not fit this base: its target_modules match no layer of this model")
-    if starts_later(config.init_lora_weights):
-        layers = {path: submodule(root, path) for path in found.targets.paths}
-        config = settle_start(directory, config, layers, strict)
+    config = settle_start(directory, config, root, found.targets.paths, strict)
     tensors = fitting_tensors(root, config, tensors, found, directory)
     known = {**moved.names, **fused.names}
     names = {path: known.get(path, path) for path in found.targets.paths if path not in fused.stacked}
