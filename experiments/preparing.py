@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_core import LoraConfig, ParameterCount, count_parameters, inject, quantize_int8, quantize_nf4, share_dropout_masks
 from lora_core.files.locks import alone
 from lora_core.spec.config import ALL_LINEAR
@@ -29,7 +27,7 @@ def prepare(loaded: Loaded, job: Job, task_type: str, besides: str) -> None:
     method, model = job.method, loaded.model
     if method.quantize:
         pack = quantize_int8 if method.quantize == "int8" else quantize_nf4
-        report = pack(model, skip=loaded.keep, compute_dtype=torch.bfloat16 if job.bf16 else None)
+        report = pack(model, skip=loaded.keep)  # autocast says what products are computed in, and else they are as in float32
         print(f"quantised: {report}")
         # The weights' file stays mapped, and what was read of it in memory, while one tensor of it is in use.
         for parameter in (p for p in model.parameters() if p.is_floating_point()):

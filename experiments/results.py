@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from lora_core import ParameterCount, base_weight_bytes, save_adapter, save_probe
@@ -63,7 +64,8 @@ def write(
 
     `inputs` of the model, and the `texts` that they are of, go with an adapter as its probe.
     """
-    model = loaded.model
+    # The Trainer leaves the model's forward in autocast; whoever loads the result has it as it is.
+    model = extract_model_from_parallel(loaded.model, keep_fp32_wrapper=False)
     (output / record.METRICS).unlink(missing_ok=True)  # from here on the old adapter and its numbers part
     if job.method.trains != NOTHING:
         directory = output / (record.ADAPTER if job.method.adapts else record.MODEL)

@@ -7,8 +7,10 @@ import torch
 
 from experiments import precision
 from experiments.errors import ExperimentError
+from experiments.models import resolve
 from experiments.precision import choose_precision
 from experiments.sst2 import main
+from lora_core.__main__ import main as lora_core
 
 
 @pytest.mark.parametrize("faster", [0.3, 4.0])
@@ -43,6 +45,7 @@ def test_a_run_in_bfloat16_learns_what_one_in_float32_does(tmp_path, small_data)
         assert main(["--method", "qlora", *flags, "--output-dir", str(output)]) == 0
         metrics = json.loads((output / "metrics.json").read_text())
         assert metrics["hyperparameters"]["precision"] == kind
+        assert lora_core(["verify", str(output / "adapter"), "--base", str(resolve("packaged").directory)]) == 0
         losses[kind] = torch.tensor([loss for _, loss in metrics["loss_history"]])
     # 8 bits of precision in each product; a loss is of the order of 1.
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0, atol=0.02)
