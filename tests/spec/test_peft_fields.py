@@ -18,7 +18,7 @@ EMPTY = (None, False, "", [], {})
         {"peft_type": "LORA"},
         {"auto_mapping": {"base_model_class": "Net", "parent_library": "nets"}},
         {"revision": "main", "peft_version": "0.18.0"},
-        {"runtime_config": object()},
+        {"runtime_config": print},
         {"merge_weights": True},
         {"megatron_core": "megatron.core", "qalora_group_size": 16},
         {"inference_mode": False},
