@@ -112,7 +112,8 @@ def _steps(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Iter
     longest, room = max(map(len, prompts)), most_tokens(model)
     if room is not None:
         new_tokens = min(new_tokens, max(1, room - longest + 1))  # the last token is said, and not read
-    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(device)  # N T
+    places = torch.arange(longest, device=device)
+    mask = torch.stack([places >= longest - len(prompt) for prompt in prompts]).long()  # N T
     ids = torch.zeros_like(mask)
     ids[mask.bool()] = torch.cat(list(prompts)).to(device)
     past, done = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)

@@ -112,7 +112,7 @@ def verify(
     largest, changed, differing = (logits - probe.logits).abs().max().item(), logits.argmax(-1) != probe.logits.argmax(-1), ()
     if probe.adapter is not None:
         off, differing = _answers(model, probe)
-        largest, changed = max(largest, off), torch.tensor([d is not None for d in differing])
+        largest, changed = max(largest, off), torch.tensor([d is not None for d in differing], device="cpu")
     return Verification(
         inputs=len(logits),
         largest=largest,

@@ -220,7 +220,7 @@ def _stack(
     alike = all(plan.scaling == s for *_, plan in parts.values())
     dtypes = {tensor.dtype for old in parts for tensor in factors[old].values()} | (set() if alike else {torch.float32})
     dtype = functools.reduce(torch.promote_types, dtypes)
-    A, B = torch.zeros(E, R, d_in, dtype=dtype), torch.zeros(E, d_out, R, dtype=dtype)
+    A, B = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in ((E, R, d_in), (E, d_out, R)))
     for old, (_, expert, rows, plan) in parts.items():
         own = factors[old]
         shapes = {"lora_A": (plan.r, d_in), "lora_B": (rows.stop - rows.start, plan.r)}

@@ -455,7 +455,8 @@ def test_a_killed_merge_leaves_nothing_or_all_of_it(tmp_path):
 @pytest.mark.parametrize("limit", [0, 10_000, 200_000])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, limit):
     base, adapter = checkpoints.llama(tmp_path / "base"), checkpoints.adapter(tmp_path / "adapter")
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    # torch before the limit: it imports dill where that is installed, which looks for a place for temporary files.
+    code = f"import resource, torch; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     code += "import sys; from lora_core.__main__ import main; sys.exit(main(sys.argv[1:]))"
     argv = ["merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", "--dtype", "float32"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, cwd=ROOT)

@@ -24,7 +24,20 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(base, small_data):
-    settings = ["--batch-size", "10", "--train-samples", "91", "--dropout", "0", "--max-length", "32", "--device", "cpu"]
+    settings = [
+        "--batch-size",
+        "10",
+        "--train-samples",
+        "91",
+        "--dropout",
+        "0",
+        "--max-length",
+        "32",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     model = ["--method", "lora", "--target-modules", "query,value", "--model", str(base), "--data", str(small_data)]
     return [*model, *settings, "--epochs", "2"]
 

@@ -294,7 +294,7 @@ ADAPTERS = {
     "field: layers in lists": (fields(layers_to_transform=[[0]]), FORMAT, "layers_to_transform must be a layer index"),
     "field: a layer of 31 digits": (fields(layers_to_transform=[10**30]), FORMAT, "match no layer"),
     "field: Megatron": (fields(megatron_config={"a": 1}), FORMAT, "megatron_config={'a': 1} asks for"),
-    "field: aLoRA": (fields(alora_invocation_tokens=[1]), FORMAT, "alora_invocation_tokens=[1] asks for"),
+    "field: Arrow": (fields(arrow_config={"top_k": 2}), FORMAT, "arrow_config={'top_k': 2} asks for"),
     "field: a metaclass's": (fields(cls=1), FORMAT, "has cls=1, unknown"),
     # patterns
     "pattern: unclosed": (fields(target_modules="(q"), FORMAT, "is not a regular expression"),
