@@ -1,6 +1,8 @@
 """Bars on standard error for what takes more than two seconds: on a terminal alone, and gone when it is done.
 
-for path, layer in watched(layers.items(), "quantising"): ...
+Example:
+
+    for path, layer in watched(layers.items(), "quantising"): ...
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from ..errors import StateError
 from ..layers import LoraLayer
 from ..maths.lowrank import best_of_matrix, best_of_product
 from ..maths.pruning import PRUNING, Rule
+from ..progress import watched
 from ..spec.config import LoraConfig
 from ..spec.targets import LayerPlan, Targets, match_patterns
 from .combinable import check_records, check_settings, weights_of
@@ -102,7 +103,8 @@ def combine_adapters(
     root = unwrap(model)
     rule = Rule(method, density, majority, torch.Generator("cpu").manual_seed(seed))
     carried = {path: layer for record in records.values() for path, layer in adapter_layers(root, record)}
-    parts = {path: _combine_layer(path, carried[path], sources, r, rule) for path in base_modules(root) if path in carried}
+    paths = watched([path for path in base_modules(root) if path in carried], "combining")
+    parts = {path: _combine_layer(path, carried[path], sources, r, rule) for path in paths}
     whole = {path for record in records.values() for path in record.saved_modules}
     saved = tuple(p for p in base_modules(root) if p in whole and not any(p.startswith(f"{outer}.") for outer in whole))
     config = _config(root, records, {path: len(part.A) for path, part in parts.items()}, saved)

@@ -5,7 +5,7 @@ import io
 import pytest
 from torch import nn
 
-from lora_core import progress, quantize_nf4
+from lora_core import LoraConfig, combine_adapters, inject, progress, quantize_nf4
 
 
 class Terminal(io.StringIO):
@@ -48,3 +48,12 @@ def test_a_verb_that_takes_long_has_one(monkeypatch):
     terminal = on_a_terminal(monkeypatch)
     quantize_nf4(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
     assert "packing layers in NF4" in terminal.getvalue()
+
+
+def test_combining_has_one(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for name in ("a", "b"):
+        inject(model, LoraConfig(r=2, target_modules=["0", "1"]), name)
+    terminal = on_a_terminal(monkeypatch)
+    combine_adapters(model, ["a", "b"], [1, 1], "both", "cat")
+    assert "combining" in terminal.getvalue()
