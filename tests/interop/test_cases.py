@@ -321,6 +321,7 @@ def test_what_peft_made_computes_the_same_here(name, settings, tmp_path):
                 close(theirs.merge_and_unload(safe_merge=True)(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:ensure_weight_tying")
 @EVERY_CASE
 def test_what_is_made_here_computes_the_same_in_peft(name, settings, tmp_path):
     ours, x = build(name), inputs(name)

@@ -153,6 +153,7 @@ def test_a_file_without_parameters_does_not_speak_of_them(tmp_path):
     assert "target_parameters" not in json.loads((tmp_path / "adapter_config.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:.*was saved on another base")
 def test_a_sixteen_bit_base_rounds_less_of_the_update_than_in_peft(tmp_path):
     """peft adds the update to the weight and rounds the sum; here the products are added, in float32."""
     ours = build("mixtral", "eager").bfloat16()

@@ -129,6 +129,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the base ties")
 @pytest.mark.parametrize("family", CASES)
 def test_it_computes_what_it_computed(family, tmp_path):
     case = CASES[family]
@@ -196,6 +197,7 @@ def saved_base(family, directory, names):
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.filterwarnings("ignore:the base ties")
 @pytest.mark.parametrize("adapter", ["then", "now"])
 @pytest.mark.parametrize("files", ["then", "now"])
 @pytest.mark.parametrize("family", CASES)

@@ -363,6 +363,7 @@ def test_the_new_adapter_is_not_active_and_nothing_else_changes():
     assert torch.equal(model(X), output) and find_adapter(model, "a") and count_parameters(model).adapter == 4 * 4 * 128
 
 
+@pytest.mark.filterwarnings("ignore:nothing is trained")
 def test_it_can_be_trained_if_one_of_the_others_can(tmp_path):
     model = two_adapters()
     combine_adapters(model, ["a", "b"], [1, 1], "new")
