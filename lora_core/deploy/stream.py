@@ -50,7 +50,7 @@ from .vocabulary import extended, place_grown, rows_of
 
 def merge_checkpoint(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     recipe: Recipe = AS_IT_IS,
     progress: Callable[[int], object] | None = None,
@@ -59,7 +59,7 @@ def merge_checkpoint(
 
     Args:
         base: directory of the base: config.json, safetensors weights in one file or in shards, its tokenizer.
-        adapters: directories of adapters; their updates add up.
+        adapters: directory of an adapter, or of several, whose updates add up.
         output: the directory to make.
         recipe: how.
         progress: hears of the bytes of each tensor that was written; None: a bar on a terminal.
@@ -71,7 +71,8 @@ def merge_checkpoint(
         LoraError: the files are broken or don't belong together, a merged weight is not finite in its dtype, or the result
             can't be written. Nothing is at `output`.
     """
-    merge = StreamMerge(open_checkpoint(Path(base)), [read_updates(Path(a)) for a in adapters], recipe)
+    several = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    merge = StreamMerge(open_checkpoint(Path(base)), [read_updates(Path(a)) for a in several], recipe)
     with new_directory(Path(output)) as directory, counted(merge.nbytes, "merging") as bar:
         return merge.write(directory, progress or bar)
 

@@ -91,6 +91,15 @@ def test_it_casts_once(tmp_path, base_dtype, dtype):
     assert loaded(tmp_path / "out", model).dtype == dtype
 
 
+def test_one_adapter_need_not_be_in_a_list(tmp_path):
+    _, base, adapter = saved(tmp_path, "bert")
+    for name, given in (("list", [adapter]), ("path", adapter), ("text", str(adapter))):
+        merge_checkpoint(base, given, tmp_path / name)
+    expected = stored(tmp_path / "list")
+    for name in ("path", "text"):
+        assert all(torch.equal(t, expected[key]) for key, t in stored(tmp_path / name).items())
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_qlora_gives_exactly_what_was_trained(tmp_path, architecture):
     model, base, adapter = saved(tmp_path, architecture, quantized=True)
