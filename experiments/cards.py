@@ -100,10 +100,6 @@ def card(metrics: Mapping[str, Any], base: str, adapts: bool) -> str:
 
 
 def _text(value: Any) -> str:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

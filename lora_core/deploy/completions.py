@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.conventions import end_tokens, most_tokens
+from ..progress import watched
 
 #: How many tokens of an answer are looked at, and how many of the likeliest at each of its places.
 NEW_TOKENS, LIKELIEST = 48, 5
@@ -119,7 +120,7 @@ def _steps(model: nn.Module, prompts: Sequence[Tensor], new_tokens: int) -> Iter
     past, done = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)
     model.eval()
     try:
-        for _ in range(new_tokens):
+        for _ in watched(range(new_tokens), "answering prompts"):
             given = {"input_ids": ids if past is None else ids[:, -1:], "attention_mask": mask}
             if "position_ids" in taken:
                 given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -given["input_ids"].shape[1] :]

@@ -65,7 +65,8 @@ class Adapter(Record):
     @property
     def stored_layers(self) -> Mapping[str, LayerPlan]:
         """{path: what those settings mean there}. Raises as `stored` does."""
-        return {path: LayerPlan.of(self.stored, settings.owner) for path, settings in self.layers.items()}
+        config = self.stored
+        return {path: LayerPlan.of(config, settings.owner) for path, settings in self.layers.items()}
 
 
 @dataclass
