@@ -32,6 +32,7 @@ from lora_core import (
 )
 from lora_core.bases import dense_weight, is_packed
 from lora_core.cpu.dropout import KeepMask, draw_keep_mask, same_keep_mask
+from lora_core.gpu import thin as gpu_thin
 from tests.support import oracle, tiny
 from tests.support.cases import CASES
 from tests.support.contract import CHECKS
@@ -268,6 +269,37 @@ def test_mixed_batches(settings):
         found = logits(model)
     for row in range(3):
         near(found[row], alone[row][row])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_large_inputs_meet_the_factors_in_halves(base, dropout, monkeypatch):
+    """bfloat16 beside A and B in float32: what is multiplied in halves is what is multiplied in float32."""
+    found = {}
+    for large in (2**62, 0):
+        monkeypatch.setattr(gpu_thin, "LARGE", large)
+        model = tiny.build("llama").to(DEVICE, torch.bfloat16)
+        if base:
+            PACKED[base](model)
+        inject(model, LoraConfig(r=4, lora_dropout=dropout, target_modules=tiny.projections("llama")))
+        tiny.randomize(model)
+        torch.manual_seed(3)
+        x = tiny.TOKENS.to(DEVICE)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        found[large] = [loss.detach(), *(p.grad for p in trainable_parameters(model))]
+    for float32, halves in zip(found[2**62], found[0], strict=True):
+        near(halves, float32, 0.02)  # the roundings of y and dx to bfloat16, through the layers
+
+
+def test_products_in_halves_are_exact_to_16_bits(monkeypatch):
+    monkeypatch.setattr(gpu_thin, "LARGE", 0)
+    torch.manual_seed(0)
+    x = torch.randn(4096, 2048, device=DEVICE).bfloat16()
+    A, h = torch.randn(16, 2048, device=DEVICE), torch.randn(4096, 16, device=DEVICE)
+    x64, A64, h64 = x.double(), A.double(), h.double()
+    near(gpu_thin.narrow(x, A).double(), x64 @ A64.t(), 2**-15)
+    near(gpu_thin.tall(x, h).double(), x64.t() @ h64, 2**-15)
 
 
 def test_compiled():

@@ -63,3 +63,36 @@ def test_they_are_the_products(ways, large, small, masked):
             near(dA, h64.t() @ xd, positive[2].t() @ positive[3], small)
         if need_x:
             near(dx, y64 + mask.double() * (h64 @ A64), positive[4] + positive[2] @ positive[0], large)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gpus_products_in_halves(masked, monkeypatch):
+    """Two halves of bfloat16 hold 16 bits, so each factor is off by 2^-17 of itself, and y is still rounded once."""
+    monkeypatch.setattr(gpu, "in_halves", lambda x, dtype: x.dtype == torch.bfloat16 and dtype == torch.float32)
+    monkeypatch.setattr(gpu, "float32_product", lambda x, y: x.float() @ y.float())  # which torch has on CUDA alone
+    torch.manual_seed(0)
+    x, y = (torch.randn(T, D).bfloat16() for _ in range(2))
+    A, h = torch.randn(R, D), torch.randn(T, R)
+    keep = torch.empty(T, D, dtype=torch.uint8).bernoulli_(0.7) if masked else None
+    mask = keep.double() if masked else torch.ones(T, D, dtype=torch.float64)
+    x64, y64, A64, h64 = (t.double() for t in (x, y, A, h))
+    assert gpu.operand(x, torch.float32) is x
+
+    def near(found, expected, magnitude, dtype=torch.float32):
+        assert found.dtype == dtype and found.shape == expected.shape
+        allowed = (2**-16 + 2**-17 + (2 + T) * 2**-24) * magnitude + (2**-8 * expected.abs() if dtype != torch.float32 else 0)
+        assert ((found.double() - expected).abs() <= allowed).all()
+
+    near(gpu.narrow(x, A, keep), (x64 * mask) @ A64.t(), (x64 * mask).abs() @ A64.abs().t())
+    near(gpu.tall(x, h), x64.t() @ h64, x64.abs().t() @ h64.abs())
+    dA, dx = gpu.gradients(x, y.clone(), h, A, keep, torch.bfloat16)
+    near(dA, h64.t() @ (x64 * mask), h64.abs().t() @ (x64 * mask).abs())
+    near(dx, y64 + mask * (h64 @ A64), h64.abs() @ A64.abs(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("power", [-60, -10, 0, 10, 60])
+def test_halves_hold_16_bits(power):
+    a = torch.randn(7, 5) * 2.0**power
+    high, low = gpu.halves(a)
+    assert ((high.double() + low.double() - a.double()).abs() <= 2**-17 * a.double().abs()).all()
+    assert torch.equal(gpu.halves(a.t())[0], a.t().bfloat16())

@@ -187,7 +187,10 @@ def check_files(case: Case) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(model, directory)
         load_adapter(other, directory)
-    assert torch.equal(case.output(other), case.output(model))
+    if case.device == "cpu":
+        assert torch.equal(case.output(other), case.output(model))
+    else:  # a GPU's libraries choose another way to multiply where memory is laid out in another way
+        case.assert_near(case.output(other), case.output(model))
     (config, tensors), (again, same) = files_of(model), files_of(other)
     assert config == again and tensors.keys() == same.keys()
     assert all(torch.equal(tensor, same[key]) for key, tensor in tensors.items())

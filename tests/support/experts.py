@@ -59,7 +59,7 @@ def layer(kind=MixtralExperts, implementation="eager"):
 
 
 def run(model, x):
-    chosen = torch.tensor([[0, 3], [1, 3], [3, 0], [0, 1], [1, 0]])  # nobody asks for number 2
+    chosen = torch.tensor([[0, 3], [1, 3], [3, 0], [0, 1], [1, 0]], device=x.device)  # nobody asks for number 2
     weights = torch.tensor([[0.6, 0.4]]).to(x).expand(5, 2)
     return model["experts"](x, chosen, weights)
 
