@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -40,7 +41,8 @@ def theirs(loaded: Loaded, job: Job) -> nn.Module:
     model, method = loaded.model, job.method
     if method.quantize:
         skip = {part for path in loaded.keep for part in path.split(".")[-1:]}
-        model = peft.prepare_model_for_kbit_training(quantize_for_peft(model, tuple(skip)), use_gradient_checkpointing=False)
+        packed = quantize_for_peft(model, tuple(skip), torch.bfloat16 if job.bf16 else None)
+        model = peft.prepare_model_for_kbit_training(packed, use_gradient_checkpointing=False)
     settings = {"r": method.r, "lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout, **variants(method)}
     targets = job.targets[0] if job.targets == ("all-linear",) else list(job.targets)
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, task_type="SEQ_CLS", **settings))
@@ -52,7 +54,7 @@ def theirs(loaded: Loaded, job: Job) -> nn.Module:
 def own_trainer(model: nn.Module, job: Job, train: TokenisedTexts, validation: TokenisedTexts, output: Path) -> dict[str, Any]:
     """As `experiments.train` trains; returns predicted and train_seconds."""
     keep_few_shapes()
-    arguments = training_arguments(job.schedule, len(train), output, "cpu", False, ())
+    arguments = training_arguments(job.schedule, len(train), output, "cpu", job.bf16, ())
     trainer = SentimentTrainer(model, arguments, train, validation, title=job.method.name, course=Course(output))
     return {"train_seconds": trainer.learn(), "predicted": trainer.predicted}
 
@@ -71,7 +73,7 @@ def plain_trainer(
     model: nn.Module, job: Job, train: TokenisedTexts, validation: TokenisedTexts, output: Path
 ) -> dict[str, Any]:
     """transformers.Trainer with the same settings; returns predicted and train_seconds."""
-    arguments = training_arguments(job.schedule, len(train), output, "cpu", False, ())
+    arguments = training_arguments(job.schedule, len(train), output, "cpu", job.bf16, ())
     scored: list[np.ndarray] = []
     order = np.concatenate(list(batches(validation, arguments.eval_batch_size).batch_sampler))  # like lengths stand together
 

@@ -25,19 +25,20 @@ from experiments.record import read_json
 from experiments.reference import FILE, read, replaces, write
 from experiments.several import Several
 
-#: (flags of the schedule, flags of the data, methods, cells): each cell is an engine in a harness.
+#: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16.
 CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
 PEFT = tuple(cell for cell in CELLS if cell[0] == "peft")
+STUDY, WHOLE = "--train-samples 12000 --epochs 2 --precision bf16", "--epochs 3 --precision bf16"
 RUNS = (
-    ("--train-samples 12000 --epochs 2", (), ("lora", "qlora"), CELLS),
-    ("--train-samples 12000 --epochs 2", (), ("query-only",), (("peft", "ours"),)),
-    ("--epochs 3", (), ("lora", "qlora"), PEFT),
-    ("--epochs 3", ("--data", "packaged"), ("lora", "qlora", "query-only", "high-rank", "low-rank"), (("peft", "ours"),)),
+    (STUDY, (), ("lora", "qlora"), CELLS),
+    (STUDY, (), ("query-only",), (("peft", "ours"),)),
+    (WHOLE, (), ("lora", "qlora"), PEFT),
+    (WHOLE, ("--data", "packaged"), ("lora", "qlora", "query-only", "high-rank", "low-rank"), (("peft", "ours"),)),
 )
 #: Runs at a time, each with its share of the cores, as the study's own.
 JOBS = 2
 WRITING = threading.Lock()
-QUICK = (("--train-samples 32 --max-steps 1 --epochs 1 --max-length 16", (), ("lora", "qlora"), CELLS),)
+QUICK = (("--precision bf16 --train-samples 32 --max-steps 1 --epochs 1 --max-length 16", (), ("lora", "qlora"), CELLS),)
 
 
 class Run:

@@ -35,6 +35,7 @@ def parser() -> Parser:
     p.add_argument("--harness", choices=CHOICES[1], required=True)
     p.add_argument("--method", choices=[name for name, method in METHODS.items() if method.adapts], required=True)
     p.add_argument("--data", default="auto", help="as for the experiments")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="bf16: under autocast, in both harnesses")
     p.add_argument("--output", type=Path, required=True, help="JSON file for its row")
     schedule_flags(p.add_argument_group("the schedule"))
     return p
@@ -56,7 +57,7 @@ def row(args: Any) -> dict[str, Any]:
 
     before = provenance.here()
     method = METHODS[args.method]
-    job = Job(method, schedule_of(args, method), models.resolve("packaged"), data.load(args.data))
+    job = Job(method, schedule_of(args, method), models.resolve("packaged"), data.load(args.data), precision=args.precision)
     schedule, validation = job.schedule, job.data.validation
     train = job.data.train.sample(schedule.train_samples, schedule.seed) if schedule.train_samples else job.data.train
     set_seed(schedule.seed)  # before the head is initialised

@@ -12,7 +12,7 @@ So each can fail. What contradicts them:
     LoRA lifts a base       it gains less than 30 points on the untrained base (published: 41), or trains 5 % or more
     query projections       they are no worse than LoRA on all four, or train no fewer than LoRA or rank 32
     QLoRA's memory          the peak falls by less than 9 % or by more than 15 % (published: 12)
-    QLoRA's little cost     it costs more than 1 point
+    QLoRA's little cost     it costs more than 1 point; so of bfloat16, where a budget was run in float32 too
     a higher rank, biases   they gain nothing, or more than 2 points: then it is not marginal
 
 An aim is reached, or missed, or the interval is too wide to say: more than 1 point either way.
@@ -20,8 +20,10 @@ An aim is reached, or missed, or the interval is too wide to say: more than 1 po
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .measured import Group, Row, percent
 from .paired import Difference, difference
@@ -59,6 +61,27 @@ def findings(group: Group) -> list[Claim]:
         _gain(group, "A higher rank helps marginally", "lora", "high-rank", MARGINALLY),
         _gain(group, "Training biases too helps a little", "lora", "bias", MARGINALLY),
     ]
+
+
+def of_precision(groups: Sequence[Group]) -> list[Claim]:
+    """What bfloat16 costs each method that was run on one budget in float32 too."""
+    found = []
+    for low, high in itertools.permutations(groups, 2):
+        if (low.budget.precision, high.budget) == ("bf16", replace(low.budget, precision="fp32")):
+            pairs = ((high.row(row.label), row) for row in low.rows)
+            found += [_cheap(before, after) for before, after in pairs if before]
+    return found
+
+
+def _cheap(before: Row, after: Row) -> Claim:
+    text = f"bfloat16 costs {after.label} little accuracy"
+    if (found := difference(before, after)) is None:
+        return Claim(text, NOT_RUN, NOT_KEPT)
+    _, float32, bfloat16 = peaks(before, after)
+    numbers = f"{percent(after.accuracy)}, in float32 {percent(before.accuracy)}: {found}"
+    if float32:
+        numbers += f"; peak memory {spread(bfloat16)} MiB, in float32 {spread(float32)} MiB"
+    return Claim(text, _verdict(found.low, found.high, LITTLE_COST), numbers)
 
 
 def aims(group: Group) -> list[Claim]:

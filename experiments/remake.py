@@ -30,18 +30,24 @@ if TYPE_CHECKING:
 
 #: 12,000 sentences of SST-2, twice: the table of every method.
 STUDY = "--train-samples 12000 --epochs 2"
-#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds.
+#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds. All
+#: of them compute in bfloat16, so that every machine makes the same study, and a part again in float32 shows what that costs.
 PARTS = (
-    f"{STUDY} --model packaged --seeds 0,1,2,3,4 --methods full,lora,qlora,best",
-    f"{STUDY} --model packaged --seeds 0,1,2 --methods base,head-only,low-rank,high-rank,query-only,bias,rslora,dora",
-    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best",
-    "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora",
-    f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank",
+    f"{STUDY} --model packaged --seeds 0,1,2,3,4 --methods full,lora,qlora,best --precision bf16",
+    f"{STUDY} --model packaged --seeds 0,1,2 --methods base,head-only,low-rank,high-rank,query-only,bias,rslora,dora"
+    " --precision bf16",
+    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best --precision bf16",
+    "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
+    f"{STUDY} --model packaged --seeds 0,1,2 --methods lora,qlora --precision fp32",
+    f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision bf16",
 )
+#: Where the runs in float32 are: their names are those of the others.
+FLOAT32 = "float32"
 #: The flags of `experiments.sweep` that found the recipe `best`.
 SWEEP = (
-    "--model packaged --trials 14 --train-samples 6000 --held-out 3000 --ranks 8,16,32 --alphas 16,32,64 --dropouts 0.05,0.15 "
-    "--learning-rates 1.5e-4,8e-4 --lora-plus 1,2,8 --target-modules query,key,value,attention.output.dense/all-linear"
+    "--model packaged --precision bf16 --trials 14 --train-samples 6000 --held-out 3000 --ranks 8,16,32 --alphas 16,32,64 "
+    "--dropouts 0.05,0.15 --learning-rates 1.5e-4,8e-4 --lora-plus 1,2,8 "
+    "--target-modules query,key,value,attention.output.dense/all-linear"
 )
 SWEPT = Path("runs", "results-sweep")
 
@@ -91,8 +97,9 @@ def remake(args: argparse.Namespace) -> int:
 def _part(flags: str, args: argparse.Namespace) -> list[Planned]:
     """The runs of a part; none, with a line, where its base is not installed."""
     source = [] if "--data" in flags else ["--data", args.data]
+    directory = args.output_dir / FLOAT32 if "--precision fp32" in flags else args.output_dir
     try:
-        return planned(comparison().parse_args([*shlex.split(flags), *source]), args.output_dir)
+        return planned(comparison().parse_args([*shlex.split(flags), *source]), directory)
     except ExperimentError as error:
         if "packaged-base" not in flags:
             raise

@@ -47,6 +47,7 @@ def write(directory: Path) -> Path:
                 HOW,
                 made_by(runs),
                 *_sections(groups, figures),
+                *_precision(groups),
                 *_beside(reference.read()),
                 *_published(),
                 _check(runs),
@@ -85,6 +86,12 @@ def _sections(groups: Sequence[Group], figures: Sequence[Path]) -> list[str]:
             if shown:
                 parts.append(f"{title}:\n\n" + "\n".join(map(_claim, shown)))
     return parts
+
+
+def _precision(groups: Sequence[Group]) -> list[str]:
+    """What bfloat16 costs, where both precisions were run."""
+    found = claims.of_precision(groups)
+    return ["## bfloat16 beside float32", "\n".join(map(_claim, found))] if found else []
 
 
 def _claim(claim: claims.Claim) -> str:

@@ -191,7 +191,7 @@ class ResumableTrainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        self.loss = loss[0] if isinstance(loss, tuple) else loss
+        self.loss = (loss[0] if isinstance(loss, tuple) else loss).detach()
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:

@@ -67,8 +67,9 @@ class CompletionTrainer(BatchTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss, count = self.completion_loss(model, inputs)
-        self.loss = loss / count
-        return self.loss * self.weight if model.training and self.course.processes.count > 1 else self.loss
+        loss = loss / count
+        self.loss = loss.detach()
+        return loss * self.weight if model.training and self.course.processes.count > 1 else loss
 
     def completion_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The cross entropy of a batch's completions, summed over their tokens, and how many those are."""

@@ -134,3 +134,14 @@ def test_best_is_a_mean_of_three_seeds_at_the_full_budget(tmp_path, accuracy, se
     for one in made:
         one["data"] |= {"train": 12_000}
     assert aim(3, tmp_path / "part", *made).verdict == NOT_RUN
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [(121, SUPPORTED), (129, UNDECIDED), (180, CONTRADICTED)])
+def test_bfloat16_costs_little(tmp_path, wrong, verdict):
+    """Only budgets that differ in nothing else are compared."""
+    made = [*runs("lora", 120), *runs("qlora", 125), *runs("lora", wrong)]
+    settings = [{**run["hyperparameters"], "precision": "fp32" if i < 6 else "bf16"} for i, run in enumerate(made)]
+    settings += [{**settings[-1], "epochs": 9}]
+    made = [run | {"hyperparameters": own} for run, own in zip([*made, made[-1]], settings, strict=True)]
+    (claim,) = claims.of_precision(measured.grouped(measured.read(fabricated.write(tmp_path, *made))))
+    assert claim.verdict == verdict and "bfloat16 costs lora little" in claim.text and "in float32 86.2 %" in claim.numbers

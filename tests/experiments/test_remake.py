@@ -68,6 +68,16 @@ def test_the_rows_that_claims_are_made_of_have_five_seeds_and_all_have_three(sst
     assert min(map(len, seeds.values())) == 3
 
 
+def test_all_have_one_precision_and_what_is_beside_it_a_place_of_its_own(sst2_by_name, tmp_path):
+    args = remake.parser().parse_args(["--output-dir", str(tmp_path)])
+    runs = [one for part in remake.PARTS for one in remake._part(part, args)]
+    assert len({one.output for one in runs}) == len(runs)
+    beside = [one for one in runs if tmp_path / remake.FLOAT32 in one.output.parents]
+    for one in runs:
+        assert one.plan["hyperparameters"]["precision"] == ("fp32" if one in beside else "bf16")
+    assert "--precision bf16" in remake.SWEEP and {one.method.name for one in beside} == {"lora", "qlora"}
+
+
 def test_the_sweep_is_the_one_that_the_study_shows():
     study = (fabricated.ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     (shown,) = [line for line in study.splitlines() if "--trials 14" in line]
@@ -79,7 +89,7 @@ def test_the_sweep_is_the_one_that_the_study_shows():
 def test_the_plan_says_how_long_and_does_nothing(call):
     code, out, made = call("--plan")
     assert code == 0 and made == []
-    assert re.search(r"of (59|64) runs are done by the present code; the others take about \d", out)  # 64 with the larger base
+    assert re.search(r"of (65|70) runs are done by the present code; the others take about \d", out)  # 70 with the larger base
     assert "the sweep took 0.4 hours" in out
 
 
