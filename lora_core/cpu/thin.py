@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing
 
 from .products import cast, tall_product
 
@@ -31,6 +32,25 @@ def narrow(x: Tensor, A: Tensor, keep: Tensor | None = None) -> Tensor:  # T d, 
 
 def add(y: Tensor, h: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:  # T d, T r, d r -> T d
     return cast(cast(y, B.dtype).addmm_(h, B.t(), alpha=s), dtype)
+
+
+def is_one_token(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `add_to_token` serves for x, (..., d), and an update in `dtype`.
+
+    Vectors of 16 bits are left to the other functions, and so are a program that `torch.jit.trace` makes for more tokens, and
+    kinds of tensors that may have no product with a vector, such as DTensor.
+    """
+    return not is_tracing() and x.numel() == x.shape[-1] and x.is_cpu and type(x) is Tensor and dtype.itemsize >= 4
+
+
+def add_to_token(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> Tensor:
+    """y + s x A^T B^T, (..., d_out), for x, (..., d_in), of one token, rounded once to `dtype`; y may be overwritten.
+
+    Beside one token the time is that of the calls, and calls with vectors are cheaper.
+    """
+    y = cast(y, B.dtype)
+    y.view(-1).addmv_(B, A.mv(cast(x, A.dtype).reshape(-1)), alpha=s)
+    return cast(y, dtype)
 
 
 def tall(x: Tensor, g: Tensor) -> Tensor:  # T d, T r -> d r

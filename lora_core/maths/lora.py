@@ -78,7 +78,8 @@ def lora_linear(
         dtype = result
         if dense is None and weight.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
-    bias, wide = None if bias is None else bias.to(dtype), update_dtype(x, lora_A)
+    bias = None if bias is None else cast(bias, dtype)
+    wide = result if lora_A.dtype == result else update_dtype(x, lora_A)
     lora_A, lora_B = cast(lora_A, wide), cast(lora_B, wide)
     if is_traced() or weight.requires_grad or _is_watched():  # ours has no gradient for W
         W = dense(weight) if dense else weight
@@ -88,6 +89,9 @@ def lora_linear(
     if dropout:
         mask = draw(x, dropout) if draw else draw_keep_mask((x.numel() // x.shape[-1], x.shape[-1]), dropout, x.device)
     if not torch.is_grad_enabled():  # nothing is to be kept, and a call of an autograd function is dear beside one token
+        if mask is None and cpu_thin.is_one_token(x, wide):
+            y = linear(cast(x, dtype), dense(weight) if dense else weight, bias)
+            return cpu_thin.add_to_token(y, x, lora_A, lora_B, scaling, result)
         return _fused(x, weight, bias, lora_A, lora_B, scaling, mask, dense, dtype, result, linear)[0]
     return _LoraLinear.apply(
         x, weight, bias, lora_A, lora_B, scaling, mask, dropout, dense, dtype, result, linear, draw is not None

@@ -62,9 +62,10 @@ class Lora(Method):
         self.settle(layer, name)
 
     def product(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-        A, B = stored_entry(layer.lora_A, name), stored_entry(layer.lora_B, name)
-        if name in layer.lora_A0:
-            A0, B0 = stored_entry(layer.lora_A0, name), stored_entry(layer.lora_B0, name)
+        tables = layer._modules  # `layer.lora_A` goes a long way through torch's `__getattr__`
+        A, B = stored_entry(tables["lora_A"], name), stored_entry(tables["lora_B"], name)
+        if name in tables["lora_A0"]:
+            A0, B0 = stored_entry(tables["lora_A0"], name), stored_entry(tables["lora_B0"], name)
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         return A, B
 

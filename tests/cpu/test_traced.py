@@ -65,3 +65,14 @@ def test_each_sample_has_a_mask_of_its_own():
     updates, dropped = torch.func.vmap(run, randomness="different")(torch.ones(8, 64))
     assert len(updates.unique(dim=0)) == len(dropped.unique(dim=0)) == 8
     assert 0.3 < (dropped == 0).double().mean() < 0.7
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_program_that_is_traced_with_one_token_takes_more():
+    model = nn.Sequential(nn.Linear(8, 6))
+    inject(model, LoraConfig(r=2, target_modules=["0"]))
+    tiny.randomize(model).eval()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        program = torch.jit.trace(model, x[:1])
+        torch.testing.assert_close(program(x), model(x))

@@ -312,6 +312,22 @@ def test_autocast_leaves_float64_alone_as_torch_does(dropout):
         assert run(tensors, dropout=dropout)[0].dtype == torch.float64
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("dense", [None, torch.clone], ids=["dense", "packed"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_one_token_without_gradients_follows_the_equation(shape, dtype, dense, mode):
+    tensors, dy = make(shape, dtype)
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    with mode():
+        y, _ = run(tensors, dense=dense)
+    expected, _ = oracle.lora_linear_and_gradients(tensors, SCALING, dy, None, 1.0)
+    bound, _ = oracle.rounding_bound(tensors, SCALING, dy, None, 1.0)
+    assert y.dtype == dtype and not y.requires_grad
+    oracle.assert_within_rounding(y, expected, bound, ROUNDINGS[dtype])
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_draws_the_same_mask_again(reentrant):
     tensors, dy = make((6,))

@@ -96,3 +96,29 @@ def test_halves_hold_16_bits(power):
     high, low = gpu.halves(a)
     assert ((high.double() + low.double() - a.double()).abs() <= 2**-17 * a.double().abs()).all()
     assert torch.equal(gpu.halves(a.t())[0], a.t().bfloat16())
+
+
+@pytest.mark.parametrize("large, small", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", [(D,), (1, D), (1, 1, D)], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "every second"])
+def test_an_update_is_added_to_one_token(large, small, shape, strided):
+    torch.manual_seed(0)
+    step = 1 + strided
+    x, y = (torch.randn(*shape[:-1], D * step, dtype=torch.float64).to(large)[..., ::step] for _ in range(2))
+    A, B = (torch.randn(size, dtype=torch.float64).to(small) for size in ((R, D), (D, R)))
+    assert cpu.is_one_token(x, small)
+    expected, before = y.double() + SCALING * x.double() @ A.double().t() @ B.double().t(), (x.clone(), A.clone(), B.clone())
+    magnitude = y.double().abs() + x.double().abs() @ A.double().abs().t() @ B.double().abs().t()
+    for dtype in {large, small}:
+        found = cpu.add_to_token(y.clone(), x, A, B, SCALING, dtype)
+        rounded = torch.finfo(dtype).eps / 2 if dtype != small else 0
+        allowed = rounded * expected.abs() + (2 + D + R) * torch.finfo(small).eps * magnitude
+        assert found.dtype == dtype and found.shape == shape and ((found.double() - expected).abs() <= allowed).all()
+    assert all(map(torch.equal, (x, A, B), before))
+
+
+def test_what_is_no_single_token_of_full_precision_goes_the_other_way():
+    x = torch.randn(1, D)
+    assert cpu.is_one_token(x, torch.float32) and not cpu.is_one_token(x, torch.bfloat16)
+    others = (torch.randn(2, D), torch.randn(0, D), x.to("meta"), torch.nn.Parameter(x))
+    assert not any(cpu.is_one_token(other, torch.float32) for other in others)
