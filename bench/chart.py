@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 
 from .measure import Measure
+from .peers import PEFT_16
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -19,6 +20,7 @@ from matplotlib import pyplot
 #: Okabe and Ito's colours, which stay apart for the colour-blind; markers and dashes say the same again.
 STYLES = {
     "peft": ("peft", "#D55E00", "s", "-"),
+    PEFT_16: ("peft, adapters in 16 bits", "#56B4E9", "v", "-"),
     "loralib": ("loralib", "#CC79A7", "^", "-"),
     "full": ("full fine-tuning", "#E69F00", "D", "-"),
     "ours": ("lora_core", "#0072B2", "o", "-"),
@@ -69,6 +71,8 @@ def _panel(axes: pyplot.Axes, axis: str, line: list[dict], title: str) -> None:
     ticks = [f"{p[axis][1]}x{p[axis][2]}" if axis == "width" else f"{p[axis]:,}" for p in line]
     for name, (label, colour, marker, dashes) in STYLES.items():
         drawn = [(i, p[name]) for i, p in enumerate(line) if name in p]
+        if not drawn:
+            continue
         look = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 1.8, "markersize": 5}
         axes.plot(*zip(*drawn, strict=True), label=label, **look)
     axes.set_xticks(range(len(ticks)), ticks, fontsize=8)

@@ -110,7 +110,7 @@ def measure(nominal: Case, settings: Settings) -> Measure:
         values=samples.medians(),
         ratios={
             **{f"{name} / frozen": samples.ratio(name, "frozen") for name in adapted},
-            "ours / peft": samples.ratio("ours", "peft"),
+            **{f"ours / {name}": samples.ratio("ours", name) for name in adapted if name.startswith("peft")},
             "floor / frozen": Ratio(case.floor),
         },
         setting={

@@ -3,7 +3,8 @@
 Each peer is set up as its own documentation says, and where there is a choice, in the way that is fastest for it: peft
 runs unmerged LoRA without its mixed-batch or variant paths, its layer is called directly and not through a wrapper, its
 4-bit layer is bitsandbytes' own with the same compute dtype and double quantisation as ours. B is random everywhere:
-nothing is measured on zeros.
+nothing is measured on zeros. Beside a 16-bit base peft's adapters are float32 by default, as ours; in 16 bits, as an option,
+they are faster, and an optimiser has no room for small updates: there peft is asked both ways.
 """
 
 from __future__ import annotations
@@ -22,38 +23,44 @@ from lora_core.files.storage import adapter_tensors
 
 from .measure import Disagreement
 
+#: peft with adapters of 16 bits on a base of 16 bits.
+PEFT_16 = "peft, 16-bit"
+
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
 def layers(
     d_in: int, d_out: int, r: int, dropout: float, device: str, dtype: torch.dtype, nf4: bool = False
 ) -> dict[str, nn.Module]:
-    """{candidate: one linear layer, in training mode}: frozen, full, ours, peft, and loralib on dense weights.
+    """{candidate: one linear layer, in training mode}: frozen, full, ours, peft, and loralib on dense weights; of 16 bits,
+    "peft, 16-bit" too.
 
     `nf4` puts ours and peft on the 4-bit weight; frozen and full stay dense. All share one dense weight, but `full`,
     which trains it, has its own.
     """
     dense = nn.Linear(d_in, d_out, device=device, dtype=dtype).requires_grad_(False)
     ours = nn.ModuleDict({"linear": _like(dense)})
-    theirs = nn.ModuleDict({"linear": bnb_linear(dense) if nf4 else _like(dense)})
     if nf4:
         quantize_nf4(ours)
-        theirs.is_loaded_in_4bit = True  # how transformers marks a model for peft
     inject(ours, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["linear"]))
     randomize(ours)
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["linear"])
-    theirs = peft.inject_adapter_in_model(config, theirs)
-
-    candidates = {"frozen": dense, "full": _like(dense, copy=True), "ours": ours["linear"], "peft": theirs["linear"]}
+    candidates = {"frozen": dense, "full": _like(dense, copy=True), "ours": ours["linear"]}
+    peft_dtypes = {"peft": torch.promote_types(dtype, torch.float32)} | ({PEFT_16: dtype} if dtype.itemsize == 2 else {})
+    for name in peft_dtypes:
+        theirs = nn.ModuleDict({"linear": bnb_linear(dense) if nf4 else _like(dense)})
+        if nf4:
+            theirs.is_loaded_in_4bit = True  # how transformers marks a model for peft
+        config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["linear"])
+        candidates[name] = peft.inject_adapter_in_model(config, theirs)["linear"]
     if not nf4:
         lib = loralib.Linear(d_in, d_out, r=r, lora_alpha=2 * r, lora_dropout=dropout, merge_weights=False)
         candidates["loralib"] = lib.to(device, dtype)
         lib.weight, lib.bias = dense.weight, dense.bias
     with torch.no_grad():
         A, B = ab(candidates["ours"])
-        for name in candidates.keys() & {"peft", "loralib"}:
+        for name in candidates.keys() & {*peft_dtypes, "loralib"}:
             for part, value in zip(ab(candidates[name]), (A, B), strict=True):
-                part.data = value.to(dtype, copy=True)
+                part.data = value.to(peft_dtypes.get(name, dtype), copy=True)
     for layer in candidates.values():
         layer.train()  # loralib's returns nothing
     return candidates
@@ -157,15 +164,16 @@ def randomize(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def adapt_with_peft(model: nn.Module, config: LoraConfig, like: nn.Module | None = None) -> nn.Module:
+def adapt_with_peft(model: nn.Module, config: LoraConfig, like: nn.Module | None = None, float32: bool = False) -> nn.Module:
     """`model` through peft with the settings of `config`, and with the A, B and head of `like`, a model of ours.
 
-    Adapters on a 16-bit base are 16-bit too, peft's faster choice. Without `like` the values are random.
+    Adapters on a 16-bit base are 16-bit too, peft's faster choice, unless they are to be `float32`, its default. Without `like`
+    the values are random.
     """
     same = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "task_type")}
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     settings = peft.LoraConfig(target_modules=targets, **same)
-    adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=float32)
     if like is None:
         randomize(adapted)
         return adapted
