@@ -26,3 +26,10 @@ def bitsandbytes() -> Any:
     finally:
         log.setLevel(level)
     return bnb
+
+
+def loaded_functional() -> Any:
+    """The library's functions of tensors, for one who holds what it made: torch.compile traces this, and not the above."""
+    from bitsandbytes import functional
+
+    return functional

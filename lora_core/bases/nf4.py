@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from .base import COMPUTE_DTYPES, Base, Format, PackedLayer
-from .bnb import bitsandbytes
+from .bnb import bitsandbytes, loaded_functional
 from .forwards import change_class
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -213,7 +213,7 @@ def _unpacked(packed: Tensor, state: Any) -> Tensor:
     On CPUs with AVX512 bitsandbytes 0.50 takes the wrong scales where a row has a multiple of 16 values and no whole number of
     blocks. As one row all is right.
     """
-    functional, shape = bitsandbytes().functional, state.shape
+    functional, shape = loaded_functional(), state.shape
     if shape[-1] % state.blocksize:
         flat = torch.Size([math.prod(shape)])
         parts = state.absmax, flat, state.code, state.blocksize, state.quant_type, state.dtype, state.offset, state.state2

@@ -64,7 +64,8 @@ class MaskGroup:
             self.forwards[get_ident()] = _Forward(_checkpoints())
 
     def close(self, *_: Any) -> None:
-        self.forwards.pop(get_ident(), None)
+        if not torch.compiler.is_compiling():
+            self.forwards.pop(get_ident(), None)
 
     def leave(self, layer: nn.Module) -> None:
         """Takes a layer out; one alone shares with nobody, so the hooks go with the last but one."""

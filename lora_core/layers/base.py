@@ -123,7 +123,8 @@ class LoraLayer(Traits, FoldedLayer):
 
     def _scaled_forward(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """The forward where an adapter multiplies the output by its f, or may."""
-        scales = {name: f for name in names if (f := self.row_scale(name)) is not None}
+        found = [(name, self.row_scale(name)) for name in names]
+        scales = {name: f for name, f in found if f is not None}
         if scales and len(names) == 1 and not self._rounds(x):  # one pass over the plain layer's output
             (f,) = scales.values()
             y = self.adapted_forward(x, None, self.products_of(names))
