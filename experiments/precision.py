@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from lora_core.cpu.heap import keep_few_shapes
 from lora_core.cpu.products import product
 
 from .errors import ExperimentError
@@ -38,6 +39,7 @@ def choose_precision(wanted: str, device: str) -> str:
 @functools.cache
 def speed_of_bf16() -> float:
     """How many products of 64 x 768 x 768 one core makes in bfloat16 in the time of one in float32."""
+    keep_few_shapes()  # these are the first products of a run, and oneDNN looks only once how many it is to keep
     x, W = torch.ones(64, 768, device="cpu"), torch.ones(768, 768, device="cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for one another where something else runs too
