@@ -1,4 +1,4 @@
-"""A base with the adapter of a run, on the base as it was trained: in NF4 for a QLoRA adapter."""
+"""A base with the adapter of a run, held as it was trained: in NF4 for a QLoRA adapter, in bfloat16 where products were."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lora_core.files.disk import is_file
 
 from . import models, record
 from .errors import ExperimentError
+from .methods import BF16
 
 
 def load_adapted(
@@ -29,6 +30,8 @@ def load_adapted(
 
     from lora_core import load_adapter, quantize_int8, quantize_nf4
 
+    from .precision import cast_frozen
+
     if not is_file(adapter / "adapter_config.json"):
         raise ExperimentError(f"--adapter: {str(adapter)!r} has no adapter_config.json; give the adapter/ directory of a run")
     note = record.AdapterNote.read(adapter)
@@ -40,6 +43,8 @@ def load_adapted(
         pack = quantize_int8 if note.quantize == "int8" else quantize_nf4
         pack(loaded.model, skip=loaded.keep)
     load_adapter(loaded.model, adapter)
+    if note.precision == BF16:
+        cast_frozen(loaded.model, loaded.keep)
     if (adapter / "tokenizer_config.json").is_file():
         loaded.tokenizer = AutoTokenizer.from_pretrained(adapter, **models.LOCAL)
     return loaded, note

@@ -51,16 +51,19 @@ class Speaker:
             raise ExperimentError("--compare needs --adapter: a merged model has its base no longer")
         import torch
 
-        from . import models
+        from . import models, record
         from .adapted import load_adapted
         from .completions import Template
         from .language_models import load_language_model
+        from .precision import autocast
 
         if adapter is not None:
-            loaded, _ = load_adapted(adapter, model, load_language_model)
+            loaded, note = load_adapted(adapter, model, load_language_model)
         else:
-            loaded = load_language_model(models.resolve(model if merged is None else str(merged)))
-        self.model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            base = models.resolve(model if merged is None else str(merged))
+            loaded, note = load_language_model(base), record.AdapterNote.read(base.directory)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.computing = loaded.model.to(device).eval(), autocast(note.precision, device)
         self.template, self.tokens = Template(loaded.tokenizer), tokens
         self.adapted, self.compare = adapter is not None, compare
 
@@ -73,8 +76,9 @@ class Speaker:
 
         ids = self.template.prompt_ids(Conversation(tuple(prompt), "", "the question"))
         for who in ("adapter" if self.adapted else "model", *(["base"] if self.compare else [])):
-            with disable_adapters(self.model) if who == "base" else nullcontext():
-                yield who, greedy(self.model, self.template.tokenizer, [ids], self.tokens)[0]
+            with self.computing, disable_adapters(self.model) if who == "base" else nullcontext():
+                (answer,) = greedy(self.model, self.template.tokenizer, [ids], self.tokens)
+            yield who, answer
 
 
 def ask(speaker: Speaker, prompt: Sequence[tuple[str, str]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_core.spec.config import ALL_LINEAR
 
+from .methods import BF16
 from .models import PROJECTIONS
 
 LABELS = 2
@@ -73,9 +74,10 @@ class Architecture:
         """What they weigh in 8 bits, with a float32 for each row."""
         return sum(n * (d_in * d_out + 4 * d_out) for n, d_in, d_out in self.linear)
 
-    def base_bytes(self, quantize: bool | str) -> int:
-        """What the base with its head weighs: float32, but for what is quantised, as `Method.quantize` has it."""
-        dense, packed = 4 * (self.body + self.head), {True: self.quantized_bytes, "int8": self.int8_bytes}
+    def base_bytes(self, quantize: bool | str, halved: int = 0) -> int:
+        """What the base with its head weighs: float32, but for what is quantised, as `Method.quantize` has it, and for `halved`
+        weights in 16 bits."""
+        dense, packed = 4 * (self.body + self.head) - 2 * halved, {True: self.quantized_bytes, "int8": self.int8_bytes}
         return dense - 4 * self.quantized + packed[quantize] if quantize else dense
 
 
@@ -107,12 +109,8 @@ def counted(architecture: Architecture, trains: str, settings: dict[str, Any]) -
     a, dense = architecture, architecture.body + architecture.head
     if trains != "adapter":
         return Counts(0, {"nothing": 0, "head": a.head, "everything": dense}[trains], dense)
-    targets = list(settings["target_modules"])
-    if targets == [ALL_LINEAR]:
-        adapted = a.linear
-    elif set(targets) <= set(PROJECTIONS[a.model_type].values()):
-        adapted = [(a.layers * len(targets), a.width, a.width)]
-    else:
+    adapted = _adapted(a, settings)
+    if adapted is None:
         return None
     outputs = sum(n * d_out for n, _, d_out in adapted)
     adapter = sum(n * settings["r"] * (d_in + d_out) for n, d_in, d_out in adapted)
@@ -121,3 +119,23 @@ def counted(architecture: Architecture, trains: str, settings: dict[str, Any]) -
     # Head and biases are trained as copies; the base's own wait aside.
     trained = adapter + biases + a.head
     return Counts(adapter, trained, dense + trained)
+
+
+def _adapted(a: Architecture, settings: dict[str, Any]) -> list[tuple[int, int, int]] | None:
+    """The layers with adapters, as `Architecture.linear` has them; None if that is not known."""
+    targets = list(settings["target_modules"])
+    if targets == [ALL_LINEAR]:
+        return a.linear
+    known = set(targets) <= set(PROJECTIONS[a.model_type].values())
+    return [(a.layers * len(targets), a.width, a.width)] if known else None
+
+
+def halved(architecture: Architecture, trains: str, settings: dict[str, Any]) -> int | None:
+    """How many weights a run holds in 16 bits: in bfloat16 those of linear layers that nothing trains, or takes norms of.
+
+    The arguments are those of `counted`, and it is None where that is.
+    """
+    if settings["precision"] != BF16 or trains == "everything" or settings.get("quantize"):
+        return 0
+    apart = _adapted(architecture, settings) if settings.get("use_dora") else []
+    return None if apart is None else architecture.quantized - sum(n * d_in * d_out for n, d_in, d_out in apart)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import reference
-from .counts import Architecture, counted
+from .counts import Architecture, counted, halved
 from .measured import Run, margin, percent
 from .methods import METHODS, NOTHING
 
@@ -161,8 +161,11 @@ def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:
         quantize = settings.get("quantize", False)
         held, size = ("int8", architecture.int8_bytes) if quantize == "int8" else ("NF4", architecture.quantized_bytes)
         source = f"{8 * size / architecture.quantized:.3f} bits a parameter in {held}, 32 in the rest"
-        weight = (where, "bytes of the base", source if quantize else "32 bits a parameter")
-        found.setdefault((*weight, (architecture.base_bytes(quantize),)), []).append((run["base_weight_bytes"],))
+        if (half := halved(architecture, method.trains, settings)) is None:
+            continue
+        dense = "16 bits a frozen weight, 32 in the rest" if half else "32 bits a parameter"
+        weight = (where, "bytes of the base", source if quantize else dense)
+        found.setdefault((*weight, (architecture.base_bytes(quantize, half),)), []).append((run["base_weight_bytes"],))
     for (where, text, source, numbers), values in found.items():
         wrong = sorted({value for value in values if value != numbers})
         shown = " or ".join(map(_numbers, wrong or [numbers]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ExperimentError
-from .methods import METHODS, QUANTIZE, Method, Schedule
+from .methods import METHODS, PRECISIONS, QUANTIZE, Method, Schedule
 
 #: What --resume means without a value.
 AUTO = "auto"
@@ -43,7 +43,7 @@ def source_flags(parser: argparse._ActionsContainer, model: str = MODEL, data: s
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one")
     parser.add_argument(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", *PRECISIONS),
         default="auto",
         help="auto takes bf16 where that multiplies faster",
     )

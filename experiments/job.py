@@ -9,7 +9,7 @@ import torch
 
 from . import record
 from .errors import ExperimentError
-from .methods import Method, Schedule
+from .methods import BF16, FP32, Method, Schedule
 from .models import BaseModel, projections
 from .parallel import Processes
 
@@ -34,7 +34,7 @@ class Job:
     base: BaseModel
     data: Data
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: str = FP32
     report_to: tuple[str, ...] = ()
     processes: Processes = dataclasses.field(default_factory=Processes)
 
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def bf16(self) -> bool:
-        return self.precision == "bf16"
+        return self.precision == BF16
 
     def plan(self) -> dict[str, Any]:
         """The part of metrics.json that is known before the run."""

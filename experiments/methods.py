@@ -18,6 +18,9 @@ NOTHING, HEAD, ADAPTER, EVERYTHING = "nothing", "head", "adapter", "everything"
 #: {what the command line calls it: what `Method.quantize` and the records of runs have}.
 QUANTIZE = {"none": False, "nf4": True, "int8": "int8"}
 
+#: What the products of a run are computed in: float32, or bfloat16.
+PRECISIONS = FP32, BF16 = "fp32", "bf16"
+
 
 @dataclass(frozen=True)
 class Method:

@@ -3,19 +3,29 @@
 Under bfloat16 the products of the base and of the adapter are computed in it, by autocast; norms, losses and what is added up
 along the layers are float32, and so are A, B, heads and the optimiser's state. On a GPU that has it bfloat16 always pays. On a
 CPU it does where there are instructions for it (AVX512-BF16, AMX): "auto" looks what a product takes, once a process.
+
+Autocast casts a frozen weight anew for each product. Held in bfloat16 it takes half the memory, and no bit of a result changes.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from lora_core.bases import is_packed
 from lora_core.cpu.heap import keep_few_shapes
-from lora_core.cpu.products import product
+from lora_core.cpu.products import FastLinear, product
+from lora_core.layers.linear import LinearLayer
 
 from .errors import ExperimentError
+from .methods import BF16, FP32, PRECISIONS
+from .parallel import Processes
 
 #: How much faster a product must be. With AVX512-BF16 it was 1.9 times on one core of an EPYC, beside oneDNN's float32.
 WORTH = 1.5
@@ -28,12 +38,17 @@ def choose_precision(wanted: str, device: str) -> str:
         ExperimentError: bfloat16 is asked for on a GPU that does not have it.
     """
     if device == "cuda" and not torch.cuda.is_bf16_supported():
-        if wanted == "bf16":
+        if wanted == BF16:
             raise ExperimentError("precision: bf16 was asked for, and this GPU does not have it; pass fp32 or auto")
-        return "fp32"
+        return FP32
     if wanted == "auto":
-        return "bf16" if device == "cuda" or speed_of_bf16() > WORTH else "fp32"
+        return BF16 if device == "cuda" or speed_of_bf16() > WORTH else FP32
     return wanted
+
+
+def choose_together(wanted: str, device: str, processes: Processes) -> str:
+    """What `choose_precision` says on process 0, for all of them: each might measure something else. They must have met."""
+    return PRECISIONS[processes.first_decides(lambda: PRECISIONS.index(choose_precision(wanted, device)))]
 
 
 @functools.cache
@@ -58,3 +73,43 @@ def _seconds(x: torch.Tensor, W: torch.Tensor) -> float:
         product(x, W)
         taken.append(time.perf_counter() - start)
     return min(taken)
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context in which a model computes as a run of this precision does."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == BF16)
+
+
+def cast_frozen(model: nn.Module, keep: Sequence[str]) -> tuple[str, ...]:
+    """Holds in bfloat16, in place, what autocast would cast to it in every product; returns the paths of these layers.
+
+    That is the weights of dense linear layers. Left in float32: the modules in `keep`; what is trained; what several modules
+    share, as the embedding of which a model makes its head; and what DoRA takes its norms of.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    cast = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        kept = any(path == name or path.startswith(f"{name}.") for name in keep)
+        if kept or not _only_multiplies(module) or weight.requires_grad or owners[id(weight)] > 1:
+            continue
+        if weight.dtype == torch.float32:
+            weight.data = weight.data.to(torch.bfloat16)
+            cast.append(path)
+    return tuple(cast)
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether all that is done with the dense weight of a module is one product, which autocast computes."""
+    if is_packed(module) or "weight" not in module._parameters:
+        return False
+    if isinstance(module, LinearLayer):
+        return all(method.is_product for method in module.lora_method.values())
+    return type(module).forward in (nn.Linear.forward, FastLinear.forward, Conv1D.forward)
+
+
+def restore_frozen(model: nn.Module, cast: Sequence[str], fresh: nn.Module) -> None:
+    """Gives the layers that `cast_frozen` named their weights in float32 again: those of `fresh`, the base loaded anew."""
+    for path in cast:
+        weight = model.get_submodule(path).weight
+        weight.data = fresh.get_submodule(path).weight.data.to(weight.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from .command import Parser, leave_out_unused, run
@@ -59,8 +60,8 @@ def read_texts(given: Sequence[str]) -> list[str]:
 
 
 class Predictor:
-    """A base model with a trained adapter, on the base as it was trained (in NF4 for a QLoRA adapter); or, without an
-    adapter, a model that was trained itself.
+    """A base model with a trained adapter, on the base as it was trained (in NF4 for a QLoRA adapter, in bfloat16 where the
+    run computed in that); or, without an adapter, a model that was trained itself.
 
     Raises:
         ExperimentError: neither is given, or what is given is not of a run.
@@ -70,6 +71,7 @@ class Predictor:
         import torch
 
         from . import models, record
+        from .precision import autocast
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if merged is not None:
@@ -78,24 +80,23 @@ class Predictor:
             from .export import load_merged
 
             self.model, self.tokenizer, self.max_length, self.device = load_merged(merged, self.device)
+            self.computing = nullcontext()
             return
         if adapter is not None:
             from .adapted import load_adapted
 
             loaded, note = load_adapted(adapter, model, models.load_classifier)
-            self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, note.max_length
         elif model is None:
             raise ExperimentError(
                 "give --adapter, the adapter/ directory of a run, or --model, its model/ directory, or --merged"
             )
         else:
             base = models.resolve(model)
-            classifier = models.load_classifier(base)
-            if classifier.new:
+            loaded, note = models.load_classifier(base), record.AdapterNote.read(base.directory)
+            if loaded.new:
                 raise ExperimentError(f"model: {model!r} has no trained head for two labels; name an adapter with --adapter")
-            self.model, self.tokenizer = classifier.model, classifier.tokenizer
-            self.max_length = record.AdapterNote.read(base.directory).max_length
-        self.model.to(self.device).eval()
+        self.model, self.tokenizer, self.max_length = loaded.model.to(self.device).eval(), loaded.tokenizer, note.max_length
+        self.computing = autocast(note.precision, self.device)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
         """The label of each text and its probability."""
@@ -109,7 +110,9 @@ class Predictor:
         with torch.inference_mode():
             for indices in LikeLengthBatches(tokens.lengths, BATCH):
                 batch = {name: tensor.to(self.device) for name, tensor in tokens[indices].items()}
-                probabilities[indices] = self.model(**batch).logits.softmax(-1).float().cpu()
+                with self.computing:
+                    logits = self.model(**batch).logits  # B labels
+                probabilities[indices] = logits.float().softmax(-1).cpu()
         for row in probabilities:
             yield LABELS[int(row.argmax())], float(row.max())
 

@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_core import LoraConfig, ParameterCount, count_parameters, inject, quantize_int8, quantize_nf4, share_dropout_masks
+from lora_core import (
+    LoraConfig,
+    ParameterCount,
+    base_weight_bytes,
+    count_parameters,
+    inject,
+    quantize_int8,
+    quantize_nf4,
+    share_dropout_masks,
+)
 from lora_core.files.locks import alone
 from lora_core.spec.config import ALL_LINEAR
 from lora_core.spec.targets import is_head
@@ -17,6 +26,7 @@ from .errors import ExperimentError
 from .job import Job, variants
 from .methods import EVERYTHING, HEAD, NOTHING
 from .models import Loaded
+from .precision import cast_frozen
 
 
 def prepare(loaded: Loaded, job: Job, task_type: str, besides: str) -> None:
@@ -29,9 +39,7 @@ def prepare(loaded: Loaded, job: Job, task_type: str, besides: str) -> None:
         pack = quantize_int8 if method.quantize == "int8" else quantize_nf4
         report = pack(model, skip=loaded.keep)  # autocast says what products are computed in, and else they are as in float32
         print(f"quantised: {report}")
-        # The weights' file stays mapped, and what was read of it in memory, while one tensor of it is in use.
-        for parameter in (p for p in model.parameters() if p.is_floating_point()):
-            parameter.data = parameter.data.clone()
+        leave_file(model)
     if not method.adapts:
         _unfreeze(model, method.trains)
         return
@@ -53,6 +61,23 @@ def prepare(loaded: Loaded, job: Job, task_type: str, besides: str) -> None:
     rest = [name for name in ("biases" if method.bias != "none" else "", besides) if name]
     beside = f", {counts.trainable - counts.adapter:,} in {' and '.join(rest)}" if rest else ""
     print(f"{_training(counts)}: {counts.adapter:,} in LoRA{beside}")
+
+
+def leave_file(model: Any) -> None:
+    """Copies what is still as it was loaded: a file of weights stays mapped, and what was read of it in memory, while one
+    tensor of it is in use."""
+    for parameter in (p for p in model.parameters() if p.is_floating_point()):
+        parameter.data = parameter.data.clone()
+
+
+def hold_in_bf16(loaded: Loaded) -> tuple[str, ...]:
+    """`cast_frozen`, for a run in bfloat16 after `prepare`; prints what it saved and returns the layers' paths."""
+    before = base_weight_bytes(loaded.model)
+    if cast := cast_frozen(loaded.model, loaded.keep):
+        leave_file(loaded.model)
+        after = base_weight_bytes(loaded.model)
+        print(f"frozen weights of {len(cast)} layers held in bfloat16: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB of base")
+    return cast
 
 
 def _unfreeze(model: Any, trains: str) -> None:

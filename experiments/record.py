@@ -27,7 +27,7 @@ from lora_core.files.disk import write_whole
 from lora_core.files.reading import open_file, read_object
 
 from .errors import ExperimentError
-from .methods import QUANTIZE
+from .methods import FP32, PRECISIONS, QUANTIZE
 
 METRICS = "metrics.json"
 ADAPTER = "adapter"
@@ -43,11 +43,12 @@ HASHED = ("base_model", "data")
 
 @dataclass(frozen=True)
 class AdapterNote:
-    """How the adapter's base, or the model, was used in training: how it was held, as `Method.quantize` has it, and how many
-    tokens of a sentence it read."""
+    """How the adapter's base, or the model, was used in training: how it was held, as `Method.quantize` has it, how many tokens
+    of a sentence it read, and what its products were computed in."""
 
     quantize: bool | str = False
     max_length: int = 128
+    precision: str = FP32
 
     def write(self, directory: Path) -> None:
         write_json(directory / NOTE, dataclasses.asdict(self))
@@ -63,7 +64,10 @@ class AdapterNote:
             quantize = fields["quantize"]
             if quantize not in QUANTIZE.values():
                 raise ValueError(f"quantize is {quantize!r}")
-            return cls(quantize=quantize, max_length=int(fields["max_length"]))
+            precision = fields.get("precision", FP32)  # older notes do not say
+            if precision not in PRECISIONS:
+                raise ValueError(f"precision is {precision!r}")
+            return cls(quantize, int(fields["max_length"]), precision)
         except (KeyError, TypeError, ValueError) as error:
             raise ExperimentError(f"{path} is not as written here ({error!r}); remove it to use the defaults") from None
 

@@ -74,7 +74,7 @@ def write(
         if job.method.adapts:
             save_probe(model, directory, inputs, texts, loaded.tokenizer)
         loaded.tokenizer.save_pretrained(directory)
-        record.AdapterNote(job.method.quantize, job.schedule.max_length).write(directory)
+        record.AdapterNote(job.method.quantize, job.schedule.max_length, job.precision).write(directory)
         write_whole(directory / CARD, card(metrics, job.base.reference, job.method.adapts).encode())
     record.write_json(output / record.METRICS, metrics)
 

@@ -71,17 +71,17 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
 
     from . import checkpoints, record
     from .job import choose_device
-    from .precision import choose_precision
+    from .precision import choose_together
     from .tuning import TuningJob, tune
 
     saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
     ways = {"packing": args.packing, "gradient_checkpointing": args.gradient_checkpointing}
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    processes.join(device)
+    precision = choose_together(args.precision, device, processes)
     job = TuningJob(method, schedule, base, rows, device, precision, args.report_to, processes, **ways)
     plan, settings = job.plan(), job.settings()
     output = args.output_dir or default_output(plan)
-    processes.join(job.device)
     processes.agree({**settings, "output": str(output)})
     begin = processes.first_decides(lambda: beginning(args, output, plan, settings, "exact_match"))
     if begin == FINISHED:

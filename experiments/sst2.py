@@ -69,16 +69,16 @@ def experiment(args: argparse.Namespace, processes: Processes, argv: Sequence[st
 
     from . import checkpoints, record
     from .job import Job, choose_device
-    from .precision import choose_precision
+    from .precision import choose_together
     from .train import train
 
     saving = checkpoints.Saving(args.save_steps, args.keep_checkpoints)
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    processes.join(device)
+    precision = choose_together(args.precision, device, processes)
     job = Job(method, schedule, base, sentences, device, precision, args.report_to, processes)
     plan, settings = job.plan(), job.settings()
     output = args.output_dir or default_output(plan)
-    processes.join(job.device)
     processes.agree({**settings, "output": str(output)})
     begin = processes.first_decides(lambda: beginning(args, output, plan, settings, "accuracy"))
     if begin == FINISHED:

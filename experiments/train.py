@@ -27,7 +27,8 @@ from .errors import ExperimentError
 from .job import Job
 from .methods import NOTHING, Schedule
 from .models import load_classifier
-from .preparing import check_length, new_output, prepare
+from .precision import restore_frozen
+from .preparing import check_length, hold_in_bf16, new_output, prepare
 from .results import PROBES, metrics_of, write
 from .resumable import Course
 from .stopping import note_signals
@@ -52,6 +53,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
         keep_few_shapes()  # batches have many lengths
         use_fast_linear(model)  # before layers are packed or adapted
     prepare(classifier, job, "SEQ_CLS", "the head")
+    cast = hold_in_bf16(classifier) if job.bf16 else ()
     if job.device == "cpu":  # the base's own dropout, drawn faster; on a GPU it costs nothing worth saving
         use_fast_dropout(model)
         use_fast_attention(model)
@@ -83,6 +85,8 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
             probe = validation_set[range(min(PROBES, len(validation_set)))]
             inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
             predictions.write(output, job.data.validation.labels, outcome["predicted"])
+            if cast:  # what is saved is of the base as it is
+                restore_frozen(model, cast, load_classifier(job.base).model)
             write(job, output, metrics, classifier, inputs, job.data.validation.texts[:PROBES])
             checkpoints.prune(course.directory, 0)
     return metrics

@@ -27,7 +27,8 @@ from .errors import ExperimentError
 from .job import Job
 from .language_models import load_language_model
 from .methods import NOTHING
-from .preparing import check_length, new_output, prepare
+from .precision import restore_frozen
+from .preparing import check_length, hold_in_bf16, new_output, prepare
 from .results import PROBES, metrics_of, write
 from .resumable import Course
 from .stopping import note_signals
@@ -72,6 +73,7 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
         keep_few_shapes()  # batches have many lengths
         use_fast_linear(model)  # before layers are packed or adapted
     prepare(loaded, job, "CAUSAL_LM", besides="")
+    cast = hold_in_bf16(loaded) if job.bf16 else ()
     counts = count_parameters(model)
     check_length(loaded, schedule.max_length)
     train_set, validation_set = (TokenisedCompletions(template, rows, schedule.max_length) for rows in (chosen, held_out))
@@ -97,6 +99,8 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
         outcome = trainer.run(learn=job.method.trains != NOTHING)
         metrics = metrics_of(job, model, counts, outcome, SCORES, CURVES, before, speed="tokens_per_second")
         if first:
+            if cast:  # what is saved is of the base as it is
+                restore_frozen(model, cast, load_language_model(job.base).model)
             texts = [template.prompt(conversation) for conversation in held_out[:PROBES]]
             inputs = loaded.tokenizer(texts, add_special_tokens=not template.has_own, padding=True, return_tensors="pt")
             write(job, output, metrics, loaded, {name: inputs[name] for name in ("input_ids", "attention_mask")}, texts)

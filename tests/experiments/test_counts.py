@@ -2,9 +2,10 @@
 
 import pytest
 
-from experiments.counts import Architecture, Counts, counted
+from experiments.counts import Architecture, Counts, counted, halved
 from experiments.expected import architectures
 from experiments.models import resolve
+from experiments.precision import cast_frozen
 from lora_core import LoraConfig, base_weight_bytes, count_parameters, inject, quantize_int8, quantize_nf4
 from tests.support import tiny
 
@@ -66,6 +67,18 @@ def test_adapters_on_every_linear_layer(name, settings):
     inject(model, LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS", **settings))
     found = counted(SMALL[name], "adapter", {"r": 3, "target_modules": ["all-linear"], **settings})
     assert found == model_counts(model)
+
+
+@BY_ARCHITECTURE
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "all"}])
+def test_bytes_of_a_base_in_bfloat16(name, settings):
+    model, targets = tiny.build(name), tiny.projections(name)
+    inject(model, LoraConfig(r=3, target_modules=targets, task_type="SEQ_CLS", **settings))
+    cast_frozen(model, ["classifier", "pre_classifier"])
+    settings = settings | {"target_modules": targets, "precision": "bf16"}
+    assert SMALL[name].base_bytes(False, halved(SMALL[name], "adapter", settings)) == base_weight_bytes(model)
+    assert halved(SMALL[name], "everything", settings) == halved(SMALL[name], "adapter", settings | {"quantize": True}) == 0
+    assert halved(SMALL[name], "adapter", settings | {"precision": "fp32"}) == 0
 
 
 def test_other_targets_have_no_closed_form_here():

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file
 
 from experiments import sft, tuner
-from experiments.chat import main as chat
+from experiments.chat import Speaker, main as chat
+from experiments.generation import greedy
 from tests.support.language_models import questions, small_llama
 from tests.support.processes import finish, metrics_of, start, trained, whole_run
 
@@ -28,6 +29,9 @@ SHORT = [
     "--held-out",
     "4",
 ]
+
+
+IN_BF16 = ["--method", "lora", "--precision", "bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,26 @@ def test_peft_gives_the_same_answers(call, tmp_path, base, capfd):
         assert tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == answer
 
 
-@pytest.mark.parametrize("more", [["--method", "qlora"], ["--method", "dora", "--packing"], ["--method", "full"]])
+def test_chat_computes_in_what_the_run_did(call, tmp_path, monkeypatch):
+    asked = []  # (prompts, tokens, answers) of each evaluation
+    monkeypatch.setattr(tuner, "greedy", lambda *args: asked.append((*args[2:], greedy(*args))) or asked[-1][-1])
+    code, out, err = call(*IN_BF16, "--learning-rate", "1e-2", "--epochs", "6")
+    assert code == 0 and "14 layers held in bfloat16" in out, err
+    speaker = Speaker(tmp_path / "out" / "adapter", None, None, compare=False, tokens=8)
+    weights = {name: p.dtype for name, p in speaker.model.named_parameters() if "lora_" not in name}
+    assert all((dtype == torch.bfloat16) == ("proj" in name) for name, dtype in weights.items())
+    prompts, tokens, answers = asked[-1]
+    assert len(set(answers)) > 1
+    with speaker.computing:
+        assert greedy(speaker.model, speaker.template.tokenizer, prompts, tokens) == answers
+    assert call("--method", "full", "--precision", "bf16", output="full")[0] == 0
+    whole = Speaker(None, None, tmp_path / "full" / "model", compare=False, tokens=8)
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    with whole.computing:
+        assert greedy(whole.model, whole.template.tokenizer, *asked[-1][:2]) == asked[-1][2]
+
+
+@pytest.mark.parametrize("more", [["--method", "qlora"], ["--method", "dora", "--packing"], ["--method", "full"], IN_BF16])
 def test_a_stopped_run_ends_as_one_that_was_not(call, tmp_path, more):
     assert call(*more, output="whole")[0] == 0
     code, _, err = call(*more, stop_at=3)

@@ -280,8 +280,10 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 def test_an_adapter_without_a_note_gets_the_defaults(tmp_path):
     assert record.AdapterNote.read(tmp_path) == record.AdapterNote(False, 128)
-    record.AdapterNote(True, 32).write(tmp_path)
-    assert dataclasses.astuple(record.AdapterNote.read(tmp_path)) == (True, 32)
+    record.AdapterNote(True, 32, "bf16").write(tmp_path)
+    assert dataclasses.astuple(record.AdapterNote.read(tmp_path)) == (True, 32, "bf16")
+    record.write_json(tmp_path / record.NOTE, {"quantize": False, "max_length": 64})  # as older runs have written it
+    assert record.AdapterNote.read(tmp_path) == record.AdapterNote(False, 64, "fp32")
 
 
 def test_a_run_on_other_data_of_the_same_size_is_another_run(tmp_path, small_data):
