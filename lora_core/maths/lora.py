@@ -79,8 +79,10 @@ def lora_linear(
         if dense is None and weight.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             dense = methodcaller("to", dtype)  # the cast copy of W is not kept for the backward either
     bias = None if bias is None else cast(bias, dtype)
-    wide = result if lora_A.dtype == result else update_dtype(x, lora_A)
-    lora_A, lora_B = cast(lora_A, wide), cast(lora_B, wide)
+    wide = result
+    if lora_A.dtype != result or lora_B.dtype != result:
+        wide = update_dtype(x, lora_A)
+        lora_A, lora_B = cast(lora_A, wide), cast(lora_B, wide)
     if is_traced() or weight.requires_grad or _is_watched():  # ours has no gradient for W
         W = dense(weight) if dense else weight
         y = F.linear(x.to(dtype), W, bias)
