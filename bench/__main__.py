@@ -14,6 +14,8 @@ from .quiet import quieten
 
 #: Each is the name of the module that answers it.
 QUESTIONS = ("overhead", "memory", "training", "decoding", "merging", "loading", "mixing", "llama")
+#: Asked by name alone: it compiles for minutes, and needs a C++ compiler.
+COMPILED = "compiled"
 #: peft's whole runs beside ours, for the study: hours, and a file of its own.
 REFERENCE = "reference"
 RESULTS = Path(__file__).parent / "results"
@@ -24,7 +26,10 @@ def parser() -> Parser:
     p = Parser(prog="python -m bench", description=about)
     known = ", ".join(QUESTIONS)
     p.add_argument(
-        "questions", nargs="*", metavar="QUESTION", help=f"{known}; none: all (llama only on CUDA); or {REFERENCE} alone"
+        "questions",
+        nargs="*",
+        metavar="QUESTION",
+        help=f"{known}; none: all (llama only on CUDA); {COMPILED}; or {REFERENCE} alone",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--full", action="store_true", help="overhead: the whole grid of shapes; over an hour on two cores")
@@ -51,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from experiments.command import run
 
         return run(lambda: reference(options), interrupted="the rows that are made are kept; the same command goes on")
-    if unknown := [q for q in options.questions if q not in QUESTIONS]:
-        command.error(f"no question {unknown[0]!r}; there are {', '.join(QUESTIONS)}")
+    if unknown := [q for q in options.questions if q not in (*QUESTIONS, COMPILED)]:
+        command.error(f"no question {unknown[0]!r}; there are {', '.join((*QUESTIONS, COMPILED))}")
     if options.threads is not None and options.threads < 1:
         command.error(f"--threads must be at least 1, not {options.threads}")
     import torch

@@ -1,6 +1,7 @@
 """The bench: what it times, counts and compares is what it says. No test looks at how long anything took."""
 
 import json
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -11,9 +12,10 @@ pytest.importorskip("peft")
 pytest.importorskip("loralib")
 pytest.importorskip("matplotlib")
 
-from bench import goals, memory, models, overhead, peers, report, timing
+from bench import compiled, goals, memory, models, overhead, peers, report, timing
 from bench.__main__ import QUESTIONS, main
 from bench.measure import Disagreement, Measure, Ratio
+from bench.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,8 @@ def test_every_goal_but_the_job_is_measured(quick):
     content, _ = quick
     assert set(content["questions"]) == set(QUESTIONS)
     missing = {g["key"] for g in content["goals"] if g["measured"] is None}
-    assert missing <= {"job-qlora"}  # read from a finished experiment
+    # One is read from a finished experiment; the others need a language model, the second of them more than quick rounds.
+    assert missing <= {"job-qlora", "peak-llm-qlora-fp32", "peak-llm-qlora-bf16"}
     assert all(g["verdict"] in ("no verdict", "not measured") for g in content["goals"])
 
 
@@ -202,6 +205,16 @@ def test_one_question_again_leaves_the_others_as_they_were(quick, tmp_path):
     assert after["questions"]["loading"] == content["questions"]["loading"]
     assert after["questions"]["merging"] != content["questions"]["merging"]
     assert set(tmp_path.iterdir()) == {again, again.with_suffix(".png")}  # and no temporary file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="inductor needs a C++ compiler")
+def test_each_model_is_measured_compiled_and_as_it_is():
+    settings = Settings(quick=True)
+    for measure in compiled.smollm(False, settings):
+        assert set(measure.values) == {f"{name}{after}" for name in compiled.NAMES for after in ("", compiled.AFTER)}
+        assert all(value > 0 for value in measure.values.values())
+        assert measure.setting["seconds of the first call"]["ours, compiled"] > measure.values["ours, compiled"]
 
 
 def test_a_measure_survives_the_file(quick):
