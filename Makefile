@@ -56,7 +56,7 @@ coverage: .venv/.installed-all
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage report
 
-bench: .venv/.installed-all
+bench: .venv/.installed-all .venv/.installed-lm
 	$(BIN)/python -m bench $(ARGS)
 
 docs: .venv/.installed-all

@@ -1,7 +1,11 @@
-"""Two engines that put adapters on, and two harnesses that train them: what `reference_run.py` is made of."""
+"""Two engines that put adapters on, and two harnesses that train them: what `reference_run.py` is made of.
+
+For language models, which `peak_tuning.py` trains, the same again.
+"""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,14 @@ from transformers import Trainer
 
 from experiments.attention import use_fast_attention
 from experiments.batches import TokenisedTexts, batches
+from experiments.completions import TokenisedCompletions
 from experiments.job import Job, variants
 from experiments.models import Loaded
-from experiments.preparing import prepare
+from experiments.preparing import hold_in_bf16, prepare
 from experiments.resumable import Course
 from experiments.trainer import SentimentTrainer, training_arguments
+from experiments.tuner import CompletionTrainer
+from experiments.tuning import TuningJob
 from lora_core import use_fast_dropout, use_fast_linear
 from lora_core.cpu.heap import keep_few_shapes
 
@@ -32,7 +39,7 @@ def ours(loaded: Loaded, job: Job) -> nn.Module:
     return loaded.model
 
 
-def theirs(loaded: Loaded, job: Job) -> nn.Module:
+def theirs(loaded: Loaded, job: Job, task_type: str = "SEQ_CLS") -> nn.Module:
     """As peft's documentation says: 4-bit layers as transformers makes them, prepared for training, then adapters."""
     import peft
 
@@ -45,7 +52,7 @@ def theirs(loaded: Loaded, job: Job) -> nn.Module:
         model = peft.prepare_model_for_kbit_training(packed, use_gradient_checkpointing=False)
     settings = {"r": method.r, "lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout, **variants(method)}
     targets = job.targets[0] if job.targets == ("all-linear",) else list(job.targets)
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, task_type="SEQ_CLS", **settings))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, task_type=task_type, **settings))
 
 
 # --- harnesses --------------------------------------------------------------------------------------------------------
@@ -90,3 +97,42 @@ def plain_trainer(
 
 
 HARNESSES = {"ours": own_trainer, "plain": plain_trainer}
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+
+def our_tuned(loaded: Loaded, job: TuningJob) -> nn.Module:
+    """As `experiments.sft` prepares a model."""
+    keep_few_shapes()
+    use_fast_linear(loaded.model)
+    prepare(loaded, job, "CAUSAL_LM", besides="")
+    if job.bf16:
+        hold_in_bf16(loaded)
+    return loaded.model
+
+
+def their_tuned(loaded: Loaded, job: TuningJob) -> nn.Module:
+    return theirs(loaded, job, "CAUSAL_LM")
+
+
+def own_tuning(model: nn.Module, job: TuningJob, train: TokenisedCompletions, tokenizer: Any, output: Path) -> None:
+    """As `experiments.sft` trains, without looking at what was learned."""
+    arguments = training_arguments(job.schedule, len(train), output, "cpu", job.bf16, ())
+    arguments.eval_strategy = "no"
+    settings = {"title": job.method.name, "course": Course(output), "tokenizer": tokenizer, "held_out": ()}
+    CompletionTrainer(model, arguments, train, train, **settings).learn()
+
+
+def plain_tuning(model: nn.Module, job: TuningJob, train: TokenisedCompletions, tokenizer: Any, output: Path) -> None:
+    """A loop on the same batches, with the loss that transformers' model computes."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job.schedule.learning_rate, fused=True)
+    model.train()
+    for batch in itertools.islice(batches(train, job.schedule.batch_size, seed=job.schedule.seed), job.schedule.max_steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, job.schedule.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

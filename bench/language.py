@@ -2,8 +2,9 @@
 
 Six of its thirty layers with random weights, and the whole vocabulary; r=16 on all seven projections of a layer, dropout 0.05,
 AdamW in one kernel, clipping at 1; in float32, and under bfloat16 autocast. "Ours, as experiments" is as `experiments.sft`
-trains: siblings share a mask, and on AMD's processors oneDNN multiplies by the frozen weights. The frozen base trains nothing:
-its step is a forward and a backward that reaches down to where the lowest adapter would stand.
+trains: siblings share a mask, on AMD's processors oneDNN multiplies by the frozen weights, and under autocast these lie in
+bfloat16. The frozen base trains nothing: its step is a forward and a backward that reaches down to where the lowest adapter
+would stand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from experiments.precision import cast_frozen
 from lora_core import LoraConfig, inject, share_dropout_masks, use_fast_linear
 
 from .measure import Measure
@@ -64,6 +66,8 @@ def measure(dtype: torch.dtype, settings: Settings) -> Measure:
     ids = torch.randint(shape["vocab_size"], size, generator=torch.Generator().manual_seed(0)).to(settings.device)
     ours = build("ours", shape, settings.device)
     models = {name: ours if name == "ours" else build(name, shape, settings.device, ours) for name in NAMES}
+    if dtype == torch.bfloat16:
+        cast_frozen(models[NAMES[-1]], (HEAD,))
     adapted = {name: model for name, model in models.items() if name not in ("frozen", "full")}
     difference = check_models(adapted, lambda model: loss(model, ids, dtype), TOLERANCES[dtype])
     samples = interleave({name: Step(model, ids, dtype) for name, model in models.items()}, **settings.timing(ROUNDS))

@@ -60,10 +60,10 @@ def tokens(batch_size: int, length: int, device: str = "cpu") -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
 
-def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy; on CUDA in bfloat16 autocast, as the experiments train there."""
+def classification_loss(model: nn.Module, batch: dict[str, Tensor], bf16: bool = False) -> Tensor:
+    """Cross entropy; under bfloat16 autocast if asked for, and on CUDA always, as the experiments train there."""
     ids = batch["input_ids"]
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16 or ids.is_cuda):
         logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     return F.cross_entropy(logits.float(), batch["labels"])
 

@@ -47,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     packaged.cache_clear()  # the copy that `classifier` copied
     gc.collect()
     on_gpu = given.device == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else _status("VmRSS") or _high_water()
+    before = torch.cuda.memory_allocated() if on_gpu else status("VmRSS") or high_water()
     # Loading a model may take more than a step does: the high-water mark starts again from here.
-    torch.cuda.reset_peak_memory_stats() if on_gpu else _forget_peak()
+    torch.cuda.reset_peak_memory_stats() if on_gpu else forget_peak()
     for _ in range(STEPS):
         step()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") or _high_water()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM") or high_water()
     print(json.dumps({"before": before, "peak": peak}))
     return 0
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Sets the process's high-water mark to what it holds now, where that is allowed."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -66,7 +66,7 @@ def _forget_peak() -> None:
         pass
 
 
-def _status(field: str) -> int | None:
+def status(field: str) -> int | None:
     """A size from Linux's record of this process, in bytes; None elsewhere."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
@@ -75,7 +75,7 @@ def _status(field: str) -> int | None:
         return None
 
 
-def _high_water() -> int:
+def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
