@@ -34,6 +34,8 @@ def ours(loaded: Loaded, job: Job) -> nn.Module:
     """As `experiments.train` prepares a model."""
     use_fast_linear(loaded.model)
     prepare(loaded, job, "SEQ_CLS", "the head")
+    if job.bf16:
+        hold_in_bf16(loaded)
     use_fast_dropout(loaded.model)
     use_fast_attention(loaded.model)
     return loaded.model
