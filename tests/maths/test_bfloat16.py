@@ -30,6 +30,7 @@ M_D = |W| + s |B| |A|, row by row.
 Where all numbers are positive the results use a quarter to nine tenths of what they are allowed.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core import LoraConfig, inject, quantize_nf4
+from lora_core import LoraConfig, inject, quantize_int8, quantize_nf4
 from lora_core.bases import dense_weight
 from lora_core.cpu import thin
 from lora_core.maths import lora as functional
@@ -178,8 +179,12 @@ def test_an_update_in_16_bits_beside_a_base_in_16_bits_is_found(monkeypatch):
         check("bfloat16", False, False, 0.0, positive=False)
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_a_weight_in_4_bits_becomes_bfloat16_by_one_rounding(double_quant):
+@pytest.mark.parametrize(
+    "pack",
+    [quantize_nf4, functools.partial(quantize_nf4, double_quant=False), quantize_int8],
+    ids=["nf4", "nf4, scales in float32", "int8"],
+)
+def test_a_packed_weight_becomes_bfloat16_by_one_rounding(pack):
     model = nn.Sequential(nn.Linear(D_IN, D_OUT))
-    quantize_nf4(model, double_quant=double_quant)
+    pack(model)
     assert torch.equal(dense_weight(model[0], torch.bfloat16), dense_weight(model[0], torch.float32).bfloat16())
