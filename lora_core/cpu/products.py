@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import first_derivative_only
-from .traced import is_traced
+from .traced import is_traced, made_again
 
 #: Multiplications from which oneDNN makes up for its dearer call.
 WORTH = 2**22
@@ -101,7 +101,7 @@ def frozen_linear(
     dtype = dtype or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if is_traced():
-        return F.linear(x, dense(weight) if dense else weight, bias)
+        return F.linear(x, made_again(dense, weight) if dense else weight, bias)
     return _FrozenLinear.apply(x, weight, bias, dense)
 
 

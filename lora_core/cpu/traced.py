@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def is_traced() -> bool:
@@ -12,3 +16,10 @@ def is_traced() -> bool:
     rule for the others.
     """
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def made_again(dense: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """dense(weight), which a compiler makes again in the backward: it would keep the dense weight of every layer until then."""
+    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+        return checkpoint(dense, weight, use_reentrant=False)
+    return dense(weight)

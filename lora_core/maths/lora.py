@@ -33,7 +33,7 @@ from ..cpu import thin as cpu_thin
 from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
 from ..cpu.masks import same_shared_mask
 from ..cpu.products import cast, product
-from ..cpu.traced import is_traced
+from ..cpu.traced import is_traced, made_again
 from ..gpu import thin as gpu_thin
 
 Draw = Callable[[Tensor, float], KeepMask]
@@ -84,7 +84,7 @@ def lora_linear(
         wide = update_dtype(x, lora_A)
         lora_A, lora_B = cast(lora_A, wide), cast(lora_B, wide)
     if is_traced() or weight.requires_grad or _is_watched():  # ours has no gradient for W
-        W = dense(weight) if dense else weight
+        W = made_again(dense, weight) if dense else weight
         y = F.linear(x.to(dtype), W, bias)
         return (y + lora_product(x, lora_A, lora_B, scaling, dropout)).to(result)
     mask = None

@@ -81,6 +81,25 @@ def test_one_graph_that_computes_the_same(base, adapters, dropout, autocast, mon
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item())
 
 
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "not adapted"])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_no_dense_weight_is_kept_for_the_backward(base, adapted):
+    model, x, kept = build(base), torch.randn(3, WIDTH), {}
+    set_adapter(model, "a0" if adapted else [])
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = compiled(x.requires_grad_())
+    assert y.requires_grad
+    assert kept
+    assert max(size for pointer, size in kept.items() if pointer not in own) < WIDTH * WIDTH * 4
+
+
 def test_it_traces_again_only_for_what_changed():
     """Once for other active adapters, for the first change of a scaling, and for evaluation; never for a step of training."""
     model, x = build("dense", "several"), torch.randn(2, 5, WIDTH)
