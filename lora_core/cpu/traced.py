@@ -19,7 +19,10 @@ def is_traced() -> bool:
 
 
 def made_again(dense: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """dense(weight), which a compiler makes again in the backward: it would keep the dense weight of every layer until then."""
-    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+    """dense(weight), which a compiler makes again in the backward: it would keep the dense weight of every layer until then.
+
+    An exported program has no backward, and torch can't write a checkpoint into it.
+    """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
         return checkpoint(dense, weight, use_reentrant=False)
     return dense(weight)

@@ -100,6 +100,16 @@ def test_no_dense_weight_is_kept_for_the_backward(base, adapted):
     assert max(size for pointer, size in kept.items() if pointer not in own) < WIDTH * WIDTH * 4
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_it_is_exported_by_the_compiler(base, autocast):
+    model, x = build(base).eval(), torch.randn(3, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        program = torch.export.export(model, (x,), strict=True)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=0.05 if autocast else 1e-5)
+
+
 def test_it_traces_again_only_for_what_changed():
     """Once for other active adapters, for the first change of a scaling, and for evaluation; never for a step of training."""
     model, x = build("dense", "several"), torch.randn(2, 5, WIDTH)
