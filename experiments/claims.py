@@ -77,10 +77,10 @@ def _cheap(before: Row, after: Row) -> Claim:
     text = f"bfloat16 costs {after.label} little accuracy"
     if (found := difference(before, after)) is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
-    _, float32, bfloat16 = peaks(before, after)
+    what, float32, bfloat16 = peaks(before, after)
     numbers = f"{percent(after.accuracy)}, in float32 {percent(before.accuracy)}: {found}"
     if float32:
-        numbers += f"; peak memory {spread(bfloat16)} MiB, in float32 {spread(float32)} MiB"
+        numbers += f"; {what} {spread(bfloat16)} MiB, in float32 {spread(float32)} MiB"
     return Claim(text, _verdict(found.low, found.high, LITTLE_COST), numbers)
 
 

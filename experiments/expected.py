@@ -19,15 +19,15 @@ from typing import Any
 from . import reference
 from .counts import Architecture, counted, halved
 from .measured import Run, margin, percent
-from .methods import METHODS, NOTHING
+from .methods import FP32, METHODS, NOTHING
 
 MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
 ITSELF = "the run itself"  # as the source of a number
 FILE = Path(__file__).with_name("expected.json")
 #: A run that has seen fewer sentences than this is a trial, and may have learned nothing.
 TRIAL = 10_000
-#: Settings that a row of peft's need not share: how the sentences were cut is in its number of them, and both are in float32.
-OF_THE_RUN = ("train_samples", "max_steps", "precision")
+#: Settings that a row of peft's need not share: how the sentences were cut is in its number of them.
+OF_THE_RUN = ("train_samples", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
             same = (run["method"], run["base_model"]["name"]) == (row["method"], row["base"])
             data = all(run["data"][key] == row[key] for key in ("train", "validation")) and run["data"]["name"] == row["data"]
             own = {key: value for key, value in row["settings"].items() if key not in OF_THE_RUN}
+            own.setdefault("precision", FP32)  # older rows do not say
             return (
                 same and data and all(run.settings.get(key) == value for key, value in own.items()) and not run.budget.max_steps
             )

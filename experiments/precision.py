@@ -109,7 +109,14 @@ def _only_multiplies(module: nn.Module) -> bool:
 
 
 def restore_frozen(model: nn.Module, cast: Sequence[str], fresh: nn.Module) -> None:
-    """Gives the layers that `cast_frozen` named their weights in float32 again: those of `fresh`, the base loaded anew."""
+    """Gives the layers that `cast_frozen` named their weights in float32 again: those of `fresh`, the base loaded anew.
+
+    Raises:
+        ExperimentError: they are not what was cast.
+    """
     for path in cast:
         weight = model.get_submodule(path).weight
-        weight.data = fresh.get_submodule(path).weight.data.to(weight.device)
+        whole = fresh.get_submodule(path).weight.data.to(weight.device)
+        if not torch.equal(whole.to(weight.dtype), weight.data):
+            raise ExperimentError(f"model: {path!r} has other weights than when the run began; its files have changed since")
+        weight.data = whole

@@ -67,7 +67,9 @@ def test_one_bad_seed_is_enough(tmp_path, peft):
     assert verdict(rows, "lora, 67,349 of SST-2 x 3, all-Mini") == NOT_MET
 
 
-@pytest.mark.parametrize(("setting", "value"), [("r", 4), ("learning_rate", 1e-4), ("epochs", 2), ("max_steps", 10)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("r", 4), ("learning_rate", 1e-4), ("epochs", 2), ("max_steps", 10), ("precision", "bf16")]
+)
 def test_a_run_with_other_settings_is_not_held_against_peft_s(tmp_path, peft, setting, value):
     made = fabricated.metrics("lora", 0.6)
     made["hyperparameters"][setting] = value

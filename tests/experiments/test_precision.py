@@ -166,6 +166,15 @@ def test_a_step_is_the_same_bit_for_bit_as_with_weights_cast_by_autocast(archite
     assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_base_that_has_changed_since_is_not_taken_for_the_one_that_was_cast():
+    model, other = minilm().requires_grad_(False), minilm()
+    paths = cast_frozen(model, ["classifier"])
+    with torch.no_grad():
+        other.get_submodule(paths[-1]).weight[3, 2] += 1
+    with pytest.raises(ExperimentError, match=f"{paths[-1]}' has other weights than when the run began"):
+        restore_frozen(model, paths, other)
+
+
 @pytest.fixture
 def call(tmp_path, small_data, monkeypatch):
     """Runs a method in bfloat16; what its last evaluation gave, (N, 2) logits in float32, and its metrics."""
