@@ -20,8 +20,9 @@ from torch import Tensor
 #: Elements of x from which halves pay for the calls that they cost: before, the calls take longer than the GPU works.
 LARGE = 2**24
 
-#: Whether torch can write the product of two bfloat16 matrices as float32: from 2.8 on, on CUDA.
-_WRITES_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
+#: Whether torch can write the product of two bfloat16 matrices as float32: from 2.8 on, on CUDA. On ROCm, whose devices are
+#: "cuda" too, the first versions that have the function raise (sgl-project/sglang, pull request 34681).
+_WRITES_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:

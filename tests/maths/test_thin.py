@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import runpy
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_a_gpus_products_in_halves(masked, monkeypatch):
     dA, dx = gpu.gradients(x, y.clone(), h, A, keep, torch.bfloat16)
     near(dA, h64.t() @ (x64 * mask), h64.abs().t() @ (x64 * mask).abs())
     near(dx, y64 + mask * (h64 @ A64), h64.abs() @ A64.abs(), torch.bfloat16)
+
+
+@pytest.mark.skipif(not gpu._WRITES_FLOAT32, reason="this torch can't write the product of two bfloat16 matrices as float32")
+def test_rocm_has_no_products_in_halves(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not runpy.run_path(gpu.__file__)["_WRITES_FLOAT32"]
 
 
 @pytest.mark.parametrize("power", [-60, -10, 0, 10, 60])
