@@ -144,6 +144,7 @@ class CompletionTrainer(BatchTrainer):
         """
         seconds = self.learn() if learn else 0.0
         if not learn:
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)  # in autocast, as training would have it
             self.evaluate()
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         first, last = evaluations[0], evaluations[-1]

@@ -115,6 +115,16 @@ def test_chat_computes_in_what_the_run_did(call, tmp_path, monkeypatch):
         assert greedy(whole.model, whole.template.tokenizer, *asked[-1][:2]) == asked[-1][2]
 
 
+def test_the_untrained_model_is_judged_in_the_precision_that_was_asked_for(call, tmp_path):
+    assert call(*IN_BF16, "--max-steps", "1")[0] == 0
+    losses = {}
+    for kind in ("bf16", "fp32"):
+        code, _, err = call("--method", "base", "--precision", kind, output=kind)
+        assert code == 0, err
+        losses[kind] = metrics_of(tmp_path / kind)["loss"]
+    assert losses["bf16"] == metrics_of(tmp_path / "out")["loss_before"] != losses["fp32"]
+
+
 @pytest.mark.parametrize("more", [["--method", "qlora"], ["--method", "dora", "--packing"], ["--method", "full"], IN_BF16])
 def test_a_stopped_run_ends_as_one_that_was_not(call, tmp_path, more):
     assert call(*more, output="whole")[0] == 0
