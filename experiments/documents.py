@@ -15,7 +15,7 @@ from . import provenance, reference
 from .claims import spread
 from .errors import ExperimentError
 from .measured import Group, Row, Run, grouped, percent
-from .methods import METHODS, NOTHING
+from .methods import BF16, FP32, METHODS, NOTHING
 from .models import PACKAGED
 from .table import markdown
 
@@ -26,6 +26,7 @@ MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTES = {"qlora": ", the base in 4 bits", "best": ", what a sweep found"}
 #: (sentences of SST-2, epochs) of the two tables.
 WHOLE, PART = (67_349, 3), (12_000, 2)
+IN_WORDS = {FP32: "float32", BF16: "bfloat16"}
 
 
 def write(runs: Sequence[Run], root: Path = ROOT) -> list[Path]:
@@ -98,12 +99,13 @@ def _accuracy(row: Row) -> str:
 
 
 def _made(group: Group) -> str:
-    """Who made the rows, in a sentence."""
+    """Who made the rows, and in which precision, in a sentence."""
+    precision = IN_WORDS[group.budget.precision]
     runs = [run for row in group.rows for run in row.runs]
     known = [run.metrics[provenance.KEY] for run in runs if run.metrics.get(provenance.KEY)]
     if len(known) < len(runs):
-        return "These were measured with an earlier version of the code, one seed each."
+        return f"These were measured with an earlier version of the code, in {precision}, one seed each."
     seeds = sorted({len(row.runs) for row in group.rows})
     number = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     processors = " and ".join(sorted({f"{one['processor']}, {one['threads']} threads a run" for one in known}))
-    return f"Means of {number}, ± one standard deviation; version {known[0]['version']}, {processors}."
+    return f"Means of {number}, ± one standard deviation; {precision}, version {known[0]['version']}, {processors}."

@@ -19,7 +19,7 @@ def test_a_table_is_made_of_the_runs(tmp_path):
     found = documents.tables(measured.read(fabricated.write(tmp_path, *made)))
     assert set(found) == {"whole"}
     assert "| `lora` " in found["whole"] and "| 89.0 ± 1.0 % " in found["whole"] and "| 1,000 to 1,002 MiB " in found["whole"]
-    assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; version 0, one, 1 threads a run.")
+    assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; float32, version 0, one, 1 threads a run.")
 
 
 def test_what_recorded_no_code_is_told(tmp_path):
@@ -28,7 +28,7 @@ def test_what_recorded_no_code_is_told(tmp_path):
     made["data"] |= {"train": 12_000}
     made["hyperparameters"]["epochs"] = 2
     found = documents.tables(measured.read(fabricated.write(tmp_path, made)))
-    assert found["part"].endswith("These were measured with an earlier version of the code, one seed each.")
+    assert found["part"].endswith("These were measured with an earlier version of the code, in float32, one seed each.")
 
 
 def test_only_what_is_marked_changes_and_an_unknown_mark_is_refused():
