@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+#: Whether `torch.export` traces, which torch before 2.7 can't tell from a compiler.
+_may_export = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 def is_traced() -> bool:
     """Whether a compiler traces the operations, or a transform of torch.func (vmap, grad, jvp) works on them.
@@ -23,6 +26,6 @@ def made_again(dense: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
 
     An exported program has no backward, and torch can't write a checkpoint into it.
     """
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
+    if torch.compiler.is_dynamo_compiling() and not _may_export() and torch.is_grad_enabled():
         return checkpoint(dense, weight, use_reentrant=False)
     return dense(weight)

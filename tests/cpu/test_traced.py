@@ -1,5 +1,7 @@
 """torch.func's transforms go through what is written for the CPU: frozen products, dropout, packed weights, shared masks."""
 
+import runpy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from lora_core import (
     use_fast_dropout,
     use_fast_linear,
 )
+from lora_core.cpu import traced
 from tests.support import tiny
 
 
@@ -76,3 +79,8 @@ def test_a_program_that_is_traced_with_one_token_takes_more():
     with torch.no_grad():
         program = torch.jit.trace(model, x[:1])
         torch.testing.assert_close(program(x), model(x))
+
+
+def test_an_older_torch_takes_every_compiler_for_an_export(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
+    assert runpy.run_path(traced.__file__)["_may_export"] is torch.compiler.is_compiling
