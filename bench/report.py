@@ -19,9 +19,9 @@ from .measure import Measure, Ratio
 #: How the peers are set up (`peers.py`), for whoever reads the numbers.
 PEERS = (
     "peft: LoraConfig defaults, layers called directly, bitsandbytes Linear4bit with float32 (on CUDA and in bfloat16 jobs "
-    "bfloat16) compute dtype and double quantisation, prepare_model_for_kbit_training without gradient checkpointing, load_adapter with "
-    "low_cpu_mem_usage. Beside a 16-bit base its adapters are float32, its default, or 16-bit, where a candidate's name says "
-    "so and where one token is decoded. loralib: Linear with merge_weights=False. Same A, B and batches."
+    "bfloat16) compute dtype and double quantisation, prepare_model_for_kbit_training without gradient checkpointing, "
+    "load_adapter with low_cpu_mem_usage. Beside a 16-bit base its adapters are float32, its default, or 16-bit, where a "
+    "candidate's name says so and where one token is decoded. loralib: Linear with merge_weights=False. Same A, B and batches."
 )
 
 
