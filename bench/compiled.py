@@ -53,9 +53,10 @@ def smollm(bf16: bool, settings: Settings) -> Iterator[Measure]:
         "ours": ours,
         "peft": language.build("peft", shape, settings.device, ours),
     }
-    step = functools.partial(language.Step, ids=ids, dtype=dtype)
+    loss = functools.partial(language.loss, ids=ids, dtype=dtype)
+    step = functools.partial(language.Step, loss=loss)
     setting = {"model": "SmolLM2's widths", "layers": shape["num_hidden_layers"], "tokens": list(size)}
-    yield from _measures("llm", models, step, lambda model: language.loss(model, ids, dtype), bf16, settings, setting)
+    yield from _measures("llm", models, step, loss, bf16, settings, setting)
 
 
 def minilm(bf16: bool, settings: Settings) -> Iterator[Measure]:

@@ -2,18 +2,19 @@
 
 Six of its thirty layers with random weights, and the whole vocabulary; r=16 on all seven projections of a layer, dropout 0.05,
 AdamW in one kernel, clipping at 1; in float32, and under bfloat16 autocast. "Ours, as experiments" is as `experiments.sft`
-trains: siblings share a mask, on AMD's processors oneDNN multiplies by the frozen weights, and under autocast these lie in
-bfloat16. The frozen base trains nothing: its step is a forward and a backward that reaches down to where the lowest adapter
-would stand.
+trains: siblings share a mask, on AMD's processors oneDNN multiplies by the frozen weights, under autocast these lie in
+bfloat16, and the loss is made block by block. The frozen base trains nothing: its step is a forward and a backward that reaches
+down to where the lowest adapter would stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from experiments.next_token import FrozenHead, summed_cross_entropy
 from experiments.precision import cast_frozen
 from lora_core import LoraConfig, inject, share_dropout_masks, use_fast_linear
 
@@ -36,23 +37,26 @@ PAIRS = (("peft", "ours"), ("full", "ours"), ("frozen", "ours"), ("peft", NAMES[
 class Step:
     """One candidate's training: each call is a step on the same rows."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.ids, self.dtype, self.parameters = model, ids, dtype, trained(model)
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        self.model, self.loss, self.parameters = model, loss, trained(model)
         if self.parameters:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.01, fused=True)
 
     def __call__(self) -> None:
-        loss(self.model, self.ids, self.dtype).backward()
+        self.loss(self.model).backward()
         if self.parameters:
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def loss(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cross entropy of the next token, (B, T) ids."""
+def loss(model: nn.Module, ids: Tensor, dtype: torch.dtype, head: FrozenHead | None = None) -> Tensor:
+    """Cross entropy of the next token, (B, T) ids; as the experiments make it, by its `head`, if that is given."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+        if head is None:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+        hidden, targets = head.inputs(model, input_ids=ids, use_cache=False)[:, :-1], ids[:, 1:]
+        return summed_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten()) / targets.numel()
 
 
 def steps(settings: Settings) -> Iterator[Measure]:
@@ -68,9 +72,14 @@ def measure(dtype: torch.dtype, settings: Settings) -> Measure:
     models = {name: ours if name == "ours" else build(name, shape, settings.device, ours) for name in NAMES}
     if dtype == torch.bfloat16:
         cast_frozen(models[NAMES[-1]], (HEAD,))
+    head = FrozenHead.of(models[NAMES[-1]])
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return loss(model, ids, dtype, head if model is models[NAMES[-1]] else None)
+
     adapted = {name: model for name, model in models.items() if name not in ("frozen", "full")}
-    difference = check_models(adapted, lambda model: loss(model, ids, dtype), TOLERANCES[dtype])
-    samples = interleave({name: Step(model, ids, dtype) for name, model in models.items()}, **settings.timing(ROUNDS))
+    difference = check_models(adapted, loss_of, TOLERANCES[dtype])
+    samples = interleave({name: Step(model, loss_of) for name, model in models.items()}, **settings.timing(ROUNDS))
     kind = str(dtype).removeprefix("torch.")
     name = "tiny Llama" if settings.quick else f"SmolLM2's widths, {shape['num_hidden_layers']} layers"
     return Measure(

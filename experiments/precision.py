@@ -83,19 +83,24 @@ def autocast(precision: str, device: str) -> torch.autocast:
 def cast_frozen(model: nn.Module, keep: Sequence[str]) -> tuple[str, ...]:
     """Holds in bfloat16, in place, what autocast would cast to it in every product; returns the paths of these layers.
 
-    That is the weights of dense linear layers. Left in float32: the modules in `keep`; what is trained; what several modules
-    share, as the embedding of which a model makes its head; and what DoRA takes its norms of.
+    That is the weights of dense linear layers. Left in float32: the modules in `keep`, but for a language model's head; what is
+    trained; what several modules share; and what DoRA takes its norms of. A language model's head that shares the embedding's
+    weight gets one of its own.
     """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    cast = []
+    head, cast = getattr(model, "get_output_embeddings", lambda: None)(), []
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
-        kept = any(path == name or path.startswith(f"{name}.") for name in keep)
-        if kept or not _only_multiplies(module) or weight.requires_grad or owners[id(weight)] > 1:
+        kept = module is not head and any(path == name or path.startswith(f"{name}.") for name in keep)
+        if kept or not _only_multiplies(module) or weight.requires_grad or weight.dtype != torch.float32:
             continue
-        if weight.dtype == torch.float32:
+        if owners[id(weight)] == 1:
             weight.data = weight.data.to(torch.bfloat16)
-            cast.append(path)
+        elif module is head and not isinstance(module, LinearLayer):
+            module.weight = nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)
+        else:
+            continue
+        cast.append(path)
     return tuple(cast)
 
 
@@ -114,9 +119,16 @@ def restore_frozen(model: nn.Module, cast: Sequence[str], fresh: nn.Module) -> N
     Raises:
         ExperimentError: they are not what was cast.
     """
+    first: dict[int, str] = {}  # of the layers that share a weight
+    for path, module in fresh.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            first.setdefault(id(weight), path)
     for path in cast:
-        weight = model.get_submodule(path).weight
-        whole = fresh.get_submodule(path).weight.data.to(weight.device)
-        if not torch.equal(whole.to(weight.dtype), weight.data):
+        module, whole = model.get_submodule(path), fresh.get_submodule(path).weight
+        held = module.weight.data
+        if not torch.equal(whole.data.to(held), held):
             raise ExperimentError(f"model: {path!r} has other weights than when the run began; its files have changed since")
-        weight.data = whole
+        if (owner := first[id(whole)]) == path:
+            module.weight.data = whole.data.to(held.device)
+        else:
+            module.weight = model.get_submodule(owner).weight

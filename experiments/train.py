@@ -53,11 +53,11 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
         keep_few_shapes()  # batches have many lengths
         use_fast_linear(model)  # before layers are packed or adapted
     prepare(classifier, job, "SEQ_CLS", "the head")
-    cast = hold_in_bf16(classifier) if job.bf16 else ()
     if job.device == "cpu":  # the base's own dropout, drawn faster; on a GPU it costs nothing worth saving
         use_fast_dropout(model)
         use_fast_attention(model)
     counts = count_parameters(model)
+    cast = hold_in_bf16(classifier) if job.bf16 else ()
     check_length(classifier, schedule.max_length)
     train_set, validation_set = (
         TokenisedTexts(classifier.tokenizer, split.texts, schedule.max_length, split.labels)

@@ -19,6 +19,7 @@ from .completions import IGNORED, TokenisedCompletions, packed
 from .conversations import Conversation
 from .errors import ExperimentError
 from .generation import greedy, share_equal
+from .next_token import FrozenHead, summed_cross_entropy
 from .trainer import BatchTrainer
 
 #: Rows of a batch whose loss is only looked at: with 49,152 words, 8 rows' logits are what a training step holds too.
@@ -54,6 +55,7 @@ class CompletionTrainer(BatchTrainer):
         self.cuts_logits = "logits_to_keep" in taken
         super().__init__(model, *args, **settings)
         self.tokenizer, self.held_out, self.packing = tokenizer, held_out, packing
+        self.head = FrozenHead.of(model)
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -76,13 +78,18 @@ class CompletionTrainer(BatchTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # B T
         places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # K: where the next token is learned in some row
-        kept = {"logits_to_keep": places} if self.cuts_logits else {}
-        logits = model(**inputs, use_cache=False, **kept).logits  # B K V, or B T V
-        if not self.cuts_logits:
-            logits = logits[:, places]
+        inputs |= {"use_cache": False} | ({"logits_to_keep": places} if self.cuts_logits else {})
         targets = labels[:, places + 1]  # B K
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return loss, learned(labels)
+        matter = targets != IGNORED
+        if self.head is not None and (hidden := self.head.inputs(model, **inputs)) is not None:
+            hidden = hidden if self.cuts_logits else hidden[:, places]  # B K d
+            loss = summed_cross_entropy(hidden[matter], self.head.weight, self.head.bias, targets[matter])
+        else:
+            self.head = None
+            logits = model(**inputs).logits  # B K V, or B T V
+            logits = logits if self.cuts_logits else logits[:, places]
+            loss = F.cross_entropy(logits[matter].float(), targets[matter], reduction="sum")
+        return loss, int(matter.sum())
 
     # --- being judged -------------------------------------------------------------------------------------------------
 

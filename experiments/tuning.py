@@ -73,8 +73,8 @@ def tune(job: TuningJob, output: Path, saving: Saving | None = None, resume: Che
         keep_few_shapes()  # batches have many lengths
         use_fast_linear(model)  # before layers are packed or adapted
     prepare(loaded, job, "CAUSAL_LM", besides="")
-    cast = hold_in_bf16(loaded) if job.bf16 else ()
     counts = count_parameters(model)
+    cast = hold_in_bf16(loaded) if job.bf16 else ()
     check_length(loaded, schedule.max_length)
     train_set, validation_set = (TokenisedCompletions(template, rows, schedule.max_length) for rows in (chosen, held_out))
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -100,10 +101,10 @@ def test_chat_computes_in_what_the_run_did(call, tmp_path, monkeypatch):
     asked = []  # (prompts, tokens, answers) of each evaluation
     monkeypatch.setattr(tuner, "greedy", lambda *args: asked.append((*args[2:], greedy(*args))) or asked[-1][-1])
     code, out, err = call(*IN_BF16, "--learning-rate", "1e-2", "--epochs", "6")
-    assert code == 0 and "14 layers held in bfloat16" in out, err
+    assert code == 0 and "15 layers held in bfloat16" in out, err
     speaker = Speaker(tmp_path / "out" / "adapter", None, None, compare=False, tokens=8)
     weights = {name: p.dtype for name, p in speaker.model.named_parameters() if "lora_" not in name}
-    assert all((dtype == torch.bfloat16) == ("proj" in name) for name, dtype in weights.items())
+    assert all((dtype == torch.bfloat16) == ("proj" in name or "lm_head" in name) for name, dtype in weights.items())
     prompts, tokens, answers = asked[-1]
     assert len(set(answers)) > 1
     with speaker.computing:
@@ -158,6 +159,21 @@ def test_packing_and_checkpointing_change_the_speed_alone(call, tmp_path):
         for key, tensor in trained(tmp_path / name).items():
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=2e-4)
         assert metrics_of(tmp_path / name)["hyperparameters"][name.replace("-", "_")] is True
+
+
+def test_the_loss_without_logits_changes_nothing(call, tmp_path, monkeypatch):
+    """With dropout: its masks are drawn in the same order."""
+    calls, summed = [], tuner.summed_cross_entropy
+    monkeypatch.setattr(tuner, "summed_cross_entropy", lambda *args: calls.append(1) or summed(*args))
+    assert call("--method", "lora", output="blocks")[0] == 0
+    made = len(calls)
+    monkeypatch.setattr(tuner.FrozenHead, "inputs", lambda *_, **__: None)  # as of a model that caps its logits
+    assert call("--method", "lora", output="logits")[0] == 0
+    assert made == len(calls) > 10
+    expected, found = (metrics_of(tmp_path / name) for name in ("logits", "blocks"))
+    assert np.allclose(found["loss_history"], expected["loss_history"], rtol=1e-5)
+    for key, tensor in trained(tmp_path / "blocks").items():
+        torch.testing.assert_close(tensor, trained(tmp_path / "logits")[key], rtol=0, atol=2e-4)
 
 
 def test_two_processes_learn_what_one_does(call, base, data, tmp_path):
