@@ -7,7 +7,8 @@ probabilities; they round 0.1 to 26/256, and the rescaling uses the rounded valu
 or of a one, by more than a 32nd of it (0.01 would become 0.0117, and 0.001 nothing), 16 or 32 bits are compared. On a CPU
 torch's generator gives each mask a seed, from which numpy's PCG64DXSM makes the bits, in less time than torch would draw them;
 for the backward the seed is kept and the mask made again. So masks are reproducible under torch's seed, and the same under
-gradient checkpointing. On other devices torch draws the mask; on CUDA it is made again from the generator's state.
+gradient checkpointing. On other devices torch draws the mask; on CUDA it is made again from the generator's state. In a graph
+of torch.compile's one operator makes the mask, which is then kept for the backward.
 
 Each LoRA layer draws a mask of its own; `share_dropout_masks` (`masks.py`) says when some may share one.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .traced import is_traced
+from .traced import is_compiled, is_traced
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -51,8 +52,33 @@ def first_derivative_only(backward: Callable) -> Callable:
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes each element of x, (...), with probability p and scales the others by 1 / (1 - p); p is rounded as above."""
     if not p or is_traced():
-        return F.dropout(x, p)
+        return plain_dropout(x, p)
     return _Dropout.apply(x, p)
+
+
+def plain_dropout(x: Tensor, p: float) -> Tensor:
+    """`F.dropout` in plain operations, and with a mask as above where torch.compile makes a graph for a CPU.
+
+    There `F.dropout` becomes a random number for each element, which takes longer than the product by A. Not for a transform of
+    torch.func, which would make each sample's mask by itself, nor for kinds of tensors that split one, such as DTensor.
+    """
+    ours = p and is_compiled() and type(x) is Tensor and x.device.type == "cpu"
+    if not ours or torch._C._are_functorch_transforms_active():
+        return F.dropout(x, p)
+    seed = torch.randint(2**63 - 1, (4,), device="cpu")
+    bits, threshold = rounded.__wrapped__(p)  # a compiler warns of a cache
+    return x * keep_mask(seed, x.shape, p) * (1 / (1 - threshold / 2**bits))
+
+
+@torch.library.custom_op("lora_core::keep_mask", mutates_args=(), schema="(Tensor seed, SymInt[] shape, float p) -> Tensor")
+def keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """`same_keep_mask` on a CPU, as an operator that a compiler calls and does not look into."""
+    return same_keep_mask(seed, shape, p, seed.device)
+
+
+@keep_mask.register_fake
+def _(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.uint8)
 
 
 class _Dropout(torch.autograd.Function):
@@ -119,7 +145,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def same_keep_mask(source: Tensor, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+def same_keep_mask(source: Tensor, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """The mask that `draw_keep_mask` gave for this shape, p and device with `source`."""
     if source.device.type != "cpu":
         return source

@@ -21,11 +21,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def made_again(dense: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """dense(weight), which a compiler makes again in the backward: it would keep the dense weight of every layer until then.
+def is_compiled() -> bool:
+    """Whether a compiler traces the operations, and not `torch.export`.
 
-    An exported program has no backward, and torch can't write a checkpoint into it.
+    An exported program has no backward, torch can't write a checkpoint into it, and it may run without this package.
     """
-    if torch.compiler.is_dynamo_compiling() and not _may_export() and torch.is_grad_enabled():
+    return torch.compiler.is_dynamo_compiling() and not _may_export()
+
+
+def made_again(dense: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """dense(weight), which a compiler makes again in the backward: it would keep the dense weight of every layer until then."""
+    if is_compiled() and torch.is_grad_enabled():
         return checkpoint(dense, weight, use_reentrant=False)
     return dense(weight)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu import thin as cpu_thin
-from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, same_keep_mask
+from ..cpu.dropout import KeepMask, draw_keep_mask, first_derivative_only, plain_dropout, same_keep_mask
 from ..cpu.masks import same_shared_mask
 from ..cpu.products import cast, product
 from ..cpu.traced import is_traced, made_again
@@ -129,7 +129,7 @@ def update_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
 def lora_product(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
     """The update alone, in plain operations: scaling * dropout(x) A^T B^T, (..., d_out), in the dtype of `update_dtype`."""
     dtype = update_dtype(x, lora_A)
-    return scaling * (F.dropout(x.to(dtype), dropout) @ lora_A.to(dtype).t() @ lora_B.to(dtype).t())
+    return scaling * (plain_dropout(x.to(dtype), dropout) @ lora_A.to(dtype).t() @ lora_B.to(dtype).t())
 
 
 def _fused(
