@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(model: Any, texts: Any, given: Any) -> dict[str, int]:
     """The job's own arithmetic: bytes that each part of it must take when the longest batch goes backward."""
     import torch
-    import torch.nn.functional as F
 
     from experiments.batches import batches
     from experiments.completions import IGNORED
+    from experiments.next_token import BLOCK, FrozenHead, summed_cross_entropy
     from lora_core import base_weight_bytes, trainable_parameters
 
     from .memory import saved_bytes
@@ -87,17 +87,18 @@ def parts(model: Any, texts: Any, given: Any) -> dict[str, int]:
     batch = dict(next(iter(batches(texts, given.batch, seed=0))))
     labels = batch.pop("labels")
     places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+    targets = labels[:, places + 1]
+    matter, head = targets != IGNORED, FrozenHead.of(model)
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
-            logits = model(**batch, use_cache=False, logits_to_keep=places).logits
-        targets = labels[:, places + 1].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED)
+            hidden = head.inputs(model, **batch, use_cache=False, logits_to_keep=places)
+            return summed_cross_entropy(hidden[matter], head.weight, head.bias, targets[matter])
 
     dense = {p for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
     dense_bytes = sum(p.nbytes for p in dense)
     adapter = sum(p.nbytes for p in trainable_parameters(model))
-    logits = len(batch["input_ids"]) * len(places) * model.config.vocab_size * torch.float32.itemsize
+    logits = min(int(matter.sum()) * model.config.vocab_size, BLOCK) * torch.float32.itemsize
     return {
         "packed weights and their scales": base_weight_bytes(model) - dense_bytes,
         "embeddings and norms": dense_bytes,
@@ -105,7 +106,7 @@ def parts(model: Any, texts: Any, given: Any) -> dict[str, int]:
         "its gradients": adapter,
         "the optimiser's state": 2 * adapter,
         "kept for the backward": saved_bytes(model.train(), loss),
-        "logits and their gradient": 2 * logits,
+        "a block of logits and of their gradient": 2 * logits,
     }
 
 
