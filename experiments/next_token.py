@@ -78,15 +78,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         need_x, sums = ctx.needs_input_grad[0], []
         rows, wide = cast(x, weight.dtype), torch.promote_types(weight.dtype, torch.float32)
         dx = torch.empty_like(rows) if need_x else None
-        step = max(1, (GPU_BLOCK if x.is_cuda else BLOCK) // len(weight))
+        step = min(max(1, (GPU_BLOCK if x.is_cuda else BLOCK) // len(weight)), max(1, len(rows)))
+        scores = torch.empty(step, len(weight), dtype=wide, device=x.device)  # once: new memory costs as much as a pass
         for start in range(0, len(rows), step):
             block = slice(start, start + step)
-            scores = product(rows[block], weight, bias).log_softmax(-1, dtype=wide)  # b V
+            logits = product(rows[block], weight, bias)  # b V
+            slope = torch.log_softmax(logits, -1, dtype=wide, out=scores[: len(logits)])
             right = targets[block, None]
-            sums.append(scores.gather(1, right).sum())
+            sums.append(slope.gather(1, right).sum())
             if need_x:
-                slope = scores.exp_().scatter_add_(1, right, scores.new_full((1, 1), -1.0).expand_as(right))
-                dx[block] = product(cast(slope, weight.dtype), weight.t())
+                slope.exp_().scatter_add_(1, right, slope.new_full((1, 1), -1.0).expand_as(right))
+                slope = slope if logits.dtype == wide else logits.copy_(slope)
+                dx[block] = product(slope, weight.t())
         ctx.save_for_backward(dx)
         ctx.dtype = x.dtype
         return -torch.stack(sums).sum() if sums else x.new_zeros((), dtype=wide)
