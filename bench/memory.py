@@ -124,8 +124,9 @@ def peaks_of_tuning(settings: Settings) -> Iterator[Measure]:
 
 def peak_of_tuning(precision: str, settings: Settings) -> Measure:
     """The peak of the whole process; of what ours holds beyond its libraries, how much its arithmetic explains."""
-    batch, steps = (2, 1) if settings.quick else (8, 20)
-    shared = (precision, str(batch), str(steps), str(torch.get_num_threads()))
+    batch, steps = (2, 1) if settings.quick else (8, 8)
+    threads = max(1, torch.get_num_threads() // 2)  # two at a time share the cores
+    shared = (precision, str(batch), str(steps), str(threads))
     names = CANDIDATES[:2] if settings.quick else CANDIDATES
     with ThreadPoolExecutor(max_workers=2) as pool:
         run = pool.map(lambda name: _in_a_process("peak_tuning", name, *shared), names)
