@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.cpu.dropout import first_derivative_only
+from lora_core.cpu.dropout import default_generator, first_derivative_only
 from lora_core.cpu.products import FastLinear, cast, product
 from lora_core.maths.lora import autocast_dtype
 
@@ -49,14 +49,20 @@ class FrozenHead:
         return self.layer.bias
 
     def inputs(self, model: nn.Module, **inputs: Any) -> Tensor | None:
-        """What `model` gives to its head; None if it does more with the logits than to return them, as capping them."""
+        """What `model` gives to its head; None if it does more with the logits than to return them, as capping them. Then
+        torch's generator is as it was, so that a call of the model in its place draws the masks that it would have drawn."""
         given: list[Tensor] = []
+        generator = default_generator(self.weight.device)
+        state = generator.get_state()
         self.layer.forward = lambda x: given.append(x) or x
         try:
             returned = model(**inputs).logits
         finally:
             del self.layer.forward
-        return returned if len(given) == 1 and returned is given[0] else None
+        if len(given) == 1 and returned is given[0]:
+            return returned
+        generator.set_state(state)
+        return None
 
 
 def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: 12,000 sentences of SST-2, twice: the table of every method.
 STUDY = "--train-samples 12000 --epochs 2"
-#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds. All
-#: of them compute in bfloat16, so that every machine makes the same study, and a part again in float32 shows what that costs.
+#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds. They
+#: compute in bfloat16, whatever the machine, but for one part that does in float32 what another does: it shows what that costs.
 PARTS = (
     f"{STUDY} --model packaged --seeds 0,1,2,3,4 --methods full,lora,qlora,best --precision bf16",
     f"{STUDY} --model packaged --seeds 0,1,2 --methods base,head-only,low-rank,high-rank,query-only,bias,rslora,dora"

@@ -84,9 +84,9 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
             classifier.tokenizer.model_max_length = schedule.max_length  # whoever uses the result reads as much of a text
             probe = validation_set[range(min(PROBES, len(validation_set)))]
             inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
-            predictions.write(output, job.data.validation.labels, outcome["predicted"])
             if cast:  # what is saved is of the base as it is
                 restore_frozen(model, cast, load_classifier(job.base).model)
+            predictions.write(output, job.data.validation.labels, outcome["predicted"])
             write(job, output, metrics, classifier, inputs, job.data.validation.texts[:PROBES])
             checkpoints.prune(course.directory, 0)
     return metrics

@@ -94,7 +94,12 @@ def test_logits_that_the_model_changes_are_not_taken_apart():
         return output
 
     model.forward = capped
-    assert FrozenHead.of(model).inputs(model, input_ids=tiny.TOKENS) is None
+    inject(model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"]))
+    before = torch.get_rng_state()
+    assert FrozenHead.of(model).inputs(model.train(), input_ids=tiny.TOKENS) is None
+    assert torch.equal(torch.get_rng_state(), before)  # a run that goes on from a checkpoint draws the same masks
+    model(tiny.TOKENS)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_heads_that_are_trained_adapted_or_looked_into_are_left_alone():
