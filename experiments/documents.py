@@ -72,7 +72,7 @@ def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:
     header = ("all of SST-2, three epochs, MiniLM", "accuracy", "peak memory", "with peft", "peft's peak")
     lines = []
     for row in group.rows:
-        theirs = reference.beside(peft, row.method, "SST-2", WHOLE[0])
+        theirs = reference.beside(peft, row.method, "SST-2", WHOLE[0], group.budget.precision)
         shown = (percent(theirs["accuracy"]), f"{theirs['peak_rss_mb']:,.0f} MiB") if theirs else ("", "")
         lines.append((_name(row), _accuracy(row), f"{spread(row.all('peak_rss_mb'))} MiB", *shown))
     return markdown(header, lines)

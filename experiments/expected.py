@@ -19,7 +19,7 @@ from typing import Any
 from . import reference
 from .counts import Architecture, counted, halved
 from .measured import Run, margin, percent
-from .methods import FP32, METHODS, NOTHING
+from .methods import METHODS, NOTHING
 
 MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
 ITSELF = "the run itself"  # as the source of a number
@@ -90,7 +90,7 @@ def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
             same = (run["method"], run["base_model"]["name"]) == (row["method"], row["base"])
             data = all(run["data"][key] == row[key] for key in ("train", "validation")) and run["data"]["name"] == row["data"]
             own = {key: value for key, value in row["settings"].items() if key not in OF_THE_RUN}
-            own.setdefault("precision", FP32)  # older rows do not say
+            own["precision"] = reference.precision(row)
             return (
                 same and data and all(run.settings.get(key) == value for key, value in own.items()) and not run.budget.max_steps
             )

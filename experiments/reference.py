@@ -17,6 +17,7 @@ from typing import Any
 from lora_core.files.disk import write_whole
 
 from . import provenance, record
+from .methods import FP32
 
 FILE = Path(__file__).parents[1] / "bench" / "results" / "reference.json"
 ENGINES, HARNESSES = ("ours", "peft"), ("ours", "plain")
@@ -41,10 +42,15 @@ def replaces(new: Row, old: Row) -> bool:
     return same and new["settings"]["epochs"] == old["settings"]["epochs"] and old["harness"] in (new["harness"], None)
 
 
-def beside(rows: Sequence[Row], method: str, data: str, train: int) -> Row | None:
+def precision(row: Row) -> str:
+    """What its products were computed in; rows of an earlier version do not say, and were in float32."""
+    return row["settings"].get("precision", FP32)
+
+
+def beside(rows: Sequence[Row], method: str, data: str, train: int, computed: str) -> Row | None:
     """peft's row of one job, in a plain Trainer as its users have it; the only one, if there is no such."""
-    wanted = ("peft", method, data, train)
-    found = [row for row in rows if (row["engine"], row["method"], row["data"], row["train"]) == wanted]
+    wanted = ("peft", method, data, train, computed)
+    found = [row for row in rows if (row["engine"], row["method"], row["data"], row["train"], precision(row)) == wanted]
     return min(found, key=lambda row: row["harness"] != "plain", default=None)
 
 
@@ -78,13 +84,14 @@ def two_by_two(rows: Sequence[Row], method: str) -> TwoByTwo | None:
     jobs: dict[tuple, dict[tuple[str, str], float]] = {}
     for row in rows:
         if row["method"] == method and row["harness"]:
-            job = row["train"] * row["settings"]["epochs"], row["data"], row["train"], row["settings"]["epochs"]
+            epochs = row["settings"]["epochs"]
+            job = row["train"] * epochs, row["data"], row["train"], epochs, precision(row)
             jobs.setdefault(job, {})[row["engine"], row["harness"]] = row["peak_rss_mb"]
     whole = [(job, peaks) for job, peaks in jobs.items() if len(peaks) == len(ENGINES) * len(HARNESSES)]
     if not whole:
         return None
-    (_, data, train, epochs), peaks = max(whole, key=lambda found: found[0])
-    return TwoByTwo(f"{method}, {train:,} sentences of {data} x {epochs}", peaks)
+    (_, data, train, epochs, computed), peaks = max(whole, key=lambda found: found[0])
+    return TwoByTwo(f"{method}, {train:,} sentences of {data} x {epochs}, {computed}", peaks)
 
 
 def source(row: Row) -> str:

@@ -4,8 +4,8 @@
     python -m experiments.remake --data DIR --jobs 2    does it; GLUE's SST-2 lies in DIR
 
 What the present code made already is left as it is, so that a command that was stopped goes on. The time is that of earlier
-runs, from the seconds that they recorded. In order: the runs of the study, the sweep, peft's runs beside them
-(`python -m bench reference`), the report with its figures, the tables of README.md and docs/study.md, the notebook.
+runs, from the seconds that they recorded. In order: the sweep, which says what `best` is, the runs of the study, peft's runs
+beside them (`python -m bench reference`), the report with its figures, the tables of README.md and docs/study.md, the notebook.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .command import Parser, leave_out_unused, run
 from .compare import RESULTS, Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
+from .methods import METHODS
+from .sweep import CSV, SETTINGS, Setting
 
 if TYPE_CHECKING:
     from .measured import Run
@@ -71,21 +73,17 @@ def remake(args: argparse.Namespace) -> int:
     runs = [one for part in PARTS for one in _part(part, args)]
     done = [one for one in runs if one.done(refresh=True)]
     todo = [one for one in runs if one not in done]
-    swept = SWEPT / "sweep.csv"
     hours, unknown = expected_hours(todo, measured.read(args.output_dir), args.jobs)
-    print(
-        f"{len(done)} of {len(runs)} runs are done by the present code; the others take about {hours:.1f} hours, {args.jobs} at"
-    )
-    print("a time, by what earlier runs recorded" + (f"; nothing is recorded of {unknown} of them" if unknown else ""))
+    print(f"{len(done)} of {len(runs)} runs are done by the present code")
+    print(f"the others take about {hours:.1f} hours, {args.jobs} at a time, by what earlier runs recorded", end="")
+    print(f"; nothing is recorded of {unknown} of them" if unknown else "")
     print(f"the sweep took {swept_hours(args.output_dir):.1f} hours; peft's runs say themselves what they take", flush=True)
     if args.plan:
         return 0
+    _sweep(args)
     failed = Several(todo, sum(one.examples for one in done), args.jobs).run()
     if failed:
         raise ExperimentError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
-    _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT))
-    (args.output_dir / "sweep").mkdir(exist_ok=True)
-    shutil.copyfile(swept, args.output_dir / "sweep" / swept.name)
     _call("bench", "reference", "--data", args.data)
     print(f"report: {reporting.write(args.output_dir)}")
     if args.output_dir == RESULTS:
@@ -125,9 +123,27 @@ def expected_hours(todo: Sequence[Planned], recorded: Sequence[Run], jobs: int) 
     return seconds / jobs / 3600, unknown
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    """What the sweep finds, put among the results.
+
+    Raises:
+        ExperimentError: it is not the recipe `best`, whose runs would then not be of what the sweep found.
+    """
+    _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT))
+    with (SWEPT / CSV).open(encoding="utf-8", newline="") as file:
+        row = next(csv.DictReader(file))
+    found = Setting(int(row["rank"]), *(float(row[name]) for name in SETTINGS[1:-1]), tuple(row["targets"].split()))
+    best = METHODS["best"]
+    own = Setting(best.r, best.lora_alpha, best.lora_dropout, best.learning_rate, best.lora_plus_ratio, best.target_modules)
+    if found != own:
+        raise ExperimentError(f"the sweep found {found.name}, and 'best' is {own.name}: change it in experiments/methods.py")
+    (args.output_dir / "sweep").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(SWEPT / CSV, args.output_dir / "sweep" / CSV)
+
+
 def swept_hours(directory: Path) -> float:
     """Hours that the trials of the committed sweep took."""
-    path = directory / "sweep" / "sweep.csv"
+    path = directory / "sweep" / CSV
     if not path.exists():
         return 0.0
     with path.open(encoding="utf-8", newline="") as file:

@@ -148,7 +148,7 @@ def _beside(rows: Sequence[reference.Row]) -> list[str]:
         return []
     cells = [
         (
-            f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}",
+            f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {reference.precision(row)}",
             row["engine"],
             {"ours": "our harness", "plain": "plain Trainer", None: "not kept"}[row["harness"]],
             percent(row["accuracy"]),
@@ -182,7 +182,7 @@ def made_by(runs: Sequence[measured.Run]) -> str:
     if not other:
         return f"All {len(runs)} results were made by the present code."
     text = f"{len(other)} of {len(runs)} results were made by other code than the present one; `make results` makes them again:"
-    return f"{text}\n\n" + "\n".join(f"- {run.name}: {_code(run)}" for run in other)
+    return f"{text}\n\n" + "\n".join(f"- {run.name}, {run.budget.precision}: {_code(run)}" for run in other)
 
 
 def _code(run: measured.Run) -> str:

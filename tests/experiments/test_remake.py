@@ -35,6 +35,7 @@ def sst2_by_name(monkeypatch):
 def call(capsys, sst2_by_name, monkeypatch, tmp_path):
     """Runs the command with nothing trained; returns (exit code, standard output, what would have been done)."""
     made = []
+    swept = (fabricated.COMMITTED / "sweep" / "sweep.csv").read_text()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Several, "run", lambda self: made.append([one.name for one in self.todo]) or [])
 
@@ -42,14 +43,15 @@ def call(capsys, sst2_by_name, monkeypatch, tmp_path):
         made.append(command[2])
         if command[2] == "experiments.sweep":
             (tmp_path / remake.SWEPT).mkdir(parents=True)
-            (tmp_path / remake.SWEPT / "sweep.csv").write_text("rank\n")
+            (tmp_path / remake.SWEPT / "sweep.csv").write_text(run.swept)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(remake.subprocess, "run", no_command)
 
     def run(*argv):
-        return remake.main([str(arg) for arg in argv]), capsys.readouterr().out, made
+        return remake.main([str(arg) for arg in argv]), capsys.readouterr(), made
 
+    run.swept = swept
     return run
 
 
@@ -87,18 +89,28 @@ def test_the_sweep_is_the_one_that_the_study_shows():
 
 
 def test_the_plan_says_how_long_and_does_nothing(call):
-    code, out, made = call("--plan")
+    code, (out, _), made = call("--plan")
     assert code == 0 and made == []
-    assert re.search(r"of (65|70) runs are done by the present code; the others take about \d", out)  # 70 with the larger base
-    assert "the sweep took 0.4 hours" in out
+    assert re.search(r"of (65|70) runs are done by the present code\nthe others take about \d", out)  # 70 with the larger base
+    seconds = [float(line.rpartition(",")[2]) for line in call.swept.splitlines()[1:]]
+    assert len(seconds) == 14 and f"the sweep took {sum(seconds) / 3600:.1f} hours" in out
 
 
 def test_what_is_done_is_left_and_the_rest_follows_in_order(call, tmp_path):
     results = fabricated.write(tmp_path / "results", fabricated.metrics("lora"))
-    code, out, made = call("--output-dir", results, "--data", "DIR")
-    assert code == 0 and made[1:] == ["experiments.sweep", "bench"]
-    assert made[0][:4] == ["full, seed 0", "lora, seed 0", "qlora, seed 0", "best, seed 0"]
+    code, (out, _), made = call("--output-dir", results, "--data", "DIR")
+    assert code == 0 and made[::2] == ["experiments.sweep", "bench"]
+    assert made[1][:4] == ["full, seed 0", "lora, seed 0", "qlora, seed 0", "best, seed 0"]
     assert (results / "sweep" / "sweep.csv").is_file() and (results / "report.md").is_file() and "report: " in out
+
+
+def test_a_recipe_that_is_not_what_the_sweep_finds_is_said_before_hours_of_runs(call, tmp_path):
+    results = fabricated.write(tmp_path / "results", fabricated.metrics("lora"))
+    header, first, *others = call.swept.splitlines()
+    call.swept = "\n".join([header, others[0], first, *others[1:]])
+    code, (_, errors), made = call("--output-dir", results)
+    assert code == 2 and made == ["experiments.sweep"] and not (results / "sweep").exists()
+    assert "error: the sweep found r" in errors and "'best' is r32-alpha16-dropout0.15" in errors
 
 
 def test_the_hours_are_those_of_runs_like_it(tmp_path):
