@@ -88,11 +88,11 @@ METHODS = {
         Method(
             "best",
             "what a sweep found: rank 32 on every linear layer, and LoRA+",
-            learning_rate=4.1e-4,
+            learning_rate=3.8e-4,
             r=32,
             lora_alpha=16,
-            lora_dropout=0.15,
-            lora_plus_ratio=8,
+            lora_dropout=0.09,
+            lora_plus_ratio=4,
             target_modules=("all-linear",),
         ),
     )

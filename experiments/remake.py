@@ -24,21 +24,22 @@ from .command import Parser, leave_out_unused, run
 from .compare import RESULTS, Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
+from .measured import margin
 from .methods import METHODS
-from .sweep import CSV, SETTINGS, Setting
+from .sweep import CSV, Setting, parser as sweeping
 
 if TYPE_CHECKING:
     from .measured import Run
 
 #: 12,000 sentences of SST-2, twice: the table of every method.
 STUDY = "--train-samples 12000 --epochs 2"
-#: The flags of `experiments.compare`, of one part of the results each. The rows that claims are made of have five seeds. They
-#: compute in bfloat16, whatever the machine, but for one part that does in float32 what another does: it shows what that costs.
+#: The flags of `experiments.compare`, of one part of the results each. Every method's first seed is first, so that a table is
+#: soon there; the rows that claims are made of have five. They compute in bfloat16, whatever the machine, but for one part that
+#: does in float32 what another does: it shows what that costs.
 PARTS = (
-    f"{STUDY} --model packaged --seeds 0,1,2,3,4 --methods full,lora,qlora,best --precision bf16",
-    f"{STUDY} --model packaged --seeds 0,1,2 --methods base,head-only,low-rank,high-rank,query-only,bias,rslora,dora"
-    " --precision bf16",
-    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best --precision bf16",
+    f"{STUDY} --model packaged --seeds 0,1,2 --precision bf16",
+    f"{STUDY} --model packaged --seeds 3,4 --methods full,lora,qlora,best --precision bf16",
+    "--epochs 3 --model packaged --seeds 0,1,2 --methods full,lora,qlora,best --precision bf16",
     "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
     f"{STUDY} --model packaged --seeds 0,1,2 --methods lora,qlora --precision fp32",
     f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision bf16",
@@ -47,8 +48,8 @@ PARTS = (
 FLOAT32 = "float32"
 #: The flags of `experiments.sweep` that found the recipe `best`.
 SWEEP = (
-    "--model packaged --precision bf16 --trials 14 --train-samples 6000 --held-out 3000 --ranks 8,16,32 --alphas 16,32,64 "
-    "--dropouts 0.05,0.15 --learning-rates 1.5e-4,8e-4 --lora-plus 1,2,8 "
+    "--model packaged --precision bf16 --trials 14 --train-samples 12000 --held-out 4000 --ranks 16,32,64 --alphas 16,32 "
+    "--dropouts 0.05,0.25 --learning-rates 3e-4,1e-3 --lora-plus 1,2,4 "
     "--target-modules query,key,value,attention.output.dense/all-linear"
 )
 SWEPT = Path("runs", "results-sweep")
@@ -127,18 +128,30 @@ def _sweep(args: argparse.Namespace) -> None:
     """What the sweep finds, put among the results.
 
     Raises:
-        ExperimentError: it is not the recipe `best`, whose runs would then not be of what the sweep found.
+        ExperimentError: the recipe `best` is not among what it finds.
     """
     _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT))
-    with (SWEPT / CSV).open(encoding="utf-8", newline="") as file:
-        row = next(csv.DictReader(file))
-    found = Setting(int(row["rank"]), *(float(row[name]) for name in SETTINGS[1:-1]), tuple(row["targets"].split()))
-    best = METHODS["best"]
-    own = Setting(best.r, best.lora_alpha, best.lora_dropout, best.learning_rate, best.lora_plus_ratio, best.target_modules)
-    if found != own:
-        raise ExperimentError(f"the sweep found {found.name}, and 'best' is {own.name}: change it in experiments/methods.py")
+    check_recipe(SWEPT / CSV)
     (args.output_dir / "sweep").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(SWEPT / CSV, args.output_dir / "sweep" / CSV)
+
+
+def check_recipe(table: Path) -> None:
+    """Whether the recipe `best` is the best row of a sweep, or as good: settings in the first places change them with the
+    rounding of another processor.
+
+    Raises:
+        ExperimentError: it is no row, or worse than the best by more than the interval of two shares of as many sentences.
+    """
+    with table.open(encoding="utf-8", newline="") as file:
+        found = {Setting.read(row): float(row["accuracy"]) for row in csv.DictReader(file)}
+    own = Setting.of(METHODS["best"])
+    first = max(found, key=found.__getitem__)
+    judged_on = sweeping().parse_args(shlex.split(SWEEP)).held_out
+    if own not in found or found[first] - found[own] > margin(found[first], found[own], judged_on):
+        raise ExperimentError(f"the sweep found {first.name}, and 'best' is {own.name}: change it in experiments/methods.py")
+    if own != first:
+        print(f"note: {first.name} is first in the sweep, and 'best' within the interval", flush=True)
 
 
 def swept_hours(directory: Path) -> float:

@@ -20,7 +20,7 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,18 @@ class Setting:
     learning_rate: float
     lora_plus: float = 1.0
     targets: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, method: Method) -> Setting:
+        """A method's own."""
+        plus, targets = method.lora_plus_ratio, method.target_modules or ()
+        return cls(method.r, method.lora_alpha, method.lora_dropout, method.learning_rate, plus, targets)
+
+    @classmethod
+    def read(cls, cells: Mapping[str, str]) -> Setting:
+        """That of a line of the table."""
+        rank, *numbers, targets = (cells[name] for name in SETTINGS)
+        return cls(int(rank), *map(float, numbers), tuple(targets.split()))
 
     @property
     def name(self) -> str:
@@ -142,7 +154,8 @@ def sets(text: str) -> tuple[tuple[str, ...], ...]:
 def split(data: Any, train: int, held_out: int, seed: int) -> Any:
     """`data` with `held_out` sentences of its training set to judge on and `train` others to learn from.
 
-    A sentence that occurs more than once, whatever its case, lies on one side only.
+    SST-2's training set holds sentences and phrases of them, its validation set sentences alone. So it is judged on whole
+    sentences here too, none of which, nor any phrase of which, whatever its case, is learned from.
 
     Raises:
         ExperimentError: there are not so many sentences.
@@ -150,14 +163,32 @@ def split(data: Any, train: int, held_out: int, seed: int) -> Any:
     if held_out < 1:
         raise ExperimentError(f"--held-out must be at least 1, not {held_out}")
     order = data.train.sample(len(data.train), seed)
-    judged = order.take(range(min(held_out, len(order))))
-    seen = {text.lower() for text in judged.texts}
-    rest = [i for i in range(len(judged), len(order)) if order.texts[i].lower() not in seen]
+    words = [tuple(text.lower().split()) for text in order.texts]
+    judged = whole(words)[:held_out]
+    seen = {hash(phrase) for i in judged for phrase in phrases(words[i])}
+    rest = [i for i, found in enumerate(words) if hash(found) not in seen]
     if len(judged) < held_out or len(rest) < train:
         raise ExperimentError(
             f"--train-samples {train:,} and --held-out {held_out:,} are more than the {len(order):,} training sentences give"
         )
-    return dataclasses.replace(data, name=f"{data.name}'s training set", train=order.take(rest[:train]), validation=judged)
+    name = f"{data.name}'s training set"
+    return dataclasses.replace(data, name=name, train=order.take(rest[:train]), validation=order.take(judged))
+
+
+def whole(sentences: Sequence[tuple[str, ...]]) -> list[int]:
+    """The places of those that are a phrase of no other, and of the first of those that are alike, in order."""
+    inner: set[int] = set()
+    found = []
+    for i in sorted(range(len(sentences)), key=lambda i: -len(sentences[i])):
+        if hash(sentences[i]) not in inner:
+            found.append(i)
+            inner.update(map(hash, phrases(sentences[i])))
+    return sorted(found)
+
+
+def phrases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every run of words of a sentence, itself among them."""
+    return (words[i:j] for i in range(len(words)) for j in range(i + 1, len(words) + 1))
 
 
 def sweep(args: argparse.Namespace) -> int:

@@ -33,14 +33,16 @@ def test_each_method_is_lora_but_for_what_its_name_says():
         assert found == dataclasses.replace(lora, name=name, summary=found.summary, **changes)
 
 
-def test_best_is_the_best_that_the_sweep_found():
+def test_best_is_what_the_sweep_found_or_as_good():
     with (Path(methods.__file__).parent / "results" / "sweep" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = max(rows, key=lambda row: float(row["accuracy"]))
     best = METHODS["best"]
     numbers = [best.r, best.lora_alpha, best.lora_dropout, best.learning_rate, best.lora_plus_ratio]
-    assert numbers == [float(found[name]) for name in ("rank", "alpha", "dropout", "learning_rate", "lora_plus")]
-    assert " ".join(best.target_modules) == found["targets"]
+    names = ("rank", "alpha", "dropout", "learning_rate", "lora_plus")
+    (own,) = [row for row in rows if numbers == [float(row[name]) for name in names]]
+    assert " ".join(best.target_modules) == own["targets"]
+    # Two shares of 86 % of the sweep's 4,000 sentences differ by 1.5 points before they can be told apart.
+    assert max(float(row["accuracy"]) for row in rows) - float(own["accuracy"]) < 0.015
 
 
 def test_what_is_trained_without_an_adapter():

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -76,6 +77,27 @@ def test_repeated_sentences_lie_on_one_side():
     texts = [f"{word} {i % 40}" for i, word in zip(range(120), itertools.cycle(["text", "TEXT"]), strict=False)]
     found = sweep.split(sentiment(texts), train=20, held_out=20, seed=0)
     assert not {t.lower() for t in found.train.texts} & {t.lower() for t in found.validation.texts}
+
+
+def test_it_is_judged_on_whole_sentences_and_learns_from_no_phrase_of_them():
+    rng = random.Random(0)
+    sentences = [" ".join(rng.choices("abcdefghij", k=rng.randint(6, 9))) for _ in range(60)]
+    texts = list(sentences)
+    for sentence in sentences * 4:
+        words = sentence.split()
+        start = rng.randrange(len(words))
+        texts.append(" ".join(words[start : rng.randint(start + 1, len(words))]).upper())
+    rng.shuffle(texts)
+    found = sweep.split(sentiment(texts), train=60, held_out=30, seed=0)
+
+    def within(text, other):
+        return f" {text.lower()} " in f" {other.lower()} "
+
+    held = {text.lower() for text in found.validation.texts}
+    assert len(held) == 30 and held <= set(sentences)
+    for judged in held:
+        assert not any(within(text, judged) for text in found.train.texts)
+        assert not any(within(judged, text) for text in texts if text.lower() != judged)
 
 
 def test_too_few_sentences_are_refused():
