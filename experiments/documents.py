@@ -107,5 +107,9 @@ def _made(group: Group) -> str:
         return f"These were measured with an earlier version of the code, in {precision}, one seed each."
     seeds = sorted({len(row.runs) for row in group.rows})
     number = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    processors = " and ".join(sorted({f"{one['processor']}, {one['threads']} threads a run" for one in known}))
+    processors = " and ".join(sorted({f"{one['processor']}, {_threads(one['threads'])} a run" for one in known}))
     return f"Means of {number}, ± one standard deviation; {precision}, version {known[0]['version']}, {processors}."
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread" + ("s" if number != 1 else "")

@@ -24,7 +24,6 @@ from .command import Parser, leave_out_unused, run
 from .compare import RESULTS, Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
-from .measured import margin
 from .methods import METHODS
 from .sweep import CSV, Setting, parser as sweeping
 
@@ -143,6 +142,8 @@ def check_recipe(table: Path) -> None:
     Raises:
         ExperimentError: it is no row, or worse than the best by more than the interval of two shares of as many sentences.
     """
+    from .measured import margin
+
     with table.open(encoding="utf-8", newline="") as file:
         found = {Setting.read(row): float(row["accuracy"]) for row in csv.DictReader(file)}
     own = Setting.of(METHODS["best"])

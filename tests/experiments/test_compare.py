@@ -211,7 +211,7 @@ def test_every_method_runs_by_default():
 
 def test_the_committed_results_meet_what_is_expected_and_the_check_says_whose_code_made_them(call):
     code, out, err = call("--check")
-    other = [run.name for run in measured.read(fabricated.COMMITTED) if run.differing]
+    other = [f"{run.name}, {run.budget.precision}" for run in measured.read(fabricated.COMMITTED) if run.differing]
     assert code == (1 if other else 0) and not err
     assert "| NOT MET" not in out and "| met " in out and "| not run" in out
     assert all(f"- {name}: " in out for name in other)
@@ -222,7 +222,7 @@ def test_results_of_other_code_fail_the_check(call, tmp_path):
     assert call("--check", "--output-dir", fabricated.write(tmp_path / "present", made))[0] == 0
     made["provenance"] = {**made["provenance"], "experiments": "0" * 16}
     code, out, _ = call("--check", "--output-dir", fabricated.write(tmp_path / "other", made))
-    assert code == 1 and "| NOT MET" not in out and "run0: other experiments (version 0)" in out
+    assert code == 1 and "| NOT MET" not in out and "run0, fp32: other experiments (version 0)" in out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_a_table_is_made_of_the_runs(tmp_path):
     found = documents.tables(measured.read(fabricated.write(tmp_path, *made)))
     assert set(found) == {"whole"}
     assert "| `lora` " in found["whole"] and "| 89.0 ± 1.0 % " in found["whole"] and "| 1,000 to 1,002 MiB " in found["whole"]
-    assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; float32, version 0, one, 1 threads a run.")
+    assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; float32, version 0, one, 1 thread a run.")
 
 
 def test_what_recorded_no_code_is_told(tmp_path):
