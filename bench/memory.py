@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from experiments.errors import ExperimentError
+from experiments.methods import FP32
 from experiments.packaged_lm import directory
 from experiments.reference import beside, read
 
@@ -173,15 +174,17 @@ def job(results: Path) -> Measure | None:
         whole = metrics["data"]["name"] == "SST-2" and metrics["data"]["train"] == SST2_SENTENCES
         same = "MiniLM-L6" in metrics["base_model"]["name"] and metrics["hyperparameters"]["batch_size"] == 32
         if whole and same and metrics["device"].startswith("cpu"):
-            found.setdefault(metrics["method"], metrics["peak_rss_mb"] * 2**20)
+            precision = metrics["hyperparameters"].get("precision", FP32)
+            found.setdefault(metrics["method"], (metrics["peak_rss_mb"] * 2**20, precision))
     if "qlora" not in found:
         return None
-    values, rows = {"ours": found["qlora"]}, read()
+    ours, precision = found["qlora"]
+    values, rows = {"ours": ours}, read()
     for name, method in (("peft", "qlora"), ("peft's LoRA", "lora")):
-        if row := beside(rows, method, "SST-2", SST2_SENTENCES):
+        if row := beside(rows, method, "SST-2", SST2_SENTENCES, precision):
             values[name] = row["peak_rss_mb"] * 2**20
     if "lora" in found:
-        values["ours, LoRA"] = found["lora"]
+        values["ours, LoRA"] = found["lora"][0]
     return Measure(
         key="job-qlora",
         title="Peak of the whole QLoRA job, SST-2, batch 32",
