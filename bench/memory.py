@@ -183,7 +183,7 @@ def job(results: Path) -> Measure | None:
     for name, method in (("peft", "qlora"), ("peft's LoRA", "lora")):
         if row := beside(rows, method, "SST-2", SST2_SENTENCES, precision):
             values[name] = row["peak_rss_mb"] * 2**20
-    if "lora" in found:
+    if found.get("lora", (0, None))[1] == precision:
         values["ours, LoRA"] = found["lora"][0]
     return Measure(
         key="job-qlora",

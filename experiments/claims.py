@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -78,7 +79,8 @@ def _cheap(before: Row, after: Row) -> Claim:
     if (found := difference(before, after)) is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
     what, float32, bfloat16 = peaks(before, after)
-    numbers = f"{percent(after.accuracy)}, in float32 {percent(before.accuracy)}: {found}"
+    a, b = _on_shared_seeds(before, after)
+    numbers = f"{percent(b)}, in float32 {percent(a)}: {found}"
     if float32:
         numbers += f"; {what} {spread(bfloat16)} MiB, in float32 {spread(float32)} MiB"
     return Claim(text, _verdict(found.low, found.high, LITTLE_COST), numbers)
@@ -215,7 +217,15 @@ def spread(values: list[float]) -> str:
 
 
 def _accuracies(before: Row, after: Row) -> str:
-    return f"{after.label} {percent(after.accuracy)}, {before.label} {percent(before.accuracy)}"
+    a, b = _on_shared_seeds(before, after)
+    return f"{after.label} {percent(b)}, {before.label} {percent(a)}"
+
+
+def _on_shared_seeds(a: Row, b: Row) -> tuple[float, float]:
+    """The accuracies of two rows as their difference compares them: a mean over other seeds may lie on its other side."""
+    shared = {run["seed"] for run in a.runs} & {run["seed"] for run in b.runs}
+    first, second = (statistics.fmean(run["accuracy"] for run in row.runs if run["seed"] in shared) for row in (a, b))
+    return first, second
 
 
 def _share(row: Row) -> float:

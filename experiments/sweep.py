@@ -139,7 +139,7 @@ def parser() -> Parser:
     search.add_argument("--target-modules", type=sets, default=usual.targets, metavar="NAMES", help=several)
     what = p.add_argument_group("what to train on what")
     source_flags(what)
-    what.add_argument("--held-out", type=int, default=1000, metavar="N", help="sentences of the training set to judge on")
+    what.add_argument("--held-out", type=int, default=1000, metavar="N", help="whole sentences of the training set to judge on")
     what.add_argument("--output-dir", type=Path, metavar="DIR", default=Path("runs", "sweep"), help="where the results go")
     what.add_argument("--overwrite", action="store_true", help="do again what is done")
     schedule_flags(p.add_argument_group("the schedule"), without=("learning_rate",), train_samples=4000, epochs=2)

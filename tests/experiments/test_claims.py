@@ -143,3 +143,9 @@ def test_bfloat16_costs_little(tmp_path, wrong, verdict):
     made = [run | {"hyperparameters": own} for run, own in zip([*made, made[-1]], settings, strict=True)]
     (claim,) = claims.of_precision(measured.grouped(measured.read(fabricated.write(tmp_path, *made))))
     assert claim.verdict == verdict and "bfloat16 costs lora little" in claim.text and "in float32 86.2 %" in claim.numbers
+
+
+def test_the_accuracies_that_are_shown_are_of_the_seeds_that_are_compared(tmp_path):
+    full = [fabricated.metrics("full", accuracy, seed) for seed, accuracy in enumerate((0.9, 0.9, 0.6))]
+    best = [fabricated.metrics("best", 0.89, seed) for seed in range(2)]
+    assert aim(2, tmp_path, *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
