@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments import conversations, models
     from experiments.completions import Template, TokenisedCompletions
     from experiments.language_models import load_language_model
-    from experiments.methods import LANGUAGE_METHODS, Schedule
+    from experiments.methods import Schedule
+    from experiments.recipes import LANGUAGE_METHODS
     from experiments.tuning import TuningJob
 
     from . import harnesses

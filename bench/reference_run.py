@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.command import leave_out_unused, run, show_again
 from experiments.flags import schedule_flags, schedule_of
-from experiments.methods import METHODS
+from experiments.recipes import METHODS
 from lora_core.cli.command_line import Parser
 
 from .quiet import quieten

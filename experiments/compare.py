@@ -25,7 +25,8 @@ from typing import Any
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import flag, listed, methods_of, names, positive, schedule_flags, schedule_of, source_flags
-from .methods import METHODS, NOTHING, Method, Schedule
+from .methods import NOTHING, Method, Schedule
+from .recipes import METHODS
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = Path("runs", "compare")

@@ -15,8 +15,9 @@ from . import provenance, reference
 from .claims import spread
 from .errors import ExperimentError
 from .measured import Group, Row, Run, grouped, percent
-from .methods import BF16, FP32, METHODS, NOTHING
+from .methods import BF16, FP32, NOTHING
 from .models import PACKAGED
+from .recipes import METHODS
 from .table import markdown
 
 ROOT = Path(__file__).parents[1]

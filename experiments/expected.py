@@ -19,7 +19,8 @@ from typing import Any
 from . import reference
 from .counts import Architecture, counted, halved
 from .measured import Run, margin, percent
-from .methods import METHODS, NOTHING
+from .methods import NOTHING
+from .recipes import METHODS
 
 MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
 ITSELF = "the run itself"  # as the source of a number

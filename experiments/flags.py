@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ExperimentError
-from .methods import METHODS, PRECISIONS, QUANTIZE, Method, Schedule
+from .methods import PRECISIONS, QUANTIZE, Method, Schedule
+from .recipes import METHODS
 
 #: What --resume means without a value.
 AUTO = "auto"

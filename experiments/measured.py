@@ -17,8 +17,9 @@ from typing import Any
 from . import provenance, record
 from .beginning import TRIALS
 from .errors import ExperimentError
-from .methods import METHODS, QUANTIZE, Method
+from .methods import QUANTIZE, Method
 from .models import PROJECTIONS, layer_names
+from .recipes import METHODS
 
 #: 1.96 standard errors to each side: 95 %.
 Z = statistics.NormalDist().inv_cdf(0.975)

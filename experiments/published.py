@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from .counts import counted
 from .expected import architectures, known
 from .measured import margin, percent
-from .methods import METHODS
 from .models import layer_names
+from .recipes import METHODS
 
 
 def recounted() -> Iterator[tuple[str, ...]]:

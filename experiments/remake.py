@@ -24,7 +24,7 @@ from .command import Parser, leave_out_unused, run
 from .compare import RESULTS, Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
-from .methods import METHODS
+from .recipes import METHODS
 from .sweep import CSV, Setting, parser as sweeping
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def check_recipe(table: Path) -> None:
     first = max(found, key=found.__getitem__)
     judged_on = sweeping().parse_args(shlex.split(SWEEP)).held_out
     if own not in found or found[first] - found[own] > margin(found[first], found[own], judged_on):
-        raise ExperimentError(f"the sweep found {first.name}, and 'best' is {own.name}: change it in experiments/methods.py")
+        raise ExperimentError(f"the sweep found {first.name}, and 'best' is {own.name}: change it in experiments/recipes.py")
     if own != first:
         print(f"note: {first.name} is first in the sweep, and 'best' within the interval", flush=True)
 

@@ -24,8 +24,9 @@ from .beginning import FINISHED, beginning, checkpoint_of, command_to_go_on, def
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import adapter_flags, checkpoint_flags, chosen_method, output_flags, schedule_flags, schedule_of, source_flags
-from .methods import METHODS, NOTHING
+from .methods import NOTHING
 from .parallel import Processes, first_prints
+from .recipes import METHODS
 from .stopping import Stopped
 
 #: Sentences that a run takes of a large data set, unless it is told otherwise: the first command ends in minutes.

@@ -29,7 +29,8 @@ from .beginning import TRIALS
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import listed, names, schedule_flags, schedule_of, source_flags
-from .methods import METHODS, Method
+from .methods import Method
+from .recipes import METHODS
 
 CSV, FIGURE = "sweep.csv", "sweep.png"
 #: What is searched over, in the order of the columns.

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments import compare, measured, provenance, record, several
-from experiments.methods import METHODS
+from experiments.recipes import METHODS
 from experiments.several import Several
 from tests.support import fabricated
 

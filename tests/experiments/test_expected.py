@@ -125,7 +125,7 @@ def test_every_number_has_a_source_and_a_recipe():
     for part in ("published", "majority"):
         assert known[part]["source"] and known[part]["rows"]
     assert all(row.source for row in expected.judge([]))
-    from experiments.methods import METHODS
+    from experiments.recipes import METHODS
 
     for row in reference.read():
         recipe = METHODS[row["method"]]

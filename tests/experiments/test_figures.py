@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
 from experiments import figures, measured
-from experiments.methods import METHODS
+from experiments.recipes import METHODS
 from experiments.sweep import Setting
 from tests.support import fabricated
 

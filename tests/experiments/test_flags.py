@@ -6,7 +6,8 @@ import pytest
 
 from experiments import flags
 from experiments.errors import ExperimentError
-from experiments.methods import METHODS, Schedule
+from experiments.methods import Schedule
+from experiments.recipes import METHODS
 
 
 def parsed(*argv, **kwargs):

@@ -8,7 +8,8 @@ import pytest
 
 from experiments import methods
 from experiments.errors import ExperimentError
-from experiments.methods import METHODS, Schedule
+from experiments.methods import Schedule
+from experiments.recipes import METHODS
 
 
 def test_lora_and_qlora_differ_in_the_base_alone():

@@ -56,7 +56,7 @@ def test_what_a_run_imports_is_followed(tmp_path):
         (tmp_path / name).write_text(text)
     assert [path.name for path in provenance.imported(tmp_path / "start.py")] == ["a.py", "b.py", "start.py"]
     names = {path.name for path in provenance.imported(provenance.HERE / "train.py")}
-    assert {"trainer.py", "batches.py", "data.py"} <= names and not names & {"report.py", "figures.py", "sft.py"}
+    assert {"trainer.py", "batches.py", "data.py"} <= names and not names & {"report.py", "figures.py", "sft.py", "recipes.py"}
 
 
 def test_a_run_of_other_code_or_of_none_is_told():

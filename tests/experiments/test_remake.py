@@ -11,7 +11,8 @@ pytest.importorskip("matplotlib")
 
 from experiments import data, measured, remake
 from experiments.compare import parser as comparison, planned
-from experiments.methods import METHODS, Schedule
+from experiments.methods import Schedule
+from experiments.recipes import METHODS
 from experiments.several import Several
 from experiments.sweep import parser as sweeping
 from tests.support import fabricated

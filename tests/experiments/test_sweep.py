@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from experiments import data, measured, sweep, train
 from experiments.data import SentimentData, Split
 from experiments.errors import ExperimentError
-from experiments.methods import METHODS
+from experiments.recipes import METHODS
 from experiments.sweep import Setting, Space
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import predictions, provenance, record
-from experiments.methods import METHODS
 from experiments.models import layer_names
+from experiments.recipes import METHODS
 from tests.support import ROOT
 
 COMMITTED = ROOT / "experiments" / "results"
