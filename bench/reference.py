@@ -27,12 +27,11 @@ from experiments.several import Several
 
 #: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16.
 CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
-PEFT = tuple(cell for cell in CELLS if cell[0] == "peft")
 STUDY, WHOLE = "--train-samples 12000 --epochs 2 --precision bf16", "--epochs 3 --precision bf16"
 RUNS = (
     (STUDY, (), ("lora", "qlora"), CELLS),
     (STUDY, (), ("query-only",), (("peft", "ours"),)),
-    (WHOLE, (), ("lora", "qlora"), PEFT),
+    (WHOLE, (), ("lora", "qlora"), (("peft", "plain"),)),
     (WHOLE, ("--data", "packaged"), ("lora", "qlora", "query-only", "high-rank", "low-rank"), (("peft", "ours"),)),
 )
 #: Runs at a time, each with its share of the cores, as the study's own.

@@ -38,7 +38,8 @@ STUDY = "--train-samples 12000 --epochs 2"
 PARTS = (
     f"{STUDY} --model packaged --seeds 0,1,2 --precision bf16",
     f"{STUDY} --model packaged --seeds 3,4 --methods full,lora,qlora,best --precision bf16",
-    "--epochs 3 --model packaged --seeds 0,1,2 --methods full,lora,qlora,best --precision bf16",
+    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best --precision bf16",
+    "--epochs 3 --model packaged --seeds 0 --methods full --precision bf16",
     "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
     f"{STUDY} --model packaged --seeds 0,1,2 --methods lora,qlora --precision fp32",
     f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision bf16",
