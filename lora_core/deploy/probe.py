@@ -175,19 +175,37 @@ def run_probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         ConfigError: the model gives no logits.
     """
     device, training = next(model.parameters()).device, model.training
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     model.eval()
     try:
-        output: Any = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        found = [_of_last_token(model(**batch), batch) for batch in _batches(model, inputs)]
     finally:
         model.train(training)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    if any(one is None for one in found):
         raise ConfigError(f"{type(model).__name__} gives no logits to compare; only models with a head can be probed")
-    if logits.dim() == 3:  # N T C
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(logits.device)
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        logits = logits[torch.arange(len(logits), device=mask.device), last]
-    return logits.float().cpu()
+    return torch.cat(found).float().cpu()
+
+
+def _of_last_token(output: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """(N, C), of the last token where there are some for every token; None if there are none."""
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:  # N T C
+        return logits if isinstance(logits, Tensor) else None
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(logits.device)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return logits[torch.arange(len(logits), device=mask.device), last]
+
+
+def _batches(model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """`inputs`, all at once; or one by one and without padding, for a classifier that does not know which token pads.
+
+    Such is GPT-2's or Llama's as it is published: it looks for a row's last token by that, and refuses a batch.
+    """
+    config = getattr(unwrap(model), "config", None)
+    if getattr(config, "pad_token_id", 0) is not None or is_causal(unwrap(model)):
+        return [inputs]
+    shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    return [{name: tensor[i : i + 1, shown[i]] for name, tensor in inputs.items()} for i in range(len(shown))]
 
 
 def weights_hash(directory: Path) -> str:

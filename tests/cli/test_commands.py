@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one line for a mistake, JSON for machines, and the thin commands."""
 
+import copy
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quantize_nf4, save_adapter
@@ -257,6 +259,34 @@ def test_an_adapter_is_verified_on_its_base(call, tmp_path, quantized):
     assert code == 0 and not err and out.endswith("verified\n"), (out, err)
     found = json.loads(call("verify", adapter, "--json")[1])
     assert found["passed"] and not found["drifted"] and found["relative"] < 1e-5 and found["inputs"] == 3
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the run knew its padding", "nothing does"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_classifier_whose_base_names_no_padding_is_verified_and_merged(call, tmp_path, architecture, known):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    kind = {"gpt2": transformers.GPT2ForSequenceClassification, "llama": transformers.LlamaForSequenceClassification}
+    config = copy.deepcopy(tiny.ARCHITECTURES[architecture][0])
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = kind[architecture](config).eval()
+    assert model.config.pad_token_id is None
+    model.save_pretrained(base)
+    targets = tiny.projections(architecture)
+    inject(model, LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS", base_model_name_or_path=str(base)))
+    tiny.randomize(model, seed=3)
+    ids, shown = tiny.TOKENS.clone(), torch.ones_like(tiny.TOKENS)
+    ids[1, 5:], shown[1, 5:] = 1, 0
+    alone = [model(input_ids=ids[i : i + 1, : shown[i].sum()]).logits for i in range(3)]
+    if known:
+        model.config.pad_token_id = 1
+    save_adapter(model, adapter)
+    save_probe(model, adapter, {"input_ids": ids, "attention_mask": shown})
+    torch.testing.assert_close(read_probe(adapter).logits, torch.cat(alone).detach(), rtol=1e-4, atol=1e-5)
+    code, out, err = call("verify", adapter)
+    assert (code, err) == (0, "") and out.endswith("verified\n")
+    code, out, err = call("merge", "--adapter", adapter, "--output", tmp_path / "out", "--check")
+    assert code == 0 and "original         logits off by at most" in out, (out, err)
 
 
 def drifted_base(base, adapter):
