@@ -82,7 +82,7 @@ def card(metrics: Mapping[str, Any], base: str, adapts: bool) -> str:
     held = {True: ("4-bit NF4", "quantize_nf4"), "int8": ("8 bits", "quantize_int8")}.get(settings.get("quantize"))
     skip = ', skip=["classifier"]' if classifies else ""
     quantised = _QUANTISED.format(held=held[0], verb=held[1], skip=skip) if held else ""
-    kept = {name: value for name, value in settings.items() if value is not None and name != "quantize"}
+    kept = {name: value for name, value in settings.items() if value is not None and name not in ("quantize", "trains")}
     return _CARD.format(
         library="peft" if adapts else "transformers",
         base=json.dumps(base),

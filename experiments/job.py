@@ -68,7 +68,7 @@ class Job:
         shape = {key: config[key] for key in ("model_type", "num_hidden_layers", "hidden_size") if key in config}
         schedule = dataclasses.asdict(self.schedule)
         seed = schedule.pop("seed")
-        adapter = {key: getattr(self.method, key) for key in ("quantize", "r", "lora_alpha", "lora_dropout")}
+        adapter = {key: getattr(self.method, key) for key in ("r", "lora_alpha", "lora_dropout")}
         adapter |= variants(self.method)
         if self.method.lora_plus_ratio != 1:
             adapter["lora_plus_ratio"] = self.method.lora_plus_ratio
@@ -83,6 +83,8 @@ class Job:
             },
             "hyperparameters": {
                 **schedule,
+                "trains": self.method.trains,
+                "quantize": self.method.quantize,
                 **(adapter if self.method.adapts else {}),
                 "target_modules": self.targets,
                 "precision": self.precision,
@@ -94,6 +96,7 @@ class Job:
         """What makes two runs end with the same weights, bit for bit: what a checkpoint must share with what goes on."""
         plan = self.plan()
         found = {key: {k: v for k, v in plan[key].items() if k not in ("why", "source")} for key in ("base_model", "data")}
+        del found["data"]["name"]  # a directory's, that may have moved; the hash knows its content
         plan = {key: plan[key] for key in record.IDENTITY} | found
         return {**plan, "processes": self.processes.count, "device": self.device}
 

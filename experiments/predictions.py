@@ -7,6 +7,7 @@ A run of several epochs keeps those of the last one, as it keeps its accuracy.
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from .errors import ExperimentError
 
 PREDICTIONS = "predictions.txt"
 MAX_BYTES = 2**27
+
+
+def require_scikit_learn() -> None:
+    """Raises an ExperimentError where nothing can be scored: better before a training than after. Imports nothing."""
+    try:
+        importlib.metadata.version("scikit-learn")
+    except importlib.metadata.PackageNotFoundError:
+        raise ExperimentError("scores need scikit-learn; run pip install 'lora-core[experiments]'") from None
 
 
 def write(directory: Path, labels: np.ndarray, predicted: np.ndarray) -> None:

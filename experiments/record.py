@@ -18,6 +18,7 @@ import json
 import platform
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         return None
     metrics = read_json(path)
     planned = json.loads(json.dumps(plan))
-    if differing := [_named(key, metrics.get(key)) for key in IDENTITY if not _same(metrics.get(key), planned[key])]:
+    if differing := [_named(key, metrics.get(key)) for key in IDENTITY if not _same(key, metrics.get(key), planned[key])]:
         raise ExperimentError(
             f"--output-dir: {str(output)!r} holds another run (its {', '.join(differing)} differ); pass --overwrite to "
             "replace it, or another directory"
@@ -134,16 +135,21 @@ def _named(key: str, old: Any) -> str:
     return f"{key} (no hash recorded)" if key in HASHED and isinstance(old, dict) and "sha256" not in old else key
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(key: str, old: Any, new: Any) -> bool:
     if isinstance(old, dict) and isinstance(new, dict):
-        # How the choice fell on a base or on data does not matter once it is the same one.
-        old, new = ({key: value for key, value in d.items() if key not in ("why", "source")} for d in (old, new))
+        # How the choice fell on a base or on data does not matter once it is the same one, nor its directory's name.
+        beside = {"why", "source"} | ({"name"} if key == "data" and "sha256" in old else set())
+        old, new = ({name: value for name, value in d.items() if name not in beside} for d in (old, new))
     return old == new
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    """The versions of Python and of the libraries that the numbers depend on, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # a run without 4 bits needs no bitsandbytes
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def peak_rss_mb() -> float:

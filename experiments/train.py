@@ -18,7 +18,7 @@ from transformers import set_seed
 from lora_core import count_parameters, use_fast_dropout, use_fast_linear
 from lora_core.cpu.heap import keep_few_shapes
 
-from . import checkpoints, predictions, provenance
+from . import checkpoints, predictions, provenance, record
 from .attention import use_fast_attention
 from .batches import TokenisedTexts
 from .checkpoints import Checkpoint, Saving
@@ -44,6 +44,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
         LoraError: a setting does not fit the model or the data, or the loss is no longer a number.
         Stopped: a signal came; a checkpoint was written.
     """
+    predictions.require_scikit_learn()
     before, schedule = provenance.here(), job.schedule
     train_split = _sample(job.data.train, schedule)
     set_seed(schedule.seed)  # before the head is initialised
@@ -86,6 +87,7 @@ def train(job: Job, output: Path, saving: Saving | None = None, resume: Checkpoi
             inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
             if cast:  # what is saved is of the base as it is
                 restore_frozen(model, cast, load_classifier(job.base).model)
+            (output / record.METRICS).unlink(missing_ok=True)  # of a run that this one replaces: its predictions go now
             predictions.write(output, job.data.validation.labels, outcome["predicted"])
             write(job, output, metrics, classifier, inputs, job.data.validation.texts[:PROBES])
             checkpoints.prune(course.directory, 0)

@@ -63,9 +63,9 @@ def compared(tmp_path_factory, common):
     return directory, done
 
 
-def test_every_run_is_recorded_and_reported(compared):
+def test_every_run_is_recorded_and_reported(compared, small_data):
     directory, done = compared
-    runs = directory / "sst-2-all-minilm-l6-v2-96x1"
+    runs = directory / f"{small_data.name}-all-minilm-l6-v2-96x1"
     assert sorted(path.name for path in runs.iterdir()) == ["base-seed0", "lora-seed0"]
     metrics = record.read_json(runs / "lora-seed0" / "metrics.json")
     assert metrics["method"] == "lora" and metrics["hyperparameters"]["max_steps"] == 1
@@ -105,13 +105,13 @@ def test_overwrite_does_it_again_and_other_settings_need_it(compared, common, ca
     assert call(*argv, "--overwrite")[0] == 0 and started == ["base"]
 
 
-def test_refresh_does_again_what_other_code_or_other_settings_made(compared, common, call, tmp_path, monkeypatch):
+def test_refresh_does_again_what_other_code_or_other_settings_made(compared, common, call, tmp_path, monkeypatch, small_data):
     directory = shutil.copytree(compared[0], tmp_path / "out")
     started = []
     monkeypatch.setattr(Several, "_one", lambda self, one: started.append(one.method.name))
     argv = ("--methods", "base,lora", *common, "--output-dir", directory, "--refresh")
     assert call(*argv)[0] == 0 and not started
-    path = directory / "sst-2-all-minilm-l6-v2-96x1" / "lora-seed0" / "metrics.json"
+    path = directory / f"{small_data.name}-all-minilm-l6-v2-96x1" / "lora-seed0" / "metrics.json"
     metrics = record.read_json(path)
     record.write_json(path, metrics | {"provenance": {**metrics["provenance"], "engine": "0" * 16}})
     assert call(*argv)[0] == 0 and started == ["lora"]
@@ -274,7 +274,7 @@ def test_a_comparison_does_not_take_another_data_sets_runs_for_its_own(call, tmp
     directory = tmp_path / "out"
     argv = ["--methods", "base", *common, "--output-dir", directory]
     assert call(*argv)[0] == 0
-    other = shutil.copytree(small_data, tmp_path / "other")
+    other = shutil.copytree(small_data, tmp_path / "other" / small_data.name)
     text = (other / "dev.tsv").read_text(encoding="utf-8")
     (other / "dev.tsv").write_text(text.replace("the", "a"), encoding="utf-8")
     argv[argv.index(small_data)] = other

@@ -36,7 +36,15 @@ def test_reads_sentences_and_labels(tmp_path):
     loaded = data.load(str(write_pair(tmp_path)))
     assert loaded.train.texts == ("it 's charming", "bleak and desperate")
     assert loaded.train.labels.tolist() == [1, 0]
-    assert loaded.name == "SST-2" and loaded.source == str(tmp_path)
+    assert loaded.name == tmp_path.name and loaded.source == str(tmp_path)
+
+
+def test_only_what_has_its_sizes_is_called_sst_2(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SIZES", (2, 2))
+    (tmp_path / "mine").mkdir()
+    assert data.load(str(write_pair(tmp_path / "mine"))).name == "SST-2"
+    monkeypatch.undo()
+    assert data.load(str(tmp_path / "mine")).name == "mine"
 
 
 @pytest.mark.parametrize(

