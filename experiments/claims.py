@@ -15,7 +15,7 @@ So each can fail. What contradicts them:
     QLoRA's little cost     it costs more than 1 point; so of bfloat16, where a budget was run in float32 too
     a higher rank, biases   they gain nothing, or more than 2 points: then it is not marginal
 
-An aim is reached, or missed, or the interval is too wide to say: more than 1 point either way.
+An aim is reached or missed, or its interval is too wide to say: more than 1 point either way, and not all of it beyond the aim.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ def _close(group: Group, text: str, of: str, method: str) -> Claim:
 
 
 def _reached(found: Difference) -> str:
-    if found.gain < -WITHIN:
-        return MISSED
-    return REACHED if found.half <= WIDEST else TOO_WIDE
+    if found.half > WIDEST:
+        return MISSED if found.high < -WITHIN else TOO_WIDE
+    return REACHED if found.gain >= -WITHIN else MISSED
 
 
 def _lighter(group: Group, text: str) -> Claim:

@@ -10,23 +10,25 @@ Tukey, "Average values of mean squares in factorials", Annals of Mathematical St
     between seeds        variance of the S means over the sentences / S, less what the sentences alone would make of it
 
 For one seed the first part is all, and the test is McNemar's without its correction. Two binomials, which know nothing of the
-pairs, would be two to three times as wide.
+pairs, would be two to three times as wide. Two or three seeds say little of how far seeds differ: so the interval is Student's,
+with the degrees of freedom that Satterthwaite gives such a sum ("An approximate distribution of estimates of variance
+components", Biometrics Bulletin 1946).
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from .command import show_again
 from .errors import ExperimentError
 from .measured import Row
 from .predictions import read
 
 LEVEL = 0.95
-NORMAL = statistics.NormalDist()
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,19 @@ class Difference:
     Attributes:
         gain: accuracy of the one row less that of the other, a share.
         error: its standard error.
+        freedom: degrees of freedom of that.
         seeds: those that both rows have.
     """
 
     gain: float
     error: float
+    freedom: float
     seeds: tuple[int, ...]
 
     @property
     def half(self) -> float:
         """Half the 95 % interval."""
-        return NORMAL.inv_cdf(0.5 + LEVEL / 2) * self.error
+        return float(_student().ppf(0.5 + LEVEL / 2, self.freedom)) * self.error
 
     @property
     def low(self) -> float:
@@ -59,7 +63,7 @@ class Difference:
     @property
     def p(self) -> float:
         """Two-sided: how often a difference as large would come of rows that are alike."""
-        return 2 * NORMAL.cdf(-abs(self.gain) / self.error) if self.error else float(self.gain == 0)
+        return 2 * float(_student().cdf(-abs(self.gain) / self.error, self.freedom)) if self.error else float(self.gain == 0)
 
     def __str__(self) -> str:
         number = "seed" if len(self.seeds) == 1 else "seeds"
@@ -84,15 +88,26 @@ def difference(before: Row, after: Row) -> Difference | None:
                 f"{before.label} and {after.label}, seed {seed}, were judged on different labels; run them again"
             )
     a, b = (np.stack([kept[seed][1] == labels for seed in seeds]) for kept in (ours, theirs))  # S N
-    return Difference(*mean_and_error(b.astype(int) - a), tuple(seeds))
+    return Difference(*estimate(b.astype(int) - a), tuple(seeds))
 
 
-def mean_and_error(d: np.ndarray) -> tuple[float, float]:
-    """The mean of paired differences (S, N), and its standard error over seeds and sentences."""
+def estimate(d: np.ndarray) -> tuple[float, float, float]:
+    """The mean of paired differences (S, N), its standard error over seeds and sentences, and that one's degrees of freedom."""
     (seeds, sentences), mean = d.shape, d.mean()
     variance = d.mean(0).var(ddof=1) / sentences
-    if seeds > 1:
-        rest = d - d.mean(0) - d.mean(1, keepdims=True) + mean  # what neither the seed nor the sentence explains
-        of_sentences = (rest**2).sum() / ((seeds - 1) * (sentences - 1)) / (seeds * sentences)
-        variance += max(0.0, d.mean(1).var(ddof=1) / seeds - of_sentences)
-    return float(mean), math.sqrt(variance)
+    if seeds == 1 or not variance:
+        return float(mean), math.sqrt(variance), sentences - 1
+    rest = d - d.mean(0) - d.mean(1, keepdims=True) + mean  # what neither the seed nor the sentence explains
+    of_rest = (rest**2).sum() / ((seeds - 1) * (sentences - 1)) / (seeds * sentences)
+    of_seeds = d.mean(1).var(ddof=1) / seeds
+    uncertain = variance**2 / (sentences - 1) + of_seeds**2 / (seeds - 1) + of_rest**2 / ((seeds - 1) * (sentences - 1))
+    variance += max(0.0, of_seeds - of_rest)
+    return float(mean), math.sqrt(variance), float(variance**2 / uncertain)
+
+
+def _student() -> Any:
+    """Student's distribution."""
+    show_again("scipy")
+    from scipy.stats import t
+
+    return t
