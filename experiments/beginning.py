@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .checkpoints import Checkpoint
 
 
+#: The results that are committed.
+RESULTS = Path(__file__).resolve().parent / "results"
 #: Where a sweep's trials go: judged on other sentences, so no results of the study.
 TRIALS = "trials"
 
@@ -41,7 +43,7 @@ def beginning(args: argparse.Namespace, output: Path, plan: dict[str, Any], sett
     Raises:
         ExperimentError: the output directory holds another run, or the checkpoint is of one.
     """
-    from . import checkpoints, record
+    from . import checkpoints, provenance, record
 
     directory = output / checkpoints.CHECKPOINTS
     if args.resume:
@@ -52,7 +54,8 @@ def beginning(args: argparse.Namespace, output: Path, plan: dict[str, Any], sett
             return ANEW + found.step
     if not args.overwrite and (metrics := record.finished(output, plan)):
         found = f"{measure.replace('_', ' ')} {metrics[measure]:.1%}"
-        print(f"{output} holds this very run already: {found}; pass --overwrite to do it again")
+        by = ", made by other code than the present one" if provenance.differing(metrics) else ""
+        print(f"{output} holds this very run already: {found}{by}; pass --overwrite to do it again")
         return FINISHED
     if args.resume:
         print("no checkpoint to go on from: starting anew")

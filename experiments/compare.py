@@ -22,13 +22,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .beginning import RESULTS
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
 from .flags import flag, listed, methods_of, names, positive, schedule_flags, schedule_of, source_flags
 from .methods import NOTHING, Method, Schedule
 from .recipes import METHODS
 
-RESULTS = Path(__file__).parent / "results"
 DEFAULT = Path("runs", "compare")
 
 
@@ -168,7 +168,7 @@ def check(directory: Path) -> int:
     """Print each expectation and its verdict, and which runs were made by other code; 0 when all is well, else 1."""
     from . import measured
     from .expected import ITSELF, MET, NOT_MET, NOT_RUN, judge
-    from .reporting import check_table, made_by
+    from .reporting import check_table, made_by, outdated
 
     runs = measured.read(directory)
     rows = judge(runs)
@@ -182,8 +182,8 @@ def check(directory: Path) -> int:
         return 1
     print(check_table(runs))
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (MET, NOT_MET, NOT_RUN))
-    print(f"\n{made_by(runs)}\n\n{len(runs)} runs below {directory}: {counts}")
-    return 1 if NOT_MET in verdicts or any(run.differing for run in runs) else 0
+    print(f"\n{made_by(runs, directory)}\n\n{len(runs)} runs below {directory}: {counts}")
+    return 1 if NOT_MET in verdicts or outdated(runs, directory) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

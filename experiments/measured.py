@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,24 @@ from typing import Any
 from . import provenance, record
 from .beginning import TRIALS
 from .errors import ExperimentError
-from .methods import QUANTIZE, Method
+from .methods import QUANTIZE, Method, Schedule
 from .models import PROJECTIONS, layer_names
 from .recipes import METHODS
 
 #: 1.96 standard errors to each side: 95 %.
 Z = statistics.NormalDist().inv_cdf(0.975)
-#: Settings of an adapter in which a run may differ from its method's recipe; a row's label names them.
-RECIPE = {
+#: Settings in which a run may differ from its method's recipe, or from the usual schedule; a row's label names them. What
+#: makes a budget is not among them, and the targets and the base's form have words of their own.
+ADAPTER = {
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "lora_plus_ratio": "LoRA+ ratio",
-    "learning_rate": "learning rate",
+    "use_rslora": "rsLoRA", "use_dora": "DoRA",
 }  # fmt: skip
+ANY = {"trains": "training", "learning_rate": "learning rate"}
+SCHEDULE = {
+    "batch_size": "batch size", "weight_decay": "weight decay", "warmup": "warm-up", "max_grad_norm": "clipping at",
+    "max_length": "max length",
+}  # fmt: skip
+USUAL = Schedule()
 PLAIN = {field.name: field.default for field in fields(Method)}  # what a run that records nothing of a setting had
 REQUIRED = (*record.IDENTITY, "accuracy", "f1", "trainable_parameters", "total_parameters", "adapter_parameters")
 REQUIRED += ("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds", "accuracy_by_epoch", "loss_history")
@@ -35,7 +42,7 @@ REQUIRED += ("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds"
 
 @dataclass(frozen=True)
 class Budget:
-    """What runs must share to be compared."""
+    """What runs must share to be compared. Where they ran counts too, since peaks do: on a GPU, or not."""
 
     data: str
     validation: int
@@ -44,6 +51,7 @@ class Budget:
     epochs: int
     max_steps: int | None
     precision: str
+    gpu: bool = False
     data_hash: str | None = None
     base_hash: str | None = None
 
@@ -53,7 +61,8 @@ class Budget:
         known = (("data", self.data_hash), ("base", self.base_hash))
         hashes = "".join(f", {name} hash {digest[:8]}" for name, digest in known if digest)
         runs = f"{self.train:,} sentences, {self.epochs} {times}{cut}"
-        return f"{self.data}, {runs}, {Path(self.base).name}, {self.precision}{hashes}"
+        where = " on a GPU" if self.gpu else ""
+        return f"{self.data}, {runs}, {Path(self.base).name}, {self.precision}{where}{hashes}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Run:
         data, base, s = self["data"], self["base_model"], self.settings
         hashes = data.get("sha256"), base.get("sha256")
         shared = data["name"], data["validation"], base["name"], data["train"], s["epochs"], s["max_steps"], s["precision"]
-        return Budget(*shared, *hashes)
+        return Budget(*shared, self["peak_cuda_mb"] is not None, *hashes)
 
     @property
     def label(self) -> str:
@@ -98,13 +107,15 @@ class Run:
         recipe = METHODS.get(self["method"])
         if recipe is None:
             return self["method"]
-        found = {name: self.settings.get(name, PLAIN[name]) for name in RECIPE}
-        other = [f"{RECIPE[name]} {value:g}" if isinstance(value, (int, float)) else f"{RECIPE[name]} {value}"
-                 for name, value in found.items() if value != getattr(recipe, name)]  # fmt: skip
-        held = self.settings.get("quantize", False)
-        if recipe.adapts and held != recipe.quantize:
+        settings = self.settings
+        own = {name: settings.get(name, PLAIN[name]) for name in ADAPTER} if recipe.adapts else {}
+        own |= {name: settings.get(name, getattr(recipe, name)) for name in ANY}
+        other = [_named(ADAPTER | ANY, name, value) for name, value in own.items() if value != getattr(recipe, name)]
+        other += [_named(SCHEDULE, name, settings[name]) for name in SCHEDULE if settings[name] != getattr(USUAL, name)]
+        held = settings.get("quantize", False)
+        if held != recipe.quantize:
             other.append(f"base {next((name for name, value in QUANTIZE.items() if value == held), held)}")
-        targets = self.settings.get("target_modules")
+        targets = settings.get("target_modules")
         if recipe.adapts and targets and tuple(targets) != self._targets(recipe):
             other.append(f"on {' '.join(targets)}")
         return recipe.name + (f" ({', '.join(other)})" if other else "")
@@ -169,6 +180,12 @@ class Group:
         return next((row for row in self.rows if row.label == method), None)
 
 
+def _named(words: Mapping[str, str], name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return words[name] if value else f"no {words[name]}"
+    return f"{words[name]} {value:g}" if isinstance(value, (int, float)) else f"{words[name]} {value}"
+
+
 def read(directory: Path) -> list[Run]:
     """Every run below `directory`, sweeps' trials left out.
 
@@ -194,14 +211,25 @@ def _run(path: Path) -> Run:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The groups among the runs: the one of the most methods first, then the one of the most sentences."""
+    """The groups among the runs: the one of the most methods first, then the one of the most sentences.
+
+    Raises:
+        ExperimentError: two runs are of one seed.
+    """
     order = {name: i for i, name in enumerate(METHODS)}
     groups = []
     for budget in dict.fromkeys(run.budget for run in runs):
         rows: dict[str, list[Run]] = {}
         for run in runs:
-            if run.budget == budget:
-                rows.setdefault(run.label, []).append(run)
+            if run.budget != budget:
+                continue
+            row = rows.setdefault(run.label, [])
+            if twice := [one for one in row if one["seed"] == run["seed"]]:
+                raise ExperimentError(
+                    f"{twice[0].path.parent} and {run.path.parent} are the same run, {run.label}, seed {run['seed']}; name a "
+                    "directory that holds one of them"
+                )
+            row.append(run)
         made = [Row(label, tuple(sorted(found, key=lambda run: run["seed"]))) for label, found in rows.items()]
         made.sort(key=lambda row: (order.get(row.method, len(order)), row.label))
         groups.append(Group(budget, tuple(made)))

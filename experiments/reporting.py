@@ -8,9 +8,11 @@ from pathlib import Path
 from lora_core.files.disk import write_whole
 
 from . import claims, measured, provenance, published, reference
+from .beginning import RESULTS
 from .errors import ExperimentError
 from .expected import NOT_RUN, judge
 from .measured import Group, Row, percent
+from .sweep import CSV, made_by_other_code
 from .table import markdown
 
 REPORT = "report.md"
@@ -45,10 +47,10 @@ def write(directory: Path) -> Path:
             [
                 "# Results",
                 HOW,
-                made_by(runs),
+                made_by(runs, directory),
                 *_sections(groups, figures),
                 *_precision(groups),
-                *_beside(reference.read()),
+                *_beside(reference.read(directory / reference.FILE.name) or reference.read()),
                 *_published(),
                 _check(runs),
             ]
@@ -176,13 +178,26 @@ def _published() -> list[str]:
     ]
 
 
-def made_by(runs: Sequence[measured.Run]) -> str:
-    """Which of the runs were made by other code than the present one, in a sentence and a line for each."""
-    other = [run for run in runs if run.differing]
-    if not other:
+def made_by(runs: Sequence[measured.Run], directory: Path) -> str:
+    """Which of the results in a directory are not the present code's, in a sentence and a line for each."""
+    if not (other := outdated(runs, directory)):
         return f"All {len(runs)} results were made by the present code."
-    text = f"{len(other)} of {len(runs)} results were made by other code than the present one; `make results` makes them again:"
-    return f"{text}\n\n" + "\n".join(f"- {run.name}, {run.budget.precision}: {_code(run)}" for run in other)
+    text = f"{len(other)} of {len(runs)} results are not what the present code makes; `make results` makes them again:"
+    return f"{text}\n\n" + "\n".join(f"- {line}" for line in other)
+
+
+def outdated(runs: Sequence[measured.Run], directory: Path) -> list[str]:
+    """What other code made, a line each; and of the committed results what has other settings than its method has now."""
+    committed = directory.resolve() == RESULTS
+    found = []
+    for run in runs:
+        other = [_code(run)] if run.differing else []
+        other += [f"other settings: {run.label}"] if committed and run.label != run["method"] else []
+        found += [f"{run.name}, {run.budget.precision}: {'; '.join(other)}"] if other else []
+    swept = directory / "sweep" / CSV
+    if committed and swept.exists() and made_by_other_code(swept):
+        found.append("sweep/sweep.csv: other code")
+    return found
 
 
 def _code(run: measured.Run) -> str:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import provenance
 from .beginning import TRIALS
 from .command import Parser, leave_out_unused, run
 from .errors import ExperimentError
@@ -35,7 +36,7 @@ from .recipes import METHODS
 CSV, FIGURE = "sweep.csv", "sweep.png"
 #: What is searched over, in the order of the columns.
 SETTINGS = ("rank", "alpha", "dropout", "learning_rate", "lora_plus", "targets")
-COLUMNS = (*SETTINGS, "accuracy", "f1", "loss", "trained", "seconds")
+COLUMNS = (*SETTINGS, "accuracy", "f1", "loss", "trained", "seconds", *provenance.CODE)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def parser() -> Parser:
     what.add_argument("--held-out", type=int, default=1000, metavar="N", help="whole sentences of the training set to judge on")
     what.add_argument("--output-dir", type=Path, metavar="DIR", default=Path("runs", "sweep"), help="where the results go")
     what.add_argument("--overwrite", action="store_true", help="do again what is done")
+    what.add_argument("--refresh", action="store_true", help="do again what is of other data, another base or other settings")
     schedule_flags(p.add_argument_group("the schedule"), without=("learning_rate",), train_samples=4000, epochs=2)
     return p
 
@@ -202,7 +204,7 @@ def sweep(args: argparse.Namespace) -> int:
     space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates, args.lora_plus, args.target_modules)
     settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
     schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
-    from . import data, models, provenance, record
+    from . import data, models
     from .reporting import require_matplotlib
 
     require_matplotlib()
@@ -219,9 +221,7 @@ def sweep(args: argparse.Namespace) -> int:
     for number, (setting, schedule) in enumerate(zip(settings, schedules, strict=True), start=1):
         job = Job(setting.applied(method), schedule, base, sentences, device, precision)
         output = args.output_dir / TRIALS / setting.name
-        metrics = None if args.overwrite else record.finished(output, job.plan())
-        if metrics and provenance.differing(metrics):
-            metrics = None  # the trials are to differ in their settings alone
+        metrics = None if args.overwrite else _done(output, job.plan(), args.refresh)
         print(f"trial {number} of {len(settings)}: {setting.name}{', done already' if metrics else ''}", flush=True)
         rows.append(row(setting, metrics or train(job, output)))
         rows.sort(key=lambda found: -found["accuracy"])
@@ -236,10 +236,39 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _done(output: Path, plan: dict[str, Any], refresh: bool) -> dict[str, Any] | None:
+    """The metrics of a trial that the present code did; None if there is none: trials are to differ in their settings alone.
+
+    Raises:
+        ExperimentError: another run is in its place, and is not to be done again.
+    """
+    from . import record
+
+    try:
+        metrics = record.finished(output, plan)
+    except ExperimentError:
+        if not refresh:
+            raise
+        return None
+    return metrics if metrics and not provenance.differing(metrics) else None
+
+
 def row(setting: Setting, metrics: dict[str, Any]) -> dict[str, Any]:
     """A trial's line in the table."""
     keys = ("accuracy", "f1", "loss", "trainable_parameters", "train_seconds")
-    return setting.cells() | dict(zip(COLUMNS[len(SETTINGS) :], (metrics[key] for key in keys), strict=True))
+    values = [*(metrics[key] for key in keys), *(metrics[provenance.KEY][name] for name in provenance.CODE)]
+    return setting.cells() | dict(zip(COLUMNS[len(SETTINGS) :], values, strict=True))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a table, best first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def made_by_other_code(path: Path) -> bool:
+    """Whether a line of a table was made by other code than the present one, or does not say."""
+    return any(line.get(name) != code for line in read_csv(path) for name, code in provenance.sources().items())
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

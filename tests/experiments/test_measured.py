@@ -72,17 +72,46 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
     del less["hyperparameters"]["bias"]  # as a run with --bias none records it
     held = fabricated.metrics("lora")
     held["hyperparameters"]["quantize"] = "int8"
-    (found,) = rows(tmp_path, fabricated.metrics("lora"), other, wide, less, held).values()
-    labels = ["lora", "lora (LoRA+ ratio 4, on all-linear)", "lora (base int8)", "lora (rank 4, bias all)", "bias (bias none)"]
-    assert found == [(label, 1) for label in labels]
+    scaled, slow, head, cut = (fabricated.metrics(name) for name in ("best", "lora", "full", "lora"))
+    scaled["hyperparameters"]["use_rslora"] = True
+    slow["hyperparameters"] |= {"learning_rate": 1e-4, "batch_size": 8}
+    head["hyperparameters"]["trains"] = "head"
+    cut["hyperparameters"] |= {"max_length": 64, "warmup": 0.0}
+    made = (fabricated.metrics("lora"), other, wide, less, held, scaled, slow, head, cut)
+    (found,) = rows(tmp_path, *made).values()
+    assert found == [
+        (label, 1)
+        for label in (
+            "full (training head)",
+            "lora",
+            "lora (LoRA+ ratio 4, on all-linear)",
+            "lora (base int8)",
+            "lora (learning rate 0.0001, batch size 8)",
+            "lora (rank 4, bias all)",
+            "lora (warm-up 0, max length 64)",
+            "bias (bias none)",
+            "best (rsLoRA)",
+        )
+    ]
+
+
+def test_a_seed_that_is_there_twice_is_refused(tmp_path):
+    directory = fabricated.write(tmp_path, fabricated.metrics("lora"), fabricated.metrics("lora", accuracy=0.5))
+    with pytest.raises(ExperimentError, match=r"run0 and .*run1 are the same run, lora, seed 0; name a directory"):
+        measured.grouped(measured.read(directory))
+
+
+def test_what_ran_on_a_gpu_is_a_group_of_its_own(tmp_path):
+    found = rows(tmp_path, fabricated.metrics("lora", peak_cuda_mb=5.0), fabricated.metrics("lora", seed=1))
+    assert [" on a GPU" in str(budget) for budget in found] == [True, False] and len(found) == 2
 
 
 def test_a_largest_value_needs_every_seed(tmp_path):
     on_gpu = [fabricated.metrics("lora", seed=0, peak_cuda_mb=5.0), fabricated.metrics("lora", seed=1, peak_cuda_mb=7.0)]
     (row,) = measured.grouped(measured.read(fabricated.write(tmp_path / "a", *on_gpu)))[0].rows
     assert row.most("peak_cuda_mb") == 7
-    on_gpu[0]["peak_cuda_mb"] = None
-    (row,) = measured.grouped(measured.read(fabricated.write(tmp_path / "b", *on_gpu)))[0].rows
+    on_cpu = [fabricated.metrics("lora"), fabricated.metrics("lora", seed=1)]
+    (row,) = measured.grouped(measured.read(fabricated.write(tmp_path / "b", *on_cpu)))[0].rows
     assert row.most("peak_cuda_mb") is None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import measured, report, reporting
+from experiments import measured, provenance, report, reporting
 from experiments.errors import ExperimentError
 from tests.support import fabricated
 
@@ -67,10 +67,27 @@ def test_the_code_that_made_the_runs_is_told(tmp_path):
     unknown = fabricated.metrics("lora", seed=1)
     del unknown["provenance"]
     runs = measured.read(fabricated.write(tmp_path, other, unknown, fabricated.metrics("lora", seed=2)))
-    told = reporting.made_by(runs)
-    assert told.startswith("2 of 3 results were made by other code than the present one")
+    told = reporting.made_by(runs, tmp_path)
+    assert told.startswith("2 of 3 results are not what the present code makes; `make results` makes them again:")
     assert "run0, fp32: other engine (version 0)" in told and "run1, fp32: recorded no code" in told and "run2" not in told
-    assert reporting.made_by(runs[2:]) == "All 1 results were made by the present code."
+    assert reporting.made_by(runs[2:], tmp_path) == "All 1 results were made by the present code."
+
+
+def test_of_the_committed_results_other_settings_and_a_sweep_by_other_code_are_told_too(tmp_path, monkeypatch):
+    slow = fabricated.metrics("lora")
+    slow["hyperparameters"]["learning_rate"] = 1e-4  # as if the recipe had been this one
+    runs = measured.read(fabricated.write(tmp_path, slow, fabricated.metrics("qlora")))
+    assert reporting.outdated(runs, tmp_path) == []  # a comparison with flags of its own
+    monkeypatch.setattr(reporting, "RESULTS", tmp_path)
+    told = f"{runs[0].name}, fp32: other settings: lora (learning rate 0.0001)"
+    assert reporting.outdated(runs, tmp_path) == [told]
+    (tmp_path / "sweep").mkdir()
+    present = provenance.sources()
+    for codes, more in ((present, []), (present | {"engine": "0"}, ["sweep/sweep.csv: other code"])):
+        (tmp_path / "sweep" / "sweep.csv").write_text(f"rank,{','.join(codes)}\n4,{','.join(codes.values())}\n")
+        assert reporting.outdated(runs, tmp_path) == [told, *more]
+    (tmp_path / "sweep" / "sweep.csv").write_text("rank\n4\n")  # an older one does not say
+    assert reporting.outdated(runs, tmp_path)[1:] == ["sweep/sweep.csv: other code"]
 
 
 def test_pictures_that_are_shown_are_there(written):

@@ -155,6 +155,16 @@ def test_a_sweep_leaves_a_table_and_a_figure_and_goes_on_where_it_stopped(call, 
     assert code == 0 and done == [16]
     assert "trial 1 of 3: r4-alpha16-dropout0.1-lr0.0005, done already" in out
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 4
+    assert not sweep.made_by_other_code(tmp_path / "sweep.csv")
+
+
+def test_a_trial_on_other_data_is_refused_or_done_again(call, tmp_path):
+    grid = ("--search", "grid", "--ranks", 4, "--alphas", 16, "--dropouts", 0.1, "--learning-rates", "5e-4")
+    assert call(*grid, "--output-dir", tmp_path)[0] == 0
+    code, _, err = call(*grid, "--output-dir", tmp_path, "--held-out", 16)
+    assert code == 2 and "holds another run (its data differ)" in err
+    code, out, _ = call(*grid, "--output-dir", tmp_path, "--held-out", 16, "--refresh")
+    assert code == 0 and "done already" not in out
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import predictions, provenance, record
+from experiments.measured import PLAIN
 from experiments.models import layer_names
 from experiments.recipes import METHODS
 from tests.support import ROOT
@@ -32,8 +33,8 @@ def metrics(method="lora", accuracy=0.87, seed=0, **changes):
             made["hyperparameters"][key] = getattr(recipe, key)
         targets = recipe.target_modules or layer_names(made["base_model"]["model_type"], recipe.roles)
         made["hyperparameters"] |= {"target_modules": list(targets)}
-        own = {"bias": recipe.bias, "lora_plus_ratio": recipe.lora_plus_ratio}
-        made["hyperparameters"] |= {name: value for name, value in own.items() if value not in ("none", 1)}
+        own = {name: getattr(recipe, name) for name in ("bias", "lora_plus_ratio", "use_rslora", "use_dora")}
+        made["hyperparameters"] |= {name: value for name, value in own.items() if value != PLAIN[name]}
     else:
         for key in ("quantize", "r", "lora_alpha", "lora_dropout"):
             del made["hyperparameters"][key]
