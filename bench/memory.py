@@ -160,7 +160,7 @@ def _in_a_process(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SST2_SENTENCES = 67_349
+SST2_SENTENCES, SST2_EPOCHS = 67_349, 3
 
 
 def job(results: Path) -> Measure | None:
@@ -172,6 +172,7 @@ def job(results: Path) -> Measure | None:
     for path in sorted(results.rglob("metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         whole = metrics["data"]["name"] == "SST-2" and metrics["data"]["train"] == SST2_SENTENCES
+        whole = whole and metrics["hyperparameters"]["epochs"] == SST2_EPOCHS
         same = "MiniLM-L6" in metrics["base_model"]["name"] and metrics["hyperparameters"]["batch_size"] == 32
         if whole and same and metrics["device"].startswith("cpu"):
             precision = metrics["hyperparameters"].get("precision", FP32)
@@ -181,7 +182,7 @@ def job(results: Path) -> Measure | None:
     ours, precision = found["qlora"]
     values, rows = {"ours": ours}, read()
     for name, method in (("peft", "qlora"), ("peft's LoRA", "lora")):
-        if row := beside(rows, method, "SST-2", SST2_SENTENCES, precision):
+        if row := beside(rows, method, "SST-2", SST2_SENTENCES, SST2_EPOCHS, precision):
             values[name] = row["peak_rss_mb"] * 2**20
     if found.get("lora", (0, None))[1] == precision:
         values["ours, LoRA"] = found["lora"][0]

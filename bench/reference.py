@@ -10,7 +10,9 @@ Leaves bench/results/reference.json, a row a run; the study's report and the ben
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
+import json
 import shlex
 import sys
 import tempfile
@@ -22,8 +24,10 @@ from typing import Any
 from experiments import provenance
 from experiments.errors import ExperimentError
 from experiments.record import read_json
-from experiments.reference import FILE, read, replaces, write
+from experiments.reference import FILE, Row, precision, read, replaces, write
 from experiments.several import Several
+
+from . import reference_run
 
 #: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16.
 CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
@@ -32,7 +36,7 @@ RUNS = (
     (STUDY, (), ("lora", "qlora"), CELLS),
     (STUDY, (), ("query-only",), (("peft", "ours"),)),
     (WHOLE, (), ("lora", "qlora"), (("peft", "plain"),)),
-    (WHOLE, ("--data", "packaged"), ("lora", "qlora", "query-only", "high-rank", "low-rank"), (("peft", "ours"),)),
+    (WHOLE, ("--data", "packaged"), ("lora", "qlora"), (("peft", "ours"),)),
 )
 #: Runs at a time, each with its share of the cores, as the study's own.
 JOBS = 2
@@ -46,49 +50,70 @@ class Run:
     examples = 1  # of a bar over all of them
 
     def __init__(self, engine: str, harness: str, method: str, flags: Sequence[str], row: Path, output: Path) -> None:
-        self.name, self.key, self.row, self.output = (
-            f"{method}: {engine} in {harness}",
-            [engine, harness, method, *flags],
-            row,
-            output,
-        )
+        self.name, self.row, self.output = f"{method}: {engine} in {harness}", row, output
+        self.cell = {"engine": engine, "harness": harness, "method": method}
         given = {"--engine": engine, "--harness": harness, "--method": method, "--output": str(row)}
         words = [word for pair in given.items() for word in pair]
         self.command = [sys.executable, "-m", "bench.reference_run", *words, *flags]
+        self.job = reference_run.job_of(reference_run.parser().parse_args(self.command[3:]))
+
+    def made(self, row: Row) -> bool:
+        """Whether a row is this one, of the same data and base in every byte, and made by the present code and peft."""
+        plan, known = json.loads(json.dumps(self.job.plan())), row.get(provenance.KEY) or {}
+        work = {
+            **self.cell,
+            "settings": plan["hyperparameters"],
+            "seed": plan["seed"],
+            "sha256": plan["data"]["sha256"],
+            "base_sha256": plan["base_model"]["sha256"],
+        }
+        with_peft = row.get("versions", {}).get("peft") == importlib.metadata.version("peft")
+        own = known.get("bench") == reference_run.sources() and not provenance.differing(row)
+        return own and with_peft and all(row.get(name) == value for name, value in work.items())
+
+    def like(self, row: Row) -> bool:
+        """Whether a row, of whatever code, took as long as this one will."""
+        schedule, data = self.job.schedule, self.job.data
+        work = (data.name, schedule.train_samples or len(data.train), schedule.epochs, self.job.precision)
+        found = row["data"], row["train"], row["settings"]["epochs"], precision(row)
+        return found == work and all(row.get(name) == value for name, value in self.cell.items())
 
     def outcome(self) -> str:
         """Puts the row into the file; says what it is."""
-        made = {"key": self.key, **read_json(self.row)}
+        made = read_json(self.row)
         with WRITING:
             write(self.output, [*(row for row in read(self.output) if not replaces(made, row)), made])
         return f"{self.name}: accuracy {made['accuracy']:.1%}, peak {made['peak_rss_mb']:,.0f} MiB"
 
 
 def make(args: argparse.Namespace) -> None:
-    """Makes the rows that the present code has not made; each is in the file as soon as it is there.
+    """Makes the rows that the present code has not made; each is in the file as soon as it is there. Then rows of no such run
+    are left out of it.
 
     Raises:
         ExperimentError: a row could not be made.
     """
     output = args.output or (Path("runs", "bench-quick-reference.json") if args.quick else FILE)
     rows = read(output)
-    seconds = {tuple(row.get("key", ())): row[provenance.KEY]["seconds"] for row in rows if provenance.KEY in row}
-    made = [row["key"] for row in rows if "key" in row and not provenance.differing(row)]
     with tempfile.TemporaryDirectory() as folder:
-        todo = [run for run in runs(QUICK if args.quick else RUNS, args.data, Path(folder), output) if run.key not in made]
-        took = sum(seconds.get(tuple(run.key), 0) for run in todo)
+        asked = runs(QUICK if args.quick else RUNS, args.data, Path(folder), output)
+        todo = [run for run in asked if not any(map(run.made, rows))]
+        before = [row for row in rows if provenance.KEY in row]
+        took = sum(next((row[provenance.KEY]["seconds"] for row in before if run.like(row)), 0) for run in todo)
         known = f", which took {took / JOBS / 3600:.1f} hours before, {JOBS} at a time" if took else ""
-        print(f"reference: {len(made)} rows are made by the present code; {len(todo)} are to be made{known}", flush=True)
+        done = len(asked) - len(todo)
+        print(f"reference: {done} rows are made by the present code; {len(todo)} are to be made{known}", flush=True)
         if args.plan:
             return
         if failed := Several(todo, 0, JOBS).run():
             raise ExperimentError(f"{len(failed)} rows of the reference failed: {'; '.join(failed)}")
+        write(output, [row for row in read(output) if any(run.made(row) for run in asked)])
     print(f"rows: {output}")
 
 
 def runs(parts: Any, data: str, folder: Path, output: Path) -> list[Run]:
     """A run for each cell of each part; `data` is for those that name none."""
-    found = []
+    found: list[Run] = []
     for schedule, own, methods, cells in parts:
         for method, (engine, harness) in itertools.product(methods, cells):
             row = folder / str(len(found)) / "row.json"

@@ -9,11 +9,14 @@ the numbers that are taken are the same.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import provenance
 from experiments.command import leave_out_unused, run, show_again
 from experiments.flags import schedule_flags, schedule_of
 from experiments.recipes import METHODS
@@ -41,23 +44,43 @@ def parser() -> Parser:
     return p
 
 
+def sources() -> str:
+    """A hash of the code that puts peft's adapters on and trains them; 16 digits."""
+    here = Path(__file__)
+    return provenance.code_hash(provenance.imported(here), here.parent)
+
+
+def job_of(args: Any) -> Job:
+    """What a run does, from its flags."""
+    from experiments import models
+    from experiments.job import Job
+
+    method = METHODS[args.method]
+    return Job(method, schedule_of(args, method), models.resolve("packaged"), _data(args.data), precision=args.precision)
+
+
+@functools.cache
+def _data(choice: str) -> Any:
+    from experiments import data
+
+    return data.load(choice)
+
+
 def row(args: Any) -> dict[str, Any]:
     """Trains, and returns what is to be known of it."""
     import numpy as np
     import torch
     from transformers import set_seed
 
-    from experiments import data, models, provenance, record
+    from experiments import models, record
     from experiments.batches import TokenisedTexts
-    from experiments.job import Job
     from experiments.predictions import accuracy_and_f1
     from experiments.preparing import check_length
 
     from . import harnesses
 
     before = provenance.here()
-    method = METHODS[args.method]
-    job = Job(method, schedule_of(args, method), models.resolve("packaged"), data.load(args.data), precision=args.precision)
+    job = job_of(args)
     schedule, validation = job.schedule, job.data.validation
     train = job.data.train.sample(schedule.train_samples, schedule.seed) if schedule.train_samples else job.data.train
     set_seed(schedule.seed)  # before the head is initialised
@@ -71,8 +94,9 @@ def row(args: Any) -> dict[str, Any]:
     return {
         "engine": args.engine,
         "harness": args.harness,
-        "method": method.name,
+        "method": job.method.name,
         "base": job.base.name,
+        "base_sha256": job.base.sha256,
         **{key: plan["data"][key] for key in ("train", "validation", "sha256")},
         "data": job.data.name,
         "settings": plan["hyperparameters"],
@@ -81,8 +105,8 @@ def row(args: Any) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
         "peak_rss_mb": peak,
         "train_seconds": round(outcome["train_seconds"], 2),
-        "versions": {**record.versions(), "peft": _version("peft")},
-        provenance.KEY: provenance.after(before, torch.get_num_threads()),
+        "versions": {**record.versions(), "peft": importlib.metadata.version("peft")},
+        provenance.KEY: {**provenance.after(before, torch.get_num_threads()), "bench": sources()},
     }
 
 
@@ -91,12 +115,6 @@ def adapted(loaded: Loaded, job: Job, engine: str) -> Any:
     from . import harnesses
 
     return harnesses.ours(loaded, job) if engine == "ours" else harnesses.theirs(loaded, job)
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,7 +57,8 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
     """{name of a table: its text}, of the budgets that have runs."""
     made, peft = {}, reference.read()
     if group := _group(runs, WHOLE):
-        made["whole"] = f"{_beside_peft(group, peft)}\n\n{_made(group)}"
+        beside = "peft's are one seed, in a plain Trainer." if group.budget.precision == BF16 else ""
+        made["whole"] = f"{_beside_peft(group, peft)}\n\n{f'{_made(group)} {beside}'.strip()}"
     if group := _group(runs, PART):
         made["part"] = f"{_methods(group)}\n\n{_made(group)}"
     return made
@@ -73,7 +74,7 @@ def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:
     header = ("all of SST-2, three epochs, MiniLM", "accuracy", "peak memory", "with peft", "peft's peak")
     lines = []
     for row in group.rows:
-        theirs = reference.beside(peft, row.method, "SST-2", WHOLE[0], group.budget.precision)
+        theirs = reference.beside(peft, row.method, "SST-2", *WHOLE, group.budget.precision)
         shown = (percent(theirs["accuracy"]), f"{theirs['peak_rss_mb']:,.0f} MiB") if theirs else ("", "")
         lines.append((_name(row), _accuracy(row), f"{spread(row.all('peak_rss_mb'))} MiB", *shown))
     return markdown(header, lines)

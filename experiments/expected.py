@@ -90,6 +90,7 @@ def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
         def meant(run: Run, row: dict = row) -> bool:
             same = (run["method"], run["base_model"]["name"]) == (row["method"], row["base"])
             data = all(run["data"][key] == row[key] for key in ("train", "validation")) and run["data"]["name"] == row["data"]
+            data = data and run["data"].get("sha256") == row.get("sha256", run["data"].get("sha256"))
             own = {key: value for key, value in row["settings"].items() if key not in OF_THE_RUN}
             own["precision"] = reference.precision(row)
             return (

@@ -47,10 +47,14 @@ def precision(row: Row) -> str:
     return row["settings"].get("precision", FP32)
 
 
-def beside(rows: Sequence[Row], method: str, data: str, train: int, computed: str) -> Row | None:
+def beside(rows: Sequence[Row], method: str, data: str, train: int, epochs: int, computed: str) -> Row | None:
     """peft's row of one job, in a plain Trainer as its users have it; the only one, if there is no such."""
-    wanted = ("peft", method, data, train, computed)
-    found = [row for row in rows if (row["engine"], row["method"], row["data"], row["train"], precision(row)) == wanted]
+    wanted = ("peft", method, data, train, epochs, computed)
+    found = [
+        row
+        for row in rows
+        if (row["engine"], row["method"], row["data"], row["train"], row["settings"]["epochs"], precision(row)) == wanted
+    ]
     return min(found, key=lambda row: row["harness"] != "plain", default=None)
 
 

@@ -1,6 +1,7 @@
 """The reference: every cell is asked for once, and peft trains the same parameters on the same batches in either harness."""
 
 import json
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +16,24 @@ def options(*flags):
     return command.parser().parse_args(["reference", *map(str, flags)])
 
 
+@pytest.fixture(autouse=True)
+def sentences(monkeypatch, small_data):
+    """Whatever is asked for, a few sentences: nothing is trained on them."""
+    from experiments import data
+
+    few = data.load(str(small_data))
+    monkeypatch.setattr(reference_run, "_data", lambda choice: few)
+
+
 def test_every_row_is_asked_for_once_and_its_flags_are_known(tmp_path):
     asked = reference.runs(reference.RUNS, "DIR", tmp_path, tmp_path / "out.json")
-    assert len({tuple(run.key) for run in asked}) == len(asked)
-    for run in asked:
-        args = reference_run.parser().parse_args(run.command[3:])
-        assert (args.engine, args.harness, args.method) == tuple(run.key[:3]) and args.data in ("DIR", "packaged")
-    whole = {(run.key[0], run.key[1], run.key[2]) for run in asked if "12000" in run.key}
-    assert whole == {(*cell, method) for cell in reference.CELLS for method in ("lora", "qlora")} | {
-        ("peft", "ours", "query-only")
-    }
+    parsed = [reference_run.parser().parse_args(run.command[3:]) for run in asked]
+    for run, args in zip(asked, parsed, strict=True):
+        assert run.cell == {name: getattr(args, name) for name in run.cell} and args.data in ("DIR", "packaged")
+    assert len({(*run.cell.values(), args.data, args.epochs) for run, args in zip(asked, parsed, strict=True)}) == len(asked)
+    part = {tuple(run.cell.values()) for run, args in zip(asked, parsed, strict=True) if args.train_samples == 12_000}
+    every = {(*cell, method) for cell in reference.CELLS for method in ("lora", "qlora")}
+    assert part == every | {("peft", "ours", "query-only")}
 
 
 def test_what_is_made_is_left_and_each_row_is_kept_at_once(tmp_path, monkeypatch, capsys):
@@ -33,25 +42,65 @@ def test_what_is_made_is_left_and_each_row_is_kept_at_once(tmp_path, monkeypatch
     def train(several):
         for run in several.todo:
             started.append(run.name)
-            found = {"data": "SST-2", "train": 32, "seed": 0, "settings": {"epochs": 1}, "accuracy": 0.5, "peak_rss_mb": 9.0}
-            engine, harness, method = run.key[:3]
-            found |= {"engine": engine, "harness": harness, "method": method}
-            run.row.write_text(json.dumps(found | {"provenance": {**provenance.sources(), "seconds": 3600.0}}))
+            run.row.write_text(json.dumps(as_made(run)))
             run.outcome()
         return []
+
+    def again(change):
+        """What is started after `change` of the first row."""
+        rows = json.loads(output.read_text())["rows"]
+        change(rows[0])
+        output.write_text(json.dumps({"rows": rows}))
+        started.clear()
+        assert command.main(["reference", "--quick", "--output", str(output)]) == 0
+        assert len(json.loads(output.read_text())["rows"]) == 8
+        return len(started)
 
     monkeypatch.setattr(reference.Several, "run", train)
     assert command.main(["reference", "--quick", "--plan", "--output", str(output)]) == 0 and not started
     assert command.main(["reference", "--quick", "--output", str(output)]) == 0
     assert len(started) == len(json.loads(output.read_text())["rows"]) == 8
-    assert command.main(["reference", "--quick", "--output", str(output)]) == 0 and len(started) == 8
-    rows = json.loads(output.read_text())["rows"]
-    rows[0]["provenance"]["engine"] = "0" * 16
-    output.write_text(json.dumps({"rows": rows}))
+    assert again(lambda row: None) == 0
     capsys.readouterr()
-    assert command.main(["reference", "--quick", "--output", str(output)]) == 0 and len(started) == 9
+    assert again(lambda row: row["provenance"].update(engine="0" * 16)) == 1
     said = capsys.readouterr().out
     assert "7 rows are made by the present code; 1 are to be made, which took 0.5 hours before, 2 at a time" in said
+    for change in (
+        lambda row: row["provenance"].update(bench="0" * 16),  # the code that puts peft's adapters on
+        lambda row: row["settings"].update(learning_rate=1e-9),  # a recipe that has changed since
+        lambda row: row.update(sha256="0" * 16),
+        lambda row: row.update(base_sha256="0" * 16),
+        lambda row: row["versions"].update(peft="0.1"),
+        lambda row: row.update(seed=5),
+    ):
+        assert again(change) == 1
+
+
+def test_a_row_that_no_run_makes_is_left_out(tmp_path, monkeypatch):
+    output = tmp_path / "rows.json"
+
+    def train(several):
+        for run in several.todo:
+            run.row.write_text(json.dumps(as_made(run)))
+            run.outcome()
+        return []
+
+    monkeypatch.setattr(reference.Several, "run", train)
+    old = {"engine": "peft", "harness": None, "method": "query-only", "data": "SST-2", "train": 9, "seed": 0}
+    old |= {"settings": {"epochs": 1}}
+    output.write_text(json.dumps({"rows": [old]}))
+    assert command.main(["reference", "--quick", "--output", str(output)]) == 0
+    assert all(row["harness"] for row in json.loads(output.read_text())["rows"])
+
+
+def as_made(run):
+    """A row as `reference_run` makes it."""
+    plan = run.job.plan()
+    known = {**provenance.sources(), "bench": reference_run.sources(), "seconds": 3600.0}
+    made = {**run.cell, "settings": plan["hyperparameters"], "seed": plan["seed"], "data": plan["data"]["name"]}
+    made |= {"train": run.job.schedule.train_samples, "sha256": plan["data"]["sha256"], "accuracy": 0.5, "peak_rss_mb": 9.0}
+    made |= {"base_sha256": plan["base_model"]["sha256"], "versions": {"peft": version("peft")}}
+    return made | {"provenance": known}
 
 
 def test_peft_trains_as_many_parameters_and_sees_the_same_sentences(tmp_path, small_data):
@@ -62,5 +111,6 @@ def test_peft_trains_as_many_parameters_and_sees_the_same_sentences(tmp_path, sm
         found.append(SimpleNamespace(**reference_run.row(args)))
     ours, theirs = found
     assert ours.trainable_parameters == theirs.trainable_parameters == 295_682
-    assert (ours.settings, ours.sha256, ours.base) == (theirs.settings, theirs.sha256, theirs.base)
+    for name in ("settings", "sha256", "base", "base_sha256"):
+        assert getattr(ours, name) == getattr(theirs, name)
     assert abs(ours.accuracy - theirs.accuracy) < 0.15 and min(ours.peak_rss_mb, theirs.peak_rss_mb) > 200

@@ -21,16 +21,17 @@ def test_a_row_replaces_the_same_work_and_what_has_no_harness():
 
 def test_what_stands_beside_is_of_a_plain_trainer_where_there_is_one():
     rows = [row(harness="ours", peak=1800.0), row(peak=2000.0), row("ours", peak=1.0), row(train=5, peak=7.0)]
-    assert reference.beside(rows, "qlora", "SST-2", 12_000, "fp32") is rows[1]
-    assert reference.beside(rows[:1], "qlora", "SST-2", 12_000, "fp32") is rows[0]
-    assert reference.beside(rows, "lora", "SST-2", 12_000, "fp32") is None
+    assert reference.beside(rows, "qlora", "SST-2", 12_000, 2, "fp32") is rows[1]
+    assert reference.beside(rows[:1], "qlora", "SST-2", 12_000, 2, "fp32") is rows[0]
+    assert reference.beside(rows, "qlora", "SST-2", 12_000, 3, "fp32") is None  # of as many sentences, and other epochs
+    assert reference.beside(rows, "lora", "SST-2", 12_000, 2, "fp32") is None
 
 
 def test_rows_of_one_precision_are_not_set_beside_those_of_another():
     half = row(settings={"epochs": 2, "precision": "bf16"})
     for computed, theirs in (("fp32", row()), ("bf16", half)):
         assert reference.precision(theirs) == computed
-        assert reference.beside([row(), half], "qlora", "SST-2", 12_000, computed) == theirs
+        assert reference.beside([row(), half], "qlora", "SST-2", 12_000, 2, computed) == theirs
     cells = [row(*cell) for cell in (("ours", "ours"), ("ours", "plain"), ("peft", "ours"))]
     assert reference.two_by_two([*cells, half], "qlora") is None and reference.two_by_two([*cells, row()], "qlora")
 
