@@ -1,4 +1,4 @@
-"""Every committed result again, with the present code: `make results`.
+"""Every committed result again, with the present code: `make results`. On the CPU, where a GPU is there too.
 
     python -m experiments.remake --plan                 says what is to be done, and how long it will take
     python -m experiments.remake --data DIR --jobs 2    does it; GLUE's SST-2 lies in DIR
@@ -11,7 +11,6 @@ beside them (`python -m bench reference`), the report with its figures, the tabl
 from __future__ import annotations
 
 import argparse
-import csv
 import shlex
 import shutil
 import subprocess
@@ -20,27 +19,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .beginning import RESULTS
 from .command import Parser, leave_out_unused, run
-from .compare import RESULTS, Planned, parser as comparison, planned
+from .compare import Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
 from .recipes import METHODS
-from .sweep import CSV, Setting, parser as sweeping
+from .sweep import CSV, TRIALS, Setting, read_csv
 
 if TYPE_CHECKING:
     from .measured import Run
 
 #: 12,000 sentences of SST-2, twice: the table of every method.
-STUDY = "--train-samples 12000 --epochs 2"
+STUDY = "--train-samples 12000 --epochs 2 --device cpu"
+WHOLE = "--epochs 3 --device cpu"
 #: The flags of `experiments.compare`, of one part of the results each. Every method's first seed is first, so that a table is
 #: soon there; the rows that claims are made of have five. They compute in bfloat16, whatever the machine, but for one part that
 #: does in float32 what another does: it shows what that costs.
 PARTS = (
     f"{STUDY} --model packaged --seeds 0,1,2 --precision bf16",
     f"{STUDY} --model packaged --seeds 3,4 --methods full,lora,qlora,best --precision bf16",
-    "--epochs 3 --model packaged --seeds 0,1,2 --methods lora,qlora,best --precision bf16",
-    "--epochs 3 --model packaged --seeds 0 --methods full --precision bf16",
-    "--epochs 3 --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
+    f"{WHOLE} --model packaged --seeds 0,1,2 --methods lora,qlora,best --precision bf16",
+    f"{WHOLE} --model packaged --seeds 0 --methods full --precision bf16",
+    f"{WHOLE} --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
     f"{STUDY} --model packaged --seeds 0,1,2 --methods lora,qlora --precision fp32",
     f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision bf16",
 )
@@ -48,8 +49,8 @@ PARTS = (
 FLOAT32 = "float32"
 #: The flags of `experiments.sweep` that found the recipe `best`.
 SWEEP = (
-    "--model packaged --precision bf16 --trials 14 --train-samples 12000 --held-out 4000 --ranks 16,32,64 --alphas 16,32 "
-    "--dropouts 0.05,0.25 --learning-rates 3e-4,1e-3 --lora-plus 1,2,4 "
+    "--model packaged --device cpu --precision bf16 --trials 14 --train-samples 12000 --held-out 4000 --ranks 16,32,64 "
+    "--alphas 16,32 --dropouts 0.05,0.25 --learning-rates 3e-4,1e-3 --lora-plus 1,2,4 "
     "--target-modules query,key,value,attention.output.dense/all-linear"
 )
 SWEPT = Path("runs", "results-sweep")
@@ -67,27 +68,36 @@ def parser() -> Parser:
 
 def remake(args: argparse.Namespace) -> int:
     """Say how long it will take; unless only that was asked for, do it."""
-    from . import documents, measured, reporting
+    from . import documents, measured, reference, reporting
     from .several import Several
 
     reporting.require_matplotlib()
     runs = [one for part in PARTS for one in _part(part, args)]
+    if not any(one.plan["data"]["name"] == "SST-2" for one in runs):
+        raise ExperimentError(
+            f"--data: the study is of SST-2, all of it, and {runs[0].plan['data']['name']} was found; name a directory with "
+            "GLUE's files, or set SST2_DIR"
+        )
     done = [one for one in runs if one.done(refresh=True)]
     todo = [one for one in runs if one not in done]
-    hours, unknown = expected_hours(todo, measured.read(args.output_dir), args.jobs)
+    own = args.output_dir.resolve() == RESULTS
+    rows = () if own else ("--output", str(args.output_dir / reference.FILE.name))
+    recorded = measured.read(RESULTS) + (measured.read(args.output_dir) if args.output_dir.is_dir() and not own else [])
+    hours, unknown = expected_hours(todo, recorded, args.jobs)
     print(f"{len(done)} of {len(runs)} runs are done by the present code")
     print(f"the others take about {hours:.1f} hours, {args.jobs} at a time, by what earlier runs recorded", end="")
     print(f"; nothing is recorded of {unknown} of them" if unknown else "")
-    print(f"the sweep took {swept_hours(args.output_dir):.1f} hours; peft's runs say themselves what they take", flush=True)
+    print(f"the sweep took {swept_hours():.1f} hours; what the present code did of it is left", flush=True)
+    _call("bench", "reference", "--data", args.data, "--plan", *rows)
     if args.plan:
         return 0
     _sweep(args)
     failed = Several(todo, sum(one.examples for one in done), args.jobs).run()
     if failed:
         raise ExperimentError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
-    _call("bench", "reference", "--data", args.data)
+    _call("bench", "reference", "--data", args.data, *rows)
     print(f"report: {reporting.write(args.output_dir)}")
-    if args.output_dir == RESULTS:
+    if own:
         print(f"tables: {', '.join(str(path) for path in documents.write(measured.read(args.output_dir)))}")
         _call("experiments.notebook")
     return 0
@@ -130,39 +140,40 @@ def _sweep(args: argparse.Namespace) -> None:
     Raises:
         ExperimentError: the recipe `best` is not among what it finds.
     """
-    _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT))
-    check_recipe(SWEPT / CSV)
+    _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT), "--refresh")
+    check_recipe(SWEPT)
     (args.output_dir / "sweep").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(SWEPT / CSV, args.output_dir / "sweep" / CSV)
 
 
-def check_recipe(table: Path) -> None:
-    """Whether the recipe `best` is the best row of a sweep, or as good: settings in the first places change them with the
-    rounding of another processor.
+def check_recipe(directory: Path) -> None:
+    """Whether the recipe `best` is the best row of a sweep, or can't be told apart from it: settings in the first places change
+    them with the rounding of another processor.
 
     Raises:
-        ExperimentError: it is no row, or worse than the best by more than the interval of two shares of as many sentences.
+        ExperimentError: it is no row, or worse than the best on the same sentences (`paired.py`).
     """
-    from .measured import margin
+    from . import predictions
+    from .paired import Difference, estimate
 
-    with table.open(encoding="utf-8", newline="") as file:
-        found = {Setting.read(row): float(row["accuracy"]) for row in csv.DictReader(file)}
-    own = Setting.of(METHODS["best"])
+    found, own = {Setting.read(row): float(row["accuracy"]) for row in read_csv(directory / CSV)}, Setting.of(METHODS["best"])
     first = max(found, key=found.__getitem__)
-    judged_on = sweeping().parse_args(shlex.split(SWEEP)).held_out
-    if own not in found or found[first] - found[own] > margin(found[first], found[own], judged_on):
-        raise ExperimentError(f"the sweep found {first.name}, and 'best' is {own.name}: change it in experiments/recipes.py")
-    if own != first:
-        print(f"note: {first.name} is first in the sweep, and 'best' within the interval", flush=True)
+    wrong = f"the sweep found {first.name}, and 'best' is {own.name}: change it in experiments/recipes.py"
+    if own not in found:
+        raise ExperimentError(wrong)
+    if own == first:
+        return
+    (labels, theirs), (_, ours) = (predictions.read(directory / TRIALS / one.name) for one in (first, own))
+    difference = Difference(*estimate(((theirs == labels).astype(int) - (ours == labels))[None]), (0,))
+    if difference.low > 0:
+        raise ExperimentError(wrong)
+    print(f"note: {first.name} is first in the sweep, and 'best' within the interval: {difference}", flush=True)
 
 
-def swept_hours(directory: Path) -> float:
+def swept_hours() -> float:
     """Hours that the trials of the committed sweep took."""
-    path = directory / "sweep" / CSV
-    if not path.exists():
-        return 0.0
-    with path.open(encoding="utf-8", newline="") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file)) / 3600
+    path = RESULTS / "sweep" / CSV
+    return sum(float(row["seconds"]) for row in read_csv(path)) / 3600 if path.exists() else 0.0
 
 
 def _call(module: str, *arguments: str) -> None:
