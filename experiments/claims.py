@@ -15,7 +15,7 @@ So each can fail. What contradicts them:
     QLoRA's little cost     it costs more than 1 point; so of bfloat16, where a budget was run in float32 too
     a higher rank, biases   they gain nothing, or more than 2 points: then it is not marginal
 
-An aim is reached or missed, or its interval is too wide to say: more than 1 point either way, and not all of it beyond the aim.
+An aim is reached or missed, or its interval is too wide to say: more than 1 point either way, and not all of it below the aim.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _lighter(group: Group, text: str) -> Claim:
 
 def _best(group: Group, text: str) -> Claim:
     best, budget = group.row("best"), group.budget
-    if not best or (budget.data, budget.train, budget.epochs, budget.max_steps) != ("SST-2", *WHOLE, None):
+    if not best or not budget.usual or (budget.data, budget.train, budget.epochs) != ("SST-2", *WHOLE):
         return Claim(text, NOT_RUN)
     numbers = f"{percent(best.accuracy)}, the mean of {len(best.runs)}"
     if len(best.runs) < BEST_SEEDS:

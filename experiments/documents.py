@@ -66,8 +66,8 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
 
 def _group(runs: Sequence[Run], budget: tuple[int, int]) -> Group | None:
     wanted = ("SST-2", PACKAGED, *budget)
-    found = [g for g in grouped(runs) if (g.budget.data, g.budget.base, g.budget.train, g.budget.epochs) == wanted]
-    return found[0] if found else None
+    found = [group for group in grouped(runs) if group.budget.usual]
+    return next((g for g in found if (g.budget.data, g.budget.base, g.budget.train, g.budget.epochs) == wanted), None)
 
 
 def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:

@@ -1,7 +1,7 @@
 """What was measured: every metrics.json below a directory, as runs, rows (a method over its seeds) and groups (a budget).
 
-Rows of one group can be compared: same data, base, number of sentences and epochs, precision. Data and base are known by their
-names, and by their hashes where the runs recorded them; runs that did not are a group apart. Only reads.
+Rows of one group can be compared: same data, base, schedule and precision, all on a GPU or none. Data and base are known by
+their names, and by their hashes where the runs recorded them; runs that did not are a group apart. Only reads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from .recipes import METHODS
 
 #: 1.96 standard errors to each side: 95 %.
 Z = statistics.NormalDist().inv_cdf(0.975)
-#: Settings in which a run may differ from its method's recipe, or from the usual schedule; a row's label names them. What
-#: makes a budget is not among them, and the targets and the base's form have words of their own.
+#: Settings in which a run may differ from its method's recipe; a row's label names them. The targets and the base's form have
+#: words of their own.
 ADAPTER = {
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "lora_plus_ratio": "LoRA+ ratio",
     "use_rslora": "rsLoRA", "use_dora": "DoRA",
 }  # fmt: skip
 ANY = {"trains": "training", "learning_rate": "learning rate"}
+#: Those of a schedule that a budget names where they are not the usual ones.
 SCHEDULE = {
     "batch_size": "batch size", "weight_decay": "weight decay", "warmup": "warm-up", "max_grad_norm": "clipping at",
     "max_length": "max length",
@@ -42,7 +43,8 @@ REQUIRED += ("base_weight_bytes", "peak_rss_mb", "peak_cuda_mb", "train_seconds"
 
 @dataclass(frozen=True)
 class Budget:
-    """What runs must share to be compared. Where they ran counts too, since peaks do: on a GPU, or not."""
+    """What runs must share to be compared. Where they ran counts too, since peaks do: on a GPU, or not. `others` is what of the
+    schedule is not as usual, in words."""
 
     data: str
     validation: int
@@ -52,6 +54,7 @@ class Budget:
     max_steps: int | None
     precision: str
     gpu: bool = False
+    others: tuple[str, ...] = ()
     data_hash: str | None = None
     base_hash: str | None = None
 
@@ -62,7 +65,13 @@ class Budget:
         hashes = "".join(f", {name} hash {digest[:8]}" for name, digest in known if digest)
         runs = f"{self.train:,} sentences, {self.epochs} {times}{cut}"
         where = " on a GPU" if self.gpu else ""
-        return f"{self.data}, {runs}, {Path(self.base).name}, {self.precision}{where}{hashes}"
+        others = "".join(f", {other}" for other in self.others)
+        return f"{self.data}, {runs}, {Path(self.base).name}, {self.precision}{where}{others}{hashes}"
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is of the study: on the CPU, to the end, on the usual schedule."""
+        return not (self.gpu or self.others or self.max_steps)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,10 @@ class Run:
         data, base, s = self["data"], self["base_model"], self.settings
         hashes = data.get("sha256"), base.get("sha256")
         shared = data["name"], data["validation"], base["name"], data["train"], s["epochs"], s["max_steps"], s["precision"]
-        return Budget(*shared, self["peak_cuda_mb"] is not None, *hashes)
+        others = [_named(SCHEDULE, name, s[name]) for name in SCHEDULE if s[name] != getattr(USUAL, name)]
+        if self["base_model"].get("model_type") not in PROJECTIONS and s.get("target_modules"):
+            others.append(f"on {' '.join(s['target_modules'])}")  # no recipe can name the layers of this architecture
+        return Budget(*shared, self["peak_cuda_mb"] is not None, tuple(others), *hashes)
 
     @property
     def label(self) -> str:
@@ -111,7 +123,6 @@ class Run:
         own = {name: settings.get(name, PLAIN[name]) for name in ADAPTER} if recipe.adapts else {}
         own |= {name: settings.get(name, getattr(recipe, name)) for name in ANY}
         other = [_named(ADAPTER | ANY, name, value) for name, value in own.items() if value != getattr(recipe, name)]
-        other += [_named(SCHEDULE, name, settings[name]) for name in SCHEDULE if settings[name] != getattr(USUAL, name)]
         held = settings.get("quantize", False)
         if held != recipe.quantize:
             other.append(f"base {next((name for name, value in QUANTIZE.items() if value == held), held)}")

@@ -72,12 +72,11 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
     del less["hyperparameters"]["bias"]  # as a run with --bias none records it
     held = fabricated.metrics("lora")
     held["hyperparameters"]["quantize"] = "int8"
-    scaled, slow, head, cut = (fabricated.metrics(name) for name in ("best", "lora", "full", "lora"))
+    scaled, slow, head = (fabricated.metrics(name) for name in ("best", "lora", "full"))
     scaled["hyperparameters"]["use_rslora"] = True
-    slow["hyperparameters"] |= {"learning_rate": 1e-4, "batch_size": 8}
+    slow["hyperparameters"]["learning_rate"] = 1e-4
     head["hyperparameters"]["trains"] = "head"
-    cut["hyperparameters"] |= {"max_length": 64, "warmup": 0.0}
-    made = (fabricated.metrics("lora"), other, wide, less, held, scaled, slow, head, cut)
+    made = (fabricated.metrics("lora"), other, wide, less, held, scaled, slow, head)
     (found,) = rows(tmp_path, *made).values()
     assert found == [
         (label, 1)
@@ -86,13 +85,24 @@ def test_what_differs_from_the_recipe_is_a_row_of_its_own(tmp_path):
             "lora",
             "lora (LoRA+ ratio 4, on all-linear)",
             "lora (base int8)",
-            "lora (learning rate 0.0001, batch size 8)",
+            "lora (learning rate 0.0001)",
             "lora (rank 4, bias all)",
-            "lora (warm-up 0, max length 64)",
             "bias (bias none)",
             "best (rsLoRA)",
         )
     ]
+
+
+def test_another_schedule_or_layers_that_no_recipe_names_are_a_group_of_their_own(tmp_path):
+    other, unknown = fabricated.metrics("lora"), fabricated.metrics("lora")
+    other["hyperparameters"] |= {"batch_size": 8, "warmup": 0.0}
+    unknown["base_model"] = {"name": "mine", "model_type": "unheard-of"}
+    unknown["hyperparameters"]["target_modules"] = ["a", "b"]
+    found = rows(tmp_path, fabricated.metrics("lora"), other, unknown)
+    assert list(map(tuple, found.values())) == [(("lora", 1),)] * 3  # claims find its rows under their names there too
+    shown = sorted(map(str, found))
+    assert shown[1].endswith("fp32, batch size 8, warm-up 0") and shown[2].endswith("mine, fp32, on a b")
+    assert sorted(budget.usual for budget in found) == [False, False, True]
 
 
 def test_a_seed_that_is_there_twice_is_refused(tmp_path):
