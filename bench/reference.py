@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import shlex
@@ -74,8 +75,8 @@ class Run:
     def like(self, row: Row) -> bool:
         """Whether a row, of whatever code, took as long as this one will."""
         schedule, data = self.job.schedule, self.job.data
-        work = (data.name, schedule.train_samples or len(data.train), schedule.epochs, self.job.precision)
-        found = row["data"], row["train"], row["settings"]["epochs"], precision(row)
+        work = (data.name, schedule.train_samples or len(data.train), schedule.epochs, schedule.seed, self.job.precision)
+        found = row["data"], row["train"], row["settings"]["epochs"], row["seed"], precision(row)
         return found == work and all(row.get(name) == value for name, value in self.cell.items())
 
     def outcome(self) -> str:
@@ -87,12 +88,14 @@ class Run:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Makes the rows that the present code has not made; each is in the file as soon as it is there. Then rows of no such run
-    are left out of it.
+    """Makes the rows that the present code has not made; each is in the file as soon as it is there. Then rows of other work on
+    the same data, which no run makes, are left out of it.
 
     Raises:
-        ExperimentError: a row could not be made.
+        ExperimentError: peft is not installed, or a row could not be made.
     """
+    if importlib.util.find_spec("peft") is None:
+        raise ExperimentError("the reference needs peft; run pip install 'lora-core[bench]'")
     output = args.output or (Path("runs", "bench-quick-reference.json") if args.quick else FILE)
     rows = read(output)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +110,8 @@ def make(args: argparse.Namespace) -> None:
             return
         if failed := Several(todo, 0, JOBS).run():
             raise ExperimentError(f"{len(failed)} rows of the reference failed: {'; '.join(failed)}")
-        write(output, [row for row in read(output) if any(run.made(row) for run in asked)])
+        data = {run.job.data.name for run in asked}
+        write(output, [row for row in read(output) if row["data"] not in data or any(run.like(row) for run in asked)])
     print(f"rows: {output}")
 
 

@@ -9,7 +9,7 @@ What is done is skipped, so an interrupted comparison goes on where it stopped. 
 to DIR/report.md, figures to DIR/figures.
 
 With --check the exit code is 1 when a run misses what is expected of it (`expected.py`), when it was made by other code than
-the present one, or when there is nothing to check.
+the present one, or when there is nothing to check; of the committed results also when a recipe has changed since.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Planned:
         return summary(record.finished(self.output, self.plan))
 
     def done(self, overwrite: bool = False, refresh: bool = False) -> bool:
-        """Whether there is nothing to do. What other code or other settings made is not done if it is to be refreshed.
+        """Whether there is nothing to do. What other code, other settings or another device made is not done if it is to be
+        refreshed.
 
         Raises:
             ExperimentError: another run is in its place, and stays there.
@@ -101,7 +102,11 @@ class Planned:
             if not refresh:
                 raise
             return False
-        return metrics is not None and not (refresh and provenance.differing(metrics))
+        if metrics is None or not refresh:
+            return metrics is not None
+        device = dict(zip(self.source[::2], self.source[1::2], strict=True))["--device"]
+        elsewhere = device != "auto" and (metrics["peak_cuda_mb"] is not None) != (device == "cuda")
+        return not elsewhere and not provenance.differing(metrics)
 
 
 def planned(args: argparse.Namespace, directory: Path) -> list[Planned]:
@@ -166,12 +171,12 @@ def compare(args: argparse.Namespace) -> int:
 
 def check(directory: Path) -> int:
     """Print each expectation and its verdict, and which runs were made by other code; 0 when all is well, else 1."""
-    from . import measured
+    from . import measured, reference
     from .expected import ITSELF, MET, NOT_MET, NOT_RUN, judge
     from .reporting import check_table, made_by, outdated
 
     runs = measured.read(directory)
-    rows = judge(runs)
+    rows = judge(runs, reference.of(directory))
     verdicts = [row.verdict for row in rows]
     if NOT_MET not in verdicts and all(row.verdict == NOT_RUN or row.source == ITSELF for row in rows):
         print(
@@ -180,7 +185,7 @@ def check(directory: Path) -> int:
             file=sys.stderr,
         )
         return 1
-    print(check_table(runs))
+    print(check_table(rows))
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (MET, NOT_MET, NOT_RUN))
     print(f"\n{made_by(runs, directory)}\n\n{len(runs)} runs below {directory}: {counts}")
     return 1 if NOT_MET in verdicts or outdated(runs, directory) else 0

@@ -54,9 +54,15 @@ def architectures() -> dict[str, Architecture]:
     return {name: Architecture(**sizes) for name, sizes in known()["architectures"].items()}
 
 
-def judge(runs: Sequence[Run]) -> list[Judgement]:
-    """Every expectation, judged on the runs that it speaks of."""
-    return [*_published(runs), *_peft(runs), *_majority(runs), *_consistent(runs), *_exact(runs)]
+def judge(runs: Sequence[Run], peft: Sequence[reference.Row] | None = None) -> list[Judgement]:
+    """Every expectation, judged on the runs that it speaks of; `peft`'s rows are the committed ones if none are given."""
+    return [
+        *_published(runs),
+        *_peft(runs, reference.read() if peft is None else peft),
+        *_majority(runs),
+        *_consistent(runs),
+        *_exact(runs),
+    ]
 
 
 # --- accuracies -------------------------------------------------------------------------------------------------------
@@ -82,8 +88,8 @@ def _published(runs: Sequence[Run]) -> Iterator[Judgement]:
         )
 
 
-def _peft(runs: Sequence[Run]) -> Iterator[Judgement]:
-    for row in reference.read():
+def _peft(runs: Sequence[Run], rows: Sequence[reference.Row]) -> Iterator[Judgement]:
+    for row in rows:
         if row["engine"] != "peft":
             continue
 
@@ -157,14 +163,15 @@ def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:
             continue
         architecture, settings = architectures()[base], run.settings
         where = f"{run.label}, {Path(base).name}"
-        if counts := counted(architecture, method.trains, settings):
+        trains = settings.get("trains", method.trains)
+        if counts := counted(architecture, trains, settings):
             expectation = (where, "parameters in the adapter, trained, held", "closed form", tuple(vars(counts).values()))
             values = tuple(run[f"{name}_parameters"] for name in ("adapter", "trainable", "total"))
             found.setdefault(expectation, []).append(values)
         quantize = settings.get("quantize", False)
         held, size = ("int8", architecture.int8_bytes) if quantize == "int8" else ("NF4", architecture.quantized_bytes)
         source = f"{8 * size / architecture.quantized:.3f} bits a parameter in {held}, 32 in the rest"
-        if (half := halved(architecture, method.trains, settings)) is None:
+        if (half := halved(architecture, trains, settings)) is None:
             continue
         dense = "16 bits a frozen weight, 32 in the rest" if half else "32 bits a parameter"
         weight = (where, "bytes of the base", source if quantize else dense)

@@ -29,6 +29,11 @@ def read(path: Path = FILE) -> list[Row]:
     return record.read_json(path)["rows"] if path.exists() else []
 
 
+def of(directory: Path) -> list[Row]:
+    """The rows that stand beside the runs of a directory: those in it, if there are any, else the committed ones."""
+    return read(directory / FILE.name) or read()
+
+
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Writes the file, a line a row, whole or not at all."""
     lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)

@@ -69,11 +69,12 @@ def parser() -> Parser:
 def remake(args: argparse.Namespace) -> int:
     """Say how long it will take; unless only that was asked for, do it."""
     from . import documents, measured, reference, reporting
+    from .data import SIZES
     from .several import Several
 
     reporting.require_matplotlib()
     runs = [one for part in PARTS for one in _part(part, args)]
-    if not any(one.plan["data"]["name"] == "SST-2" for one in runs):
+    if not any((one.plan["data"]["name"], one.plan["data"]["train"]) == ("SST-2", SIZES[0]) for one in runs):
         raise ExperimentError(
             f"--data: the study is of SST-2, all of it, and {runs[0].plan['data']['name']} was found; name a directory with "
             "GLUE's files, or set SST2_DIR"

@@ -10,7 +10,7 @@ from lora_core.files.disk import write_whole
 from . import claims, measured, provenance, published, reference
 from .beginning import RESULTS
 from .errors import ExperimentError
-from .expected import NOT_RUN, judge
+from .expected import NOT_RUN, Judgement, judge
 from .measured import Group, Row, percent
 from .sweep import CSV, made_by_other_code
 from .table import markdown
@@ -50,9 +50,9 @@ def write(directory: Path) -> Path:
                 made_by(runs, directory),
                 *_sections(groups, figures),
                 *_precision(groups),
-                *_beside(reference.read(directory / reference.FILE.name) or reference.read()),
+                *_beside(reference.of(directory)),
                 *_published(),
-                _check(runs),
+                _check(runs, directory),
             ]
         )
         + "\n"
@@ -182,7 +182,7 @@ def made_by(runs: Sequence[measured.Run], directory: Path) -> str:
     """Which of the results in a directory are not the present code's, in a sentence and a line for each."""
     if not (other := outdated(runs, directory)):
         return f"All {len(runs)} results were made by the present code."
-    text = f"{len(other)} of {len(runs)} results are not what the present code makes; `make results` makes them again:"
+    text = f"{len(other)} of the results are not what the present code makes; `make results` makes them again:"
     return f"{text}\n\n" + "\n".join(f"- {line}" for line in other)
 
 
@@ -205,12 +205,12 @@ def _code(run: measured.Run) -> str:
     return f"other {' and '.join(run.differing)} (version {known['version']})" if known else "recorded no code"
 
 
-def _check(runs: Sequence[measured.Run]) -> str:
-    return "## Expected and found\n\n" + check_table(runs)
+def _check(runs: Sequence[measured.Run], directory: Path) -> str:
+    return "## Expected and found\n\n" + check_table(judge(runs, reference.of(directory)))
 
 
-def check_table(runs: Sequence[measured.Run]) -> str:
+def check_table(judged: Sequence[Judgement]) -> str:
     """Every expectation and its verdict, what was not run last."""
-    rows = sorted(judge(runs), key=lambda row: row.verdict == NOT_RUN)
+    rows = sorted(judged, key=lambda row: row.verdict == NOT_RUN)
     cells = [(row.what, row.expected, row.found, row.source, row.verdict) for row in rows]
     return markdown(("what", "expected", "found", "source", "verdict"), cells)

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import provenance
 from .beginning import TRIALS
@@ -32,6 +32,9 @@ from .errors import ExperimentError
 from .flags import listed, names, schedule_flags, schedule_of, source_flags
 from .methods import Method
 from .recipes import METHODS
+
+if TYPE_CHECKING:
+    from .job import Job
 
 CSV, FIGURE = "sweep.csv", "sweep.png"
 #: What is searched over, in the order of the columns.
@@ -221,7 +224,7 @@ def sweep(args: argparse.Namespace) -> int:
     for number, (setting, schedule) in enumerate(zip(settings, schedules, strict=True), start=1):
         job = Job(setting.applied(method), schedule, base, sentences, device, precision)
         output = args.output_dir / TRIALS / setting.name
-        metrics = None if args.overwrite else _done(output, job.plan(), args.refresh)
+        metrics = None if args.overwrite else _done(output, job, args.refresh)
         print(f"trial {number} of {len(settings)}: {setting.name}{', done already' if metrics else ''}", flush=True)
         rows.append(row(setting, metrics or train(job, output)))
         rows.sort(key=lambda found: -found["accuracy"])
@@ -236,8 +239,9 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _done(output: Path, plan: dict[str, Any], refresh: bool) -> dict[str, Any] | None:
-    """The metrics of a trial that the present code did; None if there is none: trials are to differ in their settings alone.
+def _done(output: Path, job: Job, refresh: bool) -> dict[str, Any] | None:
+    """The metrics of a trial that the present code did on this device; None if there is none: trials are to differ in their
+    settings alone.
 
     Raises:
         ExperimentError: another run is in its place, and is not to be done again.
@@ -245,12 +249,13 @@ def _done(output: Path, plan: dict[str, Any], refresh: bool) -> dict[str, Any] |
     from . import record
 
     try:
-        metrics = record.finished(output, plan)
+        metrics = record.finished(output, job.plan())
     except ExperimentError:
         if not refresh:
             raise
         return None
-    return metrics if metrics and not provenance.differing(metrics) else None
+    same = metrics and (metrics["peak_cuda_mb"] is None) == (job.device == "cpu")
+    return metrics if same and not provenance.differing(metrics) else None
 
 
 def row(setting: Setting, metrics: dict[str, Any]) -> dict[str, Any]:

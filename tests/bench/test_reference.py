@@ -86,11 +86,18 @@ def test_a_row_that_no_run_makes_is_left_out(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(reference.Several, "run", train)
-    old = {"engine": "peft", "harness": None, "method": "query-only", "data": "SST-2", "train": 9, "seed": 0}
+    old = {"engine": "peft", "harness": None, "method": "query-only", "data": "small_data0", "train": 9, "seed": 0}
     old |= {"settings": {"epochs": 1}}
-    output.write_text(json.dumps({"rows": [old]}))
+    output.write_text(json.dumps({"rows": [old, old | {"data": "another"}]}))
     assert command.main(["reference", "--quick", "--output", str(output)]) == 0
-    assert all(row["harness"] for row in json.loads(output.read_text())["rows"])
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 9 and [row["data"] for row in rows if not row["harness"]] == ["another"]
+
+
+def test_without_peft_it_says_so_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["reference", "--quick", "--plan"]) == 2
+    assert capsys.readouterr().err == "error: the reference needs peft; run pip install 'lora-core[bench]'\n"
 
 
 def as_made(run):

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import data, measured, predictions, remake
+from experiments import data, documents, measured, predictions, provenance, record, remake
 from experiments.compare import parser as comparison, planned
 from experiments.methods import Schedule
 from experiments.recipes import METHODS
@@ -138,13 +138,27 @@ def test_without_sst_2_it_is_refused(call, monkeypatch, tmp_path):
 @pytest.mark.parametrize("there", [True, False])
 def test_into_another_directory_nothing_that_is_committed_is_touched(call, monkeypatch, tmp_path, there):
     commands, results = [], tmp_path / "again"
-    if there:
-        results.mkdir()
     run = remake.subprocess.run
     monkeypatch.setattr(remake.subprocess, "run", lambda command: commands.append(command) or run(command))
-    code, (out, errors), _made = call("--output-dir", results, "--plan")
-    assert code == 0, errors
-    assert commands[-1][-2:] == ["--output", str(results / "reference.json")] and "about 0.0 hours" not in out
+    if there:
+        fabricated.write(results, fabricated.metrics("lora"))
+        monkeypatch.setattr(documents, "write", lambda *args: pytest.fail("README was written"))
+    code, (out, errors), made = call("--output-dir", results, *([] if there else ["--plan"]))
+    assert code == 0 and "experiments.notebook" not in made, errors
+    benches = [command[3:] for command in commands if command[2] == "bench"]
+    assert len(benches) == (2 if there else 1) and "about 0.0 hours" not in out
+    assert all(command[command.index("--output") + 1] == str(results / "reference.json") for command in benches)
+    assert (results / "sweep" / "sweep.csv").exists() == there
+
+
+def test_what_ran_on_another_device_is_done_again(tmp_path, sst2_by_name):
+    args = comparison().parse_args(["--model", "packaged", "--methods", "base", "--device", "cpu"])
+    (one,) = planned(args, tmp_path)
+    metrics = {**one.plan, "provenance": provenance.sources(), "peak_cuda_mb": None}
+    for peak, done in ((None, True), (5.0, False)):
+        one.output.mkdir(parents=True, exist_ok=True)
+        record.write_json(one.output / "metrics.json", metrics | {"peak_cuda_mb": peak})
+        assert one.done(refresh=True) is done
 
 
 def test_a_recipe_that_the_sweep_did_not_try_is_said(call, tmp_path):
