@@ -239,7 +239,7 @@ def test_the_peak_of_the_job_is_read_from_its_metrics(tmp_path):
             "method": method,
             "data": {"name": "SST-2", "train": train},
             "base_model": {"name": "sentence-transformers/all-MiniLM-L6-v2"},
-            "hyperparameters": {"batch_size": 32},
+            "hyperparameters": {"batch_size": 32, "epochs": memory.SST2_EPOCHS},
             "device": "cpu, 2 threads",
             "peak_rss_mb": peak,
         }
