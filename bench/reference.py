@@ -73,7 +73,7 @@ class Run:
         return own and with_peft and all(row.get(name) == value for name, value in work.items())
 
     def like(self, row: Row) -> bool:
-        """Whether a row, of whatever code, took as long as this one will."""
+        """Whether a row is of the same work, whatever code made it: it took about as long, and may stand in its place."""
         schedule, data = self.job.schedule, self.job.data
         work = (data.name, schedule.train_samples or len(data.train), schedule.epochs, schedule.seed, self.job.precision)
         found = row["data"], row["train"], row["settings"]["epochs"], row["seed"], precision(row)

@@ -42,7 +42,7 @@ def parser() -> Parser:
     where = f"where the results go, {DEFAULT} if not given; with --check where they are, experiments/results if not given"
     what.add_argument("--output-dir", type=Path, metavar="DIR", help=where)
     what.add_argument("--overwrite", action="store_true", help="do again what is done")
-    what.add_argument("--refresh", action="store_true", help="do again what other code or other settings made")
+    what.add_argument("--refresh", action="store_true", help="do again what other code, settings or device made")
     what.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with its share of the cores")
     what.add_argument("--check", action="store_true", help="only hold the runs below DIR against the expected numbers")
     schedule_flags(p.add_argument_group("the schedule"), without=("seed",))

@@ -95,14 +95,14 @@ def estimate(d: np.ndarray) -> tuple[float, float, float]:
     """The mean of paired differences (S, N), its standard error over seeds and sentences, and that one's degrees of freedom."""
     (seeds, sentences), mean = d.shape, d.mean()
     variance = d.mean(0).var(ddof=1) / sentences
-    if seeds == 1 or not variance:
+    if seeds == 1:
         return float(mean), math.sqrt(variance), sentences - 1
     rest = d - d.mean(0) - d.mean(1, keepdims=True) + mean  # what neither the seed nor the sentence explains
     of_rest = (rest**2).sum() / ((seeds - 1) * (sentences - 1)) / (seeds * sentences)
     of_seeds = d.mean(1).var(ddof=1) / seeds
     uncertain = variance**2 / (sentences - 1) + of_seeds**2 / (seeds - 1) + of_rest**2 / ((seeds - 1) * (sentences - 1))
     variance += max(0.0, of_seeds - of_rest)
-    return float(mean), math.sqrt(variance), float(variance**2 / uncertain)
+    return float(mean), math.sqrt(variance), float(variance**2 / uncertain) if uncertain else sentences - 1
 
 
 def _student() -> Any:

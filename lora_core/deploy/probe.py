@@ -202,10 +202,13 @@ def _batches(model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str, Tens
     Such is GPT-2's or Llama's as it is published: it looks for a row's last token by that, and refuses a batch.
     """
     config = getattr(unwrap(model), "config", None)
-    if getattr(config, "pad_token_id", 0) is not None or is_causal(unwrap(model)):
+    if "input_ids" not in inputs or getattr(config, "pad_token_id", 0) is not None or is_causal(unwrap(model)):
         return [inputs]
     shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    return [{name: tensor[i : i + 1, shown[i]] for name, tensor in inputs.items()} for i in range(len(shown))]
+    return [
+        {name: t[i : i + 1, shown[i]] if t.shape[:2] == shown.shape else t[i : i + 1] for name, t in inputs.items()}
+        for i in range(len(shown))
+    ]
 
 
 def weights_hash(directory: Path) -> str:

@@ -17,7 +17,7 @@ from lora_core import LoraConfig, inject, load_adapter, merge_and_unload, quanti
 from lora_core.__main__ import main
 from lora_core.bases import dense_weight, is_packed
 from lora_core.deploy.inspection import inspect_adapter
-from lora_core.deploy.probe import PROBE_FILE, read_probe, save_probe
+from lora_core.deploy.probe import PROBE_FILE, read_probe, run_probe, save_probe
 from lora_core.deploy.recipe import choices
 from lora_core.errors import ConfigError
 from lora_core.files.storage import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors
@@ -287,6 +287,13 @@ def test_a_classifier_whose_base_names_no_padding_is_verified_and_merged(call, t
     assert (code, err) == (0, "") and out.endswith("verified\n")
     code, out, err = call("merge", "--adapter", adapter, "--output", tmp_path / "out", "--check")
     assert code == 0 and "original         logits off by at most" in out, (out, err)
+
+
+def test_inputs_without_tokens_are_run_at_once():
+    model = tiny.build("vit")
+    model.config.pad_token_id = None
+    inputs = tiny.inputs(model)
+    torch.testing.assert_close(run_probe(model, inputs), model(**inputs).logits.detach())
 
 
 def drifted_base(base, adapter):

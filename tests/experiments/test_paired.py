@@ -83,6 +83,13 @@ def test_other_labels_are_refused(tmp_path):
         paired.difference(*rows)
 
 
+def test_seeds_that_differ_on_every_sentence_alike_say_little():
+    """Each sentence has the same mean over the seeds: all that varies is the seed, and two have one degree of freedom."""
+    mean, error, freedom = paired.estimate(np.array([[1] * 50, [0] * 50]))
+    assert (mean, error, freedom) == pytest.approx((0.5, 0.5, 1))
+    assert paired.Difference(mean, error, freedom, (0, 1)).low < 0
+
+
 def test_rows_that_say_the_same_differ_by_nothing(tmp_path):
     found = paired.difference(*row(tmp_path, *(fabricated.metrics(name, wrong={1, 2}) for name in ("lora", "qlora"))))
     assert (found.gain, found.half, found.p) == (0, 0, 1)
