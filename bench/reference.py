@@ -30,12 +30,15 @@ from experiments.several import Several
 
 from . import reference_run
 
-#: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16.
+#: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16. peft
+#: in a plain Trainer has three seeds where that takes minutes, so that differences are judged over seeds too.
 CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
 STUDY, WHOLE = "--train-samples 12000 --epochs 2 --precision bf16", "--epochs 3 --precision bf16"
 RUNS = (
     (STUDY, (), ("lora", "qlora"), CELLS),
     (STUDY, (), ("query-only",), (("peft", "ours"),)),
+    (f"{STUDY} --seed 1", (), ("lora", "qlora"), (("peft", "plain"),)),
+    (f"{STUDY} --seed 2", (), ("lora", "qlora"), (("peft", "plain"),)),
     (WHOLE, (), ("lora", "qlora"), (("peft", "plain"),)),
     (WHOLE, ("--data", "packaged"), ("lora", "qlora"), (("peft", "ours"),)),
 )
@@ -51,12 +54,13 @@ class Run:
     examples = 1  # of a bar over all of them
 
     def __init__(self, engine: str, harness: str, method: str, flags: Sequence[str], row: Path, output: Path) -> None:
-        self.name, self.row, self.output = f"{method}: {engine} in {harness}", row, output
+        self.row, self.output = row, output
         self.cell = {"engine": engine, "harness": harness, "method": method}
         given = {"--engine": engine, "--harness": harness, "--method": method, "--output": str(row)}
         words = [word for pair in given.items() for word in pair]
         self.command = [sys.executable, "-m", "bench.reference_run", *words, *flags]
         self.job = reference_run.job_of(reference_run.parser().parse_args(self.command[3:]))
+        self.name = f"{method}, seed {self.job.schedule.seed}: {engine} in {harness}"
 
     def made(self, row: Row) -> bool:
         """Whether a row is this one, of the same data and base in every byte, and made by the present code and peft."""

@@ -102,6 +102,7 @@ def row(args: Any) -> dict[str, Any]:
         "settings": plan["hyperparameters"],
         "seed": schedule.seed,
         **{name: round(value, 6) for name, value in accuracy_and_f1(validation.labels, predicted).items()},
+        "predicted": "".join(map(str, predicted.tolist())),
         "trainable_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
         "peak_rss_mb": peak,
         "train_seconds": round(outcome["train_seconds"], 2),

@@ -3,8 +3,9 @@
     judge(measured.read(directory))        a row for each expectation: met, NOT MET, or not run
 
 Four kinds. The study's published accuracies are a floor for its own base, data and length of training. peft's runs
-(`reference.py`, with the settings they were made with) may lie above ours by no more than the 95 % interval of two
-binomials. What is trained must beat the larger class, by the same interval. Counts and bytes are exact: `counts.py`.
+(`reference.py`, with the settings they were made with) may lie above each of ours by no more than the 95 % interval of two
+binomials, and above ours of the same seeds by no more than that of their difference, paired by seed and sentence (`paired.py`).
+What is trained must beat the larger class by the interval of two binomials. Counts and bytes are exact: `counts.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import reference
+from . import predictions, reference
 from .counts import Architecture, counted, halved
 from .measured import Run, margin, percent
 from .methods import NOTHING
+from .paired import Difference, over_seeds
 from .recipes import METHODS
 
 MET, NOT_MET, NOT_RUN = "met", "NOT MET", "not run"
@@ -29,6 +31,8 @@ FILE = Path(__file__).with_name("expected.json")
 TRIAL = 10_000
 #: Settings that a row of peft's need not share: how the sentences were cut is in its number of them.
 OF_THE_RUN = ("train_samples", "max_steps")
+#: What the rows of one job of peft's share, whatever their seeds.
+OF_A_JOB = ("harness", "method", "base", "data", "sha256", "train", "validation", "settings")
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,12 @@ def _published(runs: Sequence[Run]) -> Iterator[Judgement]:
 
 
 def _peft(runs: Sequence[Run], rows: Sequence[reference.Row]) -> Iterator[Judgement]:
+    jobs: dict[str, list[reference.Row]] = {}
     for row in rows:
-        if row["engine"] != "peft":
-            continue
+        if row["engine"] == "peft":
+            jobs.setdefault(json.dumps([row.get(name) for name in OF_A_JOB], sort_keys=True), []).append(row)
+    for job in jobs.values():
+        row, theirs = job[0], sum(row["accuracy"] for row in job) / len(job)
 
         def meant(run: Run, row: dict = row) -> bool:
             same = (run["method"], run["base_model"]["name"]) == (row["method"], row["base"])
@@ -103,13 +110,29 @@ def _peft(runs: Sequence[Run], rows: Sequence[reference.Row]) -> Iterator[Judgem
                 same and data and all(run.settings.get(key) == value for key, value in own.items()) and not run.budget.max_steps
             )
 
-        yield _accuracy(
+        ours = list(filter(meant, runs))
+        found = _accuracy(
             f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {Path(row['base']).name}",
-            filter(meant, runs),
-            lambda run, row=row: row["accuracy"] - margin(run["accuracy"], row["accuracy"], row["validation"]),
-            f"{percent(row['accuracy'])}, less the interval",
-            reference.source(row),
+            ours,
+            lambda run, row=row, theirs=theirs: theirs - margin(run["accuracy"], theirs, row["validation"]),
+            f"{percent(theirs)}, less the interval",
+            reference.source(job),
         )
+        if difference := _against(ours, job):
+            verdict = NOT_MET if difference.high < 0 else found.verdict
+            found = replace(found, found=f"{found.found}; {difference}", verdict=verdict)
+        yield found
+
+
+def _against(runs: Sequence[Run], job: Sequence[reference.Row]) -> Difference | None:
+    """Our runs against peft's of the same seeds; None if none of them kept what it said of each sentence."""
+    ours = {run["seed"]: predictions.read(run.path.parent) for run in runs}
+    theirs = {
+        row["seed"]: (kept[0], said)
+        for row in job
+        if (kept := ours.get(row["seed"])) and (said := reference.predicted(row)) is not None
+    }
+    return over_seeds(theirs, ours, f"{job[0]['method']} of peft's and ours")
 
 
 def _majority(runs: Sequence[Run]) -> Iterator[Judgement]:
@@ -137,8 +160,9 @@ def _accuracy(what: str, runs: Iterable[Run], floor: Callable[[Run], float], exp
     if not runs:
         return Judgement(what, expected, "-", source, NOT_RUN)
     met = all(run["accuracy"] >= floor(run) for run in runs)
-    found = sorted({run["accuracy"] for run in runs})
-    shown = f"{percent(found[0])}" + (f" to {percent(found[-1])}, {len(runs)} runs" if len(runs) > 1 else "")
+    found = [run["accuracy"] for run in runs]
+    shown = " to ".join(dict.fromkeys((percent(min(found)), percent(max(found)))))
+    shown += f", {len(runs)} runs" if len(runs) > 1 else ""
     return Judgement(what, expected, shown, source, MET if met else NOT_MET)
 
 

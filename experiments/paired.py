@@ -18,6 +18,7 @@ components", Biometrics Bulletin 1946).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from .measured import Row
 from .predictions import read
 
 LEVEL = 0.95
+#: {seed: (labels, predicted)}, each (N,) 0 or 1, of the runs of one row; None where a run kept none.
+Kept = Mapping[int, tuple[np.ndarray, np.ndarray] | None]
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,20 @@ def difference(before: Row, after: Row) -> Difference | None:
     Raises:
         ExperimentError: two runs of one budget were judged on different labels.
     """
-    ours, theirs = ({run["seed"]: read(run.path.parent) for run in row.runs} for row in (before, after))
-    seeds = [seed for seed in ours if ours[seed] and theirs.get(seed)]
+    kept = ({run["seed"]: read(run.path.parent) for run in row.runs} for row in (before, after))
+    return over_seeds(*kept, f"{before.label} and {after.label}")
+
+
+def over_seeds(before: Kept, after: Kept, names: str) -> Difference | None:
+    """`after` against `before`, as `difference`; `names` says in an error which they are."""
+    seeds = [seed for seed in before if before[seed] and after.get(seed)]
     if not seeds:
         return None
-    labels = ours[seeds[0]][0]
+    labels = before[seeds[0]][0]
     for seed in seeds:
-        if not all(np.array_equal(labels, kept[seed][0]) for kept in (ours, theirs)):
-            raise ExperimentError(
-                f"{before.label} and {after.label}, seed {seed}, were judged on different labels; run them again"
-            )
-    a, b = (np.stack([kept[seed][1] == labels for seed in seeds]) for kept in (ours, theirs))  # S N
+        if not all(np.array_equal(labels, kept[seed][0]) for kept in (before, after)):
+            raise ExperimentError(f"{names}, seed {seed}, were judged on different labels; run them again")
+    a, b = (np.stack([kept[seed][1] == labels for seed in seeds]) for kept in (before, after))  # S N
     return Difference(*estimate(b.astype(int) - a), tuple(seeds))
 
 

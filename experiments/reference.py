@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_core.files.disk import write_whole
 
 from . import provenance, record
+from .errors import ExperimentError
 from .methods import FP32
 
 FILE = Path(__file__).parents[1] / "bench" / "results" / "reference.json"
@@ -52,15 +55,32 @@ def precision(row: Row) -> str:
     return row["settings"].get("precision", FP32)
 
 
+def predicted(row: Row) -> np.ndarray | None:
+    """What it called each validation sentence, (N,) uint8, 0 or 1; None for a row of an earlier version.
+
+    Raises:
+        ExperimentError: it does not say it of each sentence.
+    """
+    if "predicted" not in row:
+        return None
+    digits = row["predicted"]
+    if len(digits) != row["validation"] or not set(digits) <= set("01"):
+        raise ExperimentError(
+            f"peft's {row['method']}, seed {row['seed']}: 'predicted' must be {row['validation']} digits, each 0 or 1; "
+            "run python -m bench reference"
+        )
+    return np.frombuffer(digits.encode(), np.uint8) - ord("0")
+
+
 def beside(rows: Sequence[Row], method: str, data: str, train: int, epochs: int, computed: str) -> Row | None:
-    """peft's row of one job, in a plain Trainer as its users have it; the only one, if there is no such."""
+    """peft's row of one job, in a plain Trainer as its users have it, of the first seed; the only one, if there is no such."""
     wanted = ("peft", method, data, train, epochs, computed)
     found = [
         row
         for row in rows
         if (row["engine"], row["method"], row["data"], row["train"], row["settings"]["epochs"], precision(row)) == wanted
     ]
-    return min(found, key=lambda row: row["harness"] != "plain", default=None)
+    return min(found, key=lambda row: (row["harness"] != "plain", row["seed"]), default=None)
 
 
 @dataclass(frozen=True)
@@ -94,19 +114,21 @@ def two_by_two(rows: Sequence[Row], method: str) -> TwoByTwo | None:
     for row in rows:
         if row["method"] == method and row["harness"]:
             epochs = row["settings"]["epochs"]
-            job = row["train"] * epochs, row["data"], row["train"], epochs, precision(row)
+            job = row["train"] * epochs, row["data"], row["train"], epochs, precision(row), row["seed"]
             jobs.setdefault(job, {})[row["engine"], row["harness"]] = row["peak_rss_mb"]
     whole = [(job, peaks) for job, peaks in jobs.items() if len(peaks) == len(ENGINES) * len(HARNESSES)]
     if not whole:
         return None
-    (_, data, train, epochs, computed), peaks = max(whole, key=lambda found: found[0])
+    (_, data, train, epochs, computed, _), peaks = max(whole, key=lambda found: found[0])
     return TwoByTwo(f"{method}, {train:,} sentences of {data} x {epochs}, {computed}", peaks)
 
 
-def source(row: Row) -> str:
-    """Where a row comes from, in words."""
+def source(rows: Sequence[Row]) -> str:
+    """Where the rows of one job, in one harness, come from, in words."""
+    row, seeds = rows[0], sorted(row["seed"] for row in rows)
     version = row.get("versions", {}).get("peft", "0.21.2")
+    seen = f"peft {version}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     if not row["harness"]:
-        return f"peft {version}, seed {row['seed']}, in a harness that was not kept"
-    made = "" if not provenance.differing(row) else ", beside other code of ours"
-    return f"peft {version}, seed {row['seed']}, in {'our harness' if row['harness'] == 'ours' else 'a plain Trainer'}{made}"
+        return f"{seen}, in a harness that was not kept"
+    made = ", beside other code of ours" if any(map(provenance.differing, rows)) else ""
+    return f"{seen}, in {'our harness' if row['harness'] == 'ours' else 'a plain Trainer'}{made}"

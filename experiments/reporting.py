@@ -148,22 +148,26 @@ def _beside(rows: Sequence[reference.Row]) -> list[str]:
     """peft's rows, and the tables of engine x harness, if there are any."""
     if not rows:
         return []
+    same: dict[tuple[str, str, str], list[reference.Row]] = {}
+    for row in rows:
+        work = f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {reference.precision(row)}"
+        harness = {"ours": "our harness", "plain": "plain Trainer", None: "not kept"}[row["harness"]]
+        same.setdefault((work, row["engine"], harness), []).append(row)
     cells = [
         (
-            f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {reference.precision(row)}",
-            row["engine"],
-            {"ours": "our harness", "plain": "plain Trainer", None: "not kept"}[row["harness"]],
-            percent(row["accuracy"]),
-            f"{row['peak_rss_mb']:,.0f} MiB",
+            *cell,
+            percent(sum(row["accuracy"] for row in found) / len(found)),
+            f"{claims.spread([row['peak_rss_mb'] for row in found])} MiB",
+            ", ".join(str(seed) for seed in sorted(row["seed"] for row in found)),
         )
-        for row in rows
+        for cell, found in same.items()
     ]
     split = [str(found) for method in ("lora", "qlora") if (found := reference.two_by_two(rows, method))]
     return [
         "## peft beside it",
         "The same data, base, batches and settings (`python -m bench reference`): which engine puts the adapters on, and which "
         "harness trains.",
-        markdown(("work", "engine", "harness", "accuracy", "peak memory"), cells),
+        markdown(("work", "engine", "harness", "accuracy", "peak memory", "seeds"), cells),
         *(["\n".join(f"- {text}." for text in split)] if split else []),
     ]
 

@@ -30,10 +30,12 @@ def test_every_row_is_asked_for_once_and_its_flags_are_known(tmp_path):
     parsed = [reference_run.parser().parse_args(run.command[3:]) for run in asked]
     for run, args in zip(asked, parsed, strict=True):
         assert run.cell == {name: getattr(args, name) for name in run.cell} and args.data in ("DIR", "packaged")
-    assert len({(*run.cell.values(), args.data, args.epochs) for run, args in zip(asked, parsed, strict=True)}) == len(asked)
-    part = {tuple(run.cell.values()) for run, args in zip(asked, parsed, strict=True) if args.train_samples == 12_000}
-    every = {(*cell, method) for cell in reference.CELLS for method in ("lora", "qlora")}
-    assert part == every | {("peft", "ours", "query-only")}
+    work = {(*run.cell.values(), args.data, args.epochs, args.seed) for run, args in zip(asked, parsed, strict=True)}
+    assert len(work) == len(asked)
+    part = {(*run.cell.values(), args.seed) for run, args in zip(asked, parsed, strict=True) if args.train_samples == 12_000}
+    every = {(*cell, method, 0) for cell in reference.CELLS for method in ("lora", "qlora")}
+    more = {("peft", "plain", method, seed) for method in ("lora", "qlora") for seed in (1, 2)}
+    assert part == every | more | {("peft", "ours", "query-only", 0)}
 
 
 def test_what_is_made_is_left_and_each_row_is_kept_at_once(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import provenance, reference
+from experiments.errors import ExperimentError
 from tests.support import fabricated
 
 
@@ -22,6 +23,7 @@ def test_a_row_replaces_the_same_work_and_what_has_no_harness():
 def test_what_stands_beside_is_of_a_plain_trainer_where_there_is_one():
     rows = [row(harness="ours", peak=1800.0), row(peak=2000.0), row("ours", peak=1.0), row(train=5, peak=7.0)]
     assert reference.beside(rows, "qlora", "SST-2", 12_000, 2, "fp32") is rows[1]
+    assert reference.beside([row(seed=1), *rows], "qlora", "SST-2", 12_000, 2, "fp32") is rows[1]  # the first seed
     assert reference.beside(rows[:1], "qlora", "SST-2", 12_000, 2, "fp32") is rows[0]
     assert reference.beside(rows, "qlora", "SST-2", 12_000, 3, "fp32") is None  # of as many sentences, and other epochs
     assert reference.beside(rows, "lora", "SST-2", 12_000, 2, "fp32") is None
@@ -34,6 +36,12 @@ def test_rows_of_one_precision_are_not_set_beside_those_of_another():
         assert reference.beside([row(), half], "qlora", "SST-2", 12_000, 2, computed) == theirs
     cells = [row(*cell) for cell in (("ours", "ours"), ("ours", "plain"), ("peft", "ours"))]
     assert reference.two_by_two([*cells, half], "qlora") is None and reference.two_by_two([*cells, row()], "qlora")
+
+
+def test_a_job_of_other_seeds_is_no_cell_of_the_table():
+    rows = [row(*cell) for cell in (("ours", "ours"), ("ours", "plain"), ("peft", "ours"), ("peft", "plain"))]
+    assert str(reference.two_by_two([*rows, row(seed=1, peak=9.0)], "qlora")) == str(reference.two_by_two(rows, "qlora"))
+    assert reference.two_by_two([*rows[:3], row(seed=1)], "qlora") is None
 
 
 def test_the_gap_is_the_engine_s_and_the_harness_s():
@@ -57,10 +65,19 @@ def test_rows_survive_the_file(tmp_path):
 
 
 def test_a_row_says_where_it_comes_from():
-    assert reference.source(row(harness=None)).endswith("seed 0, in a harness that was not kept")
+    assert reference.source([row(harness=None)]).endswith("seed 0, in a harness that was not kept")
     present = row(versions={"peft": "1.2"}, provenance=provenance.sources())
-    assert reference.source(present) == "peft 1.2, seed 0, in a plain Trainer"
-    assert reference.source(present | {"provenance": None}).endswith("in a plain Trainer, beside other code of ours")
+    assert reference.source([present]) == "peft 1.2, seed 0, in a plain Trainer"
+    assert reference.source([present | {"seed": 2}, present]) == "peft 1.2, seeds 0, 2, in a plain Trainer"
+    assert reference.source([present, present | {"provenance": None}]).endswith("a plain Trainer, beside other code of ours")
+
+
+def test_what_a_row_predicted_is_read_strictly():
+    assert reference.predicted(row()) is None
+    assert reference.predicted(row(validation=3, predicted="011")).tolist() == [0, 1, 1]
+    for digits in ("01", "0110", "012", "01é"):
+        with pytest.raises(ExperimentError, match="'predicted' must be 3 digits, each 0 or 1"):
+            reference.predicted(row(validation=3, predicted=digits))
 
 
 @pytest.mark.parametrize("made", reference.read(), ids=lambda made: f"{made['engine']}-{made['harness']}-{made['method']}")
