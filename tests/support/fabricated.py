@@ -13,7 +13,9 @@ from experiments.recipes import METHODS
 from tests.support import ROOT
 
 COMMITTED = ROOT / "experiments" / "results"
-_TEMPLATE = json.loads((COMMITTED / "sst-2-all-minilm-l6-v2-67349x3/lora-seed0" / "metrics.json").read_text())
+_TEMPLATE = json.loads((COMMITTED / "float32/sst-2-all-minilm-l6-v2-12000x2/lora-seed0" / "metrics.json").read_text())
+_TEMPLATE["data"]["train"] = 67_349
+_TEMPLATE["hyperparameters"] |= {"epochs": 3, "train_samples": None}
 for _part in ("data", "base_model"):
     _TEMPLATE[_part].pop("sha256", None)
 #: What another run of it would measure otherwise.
@@ -23,20 +25,23 @@ _TEMPLATE |= {"loss_history": [[63 * i, 0.7 - i / 200] for i in range(1, 101)], 
 
 
 def metrics(method="lora", accuracy=0.87, seed=0, **changes):
-    """The committed LoRA run's metrics under another name, with another last accuracy, seed or other top-level keys."""
+    """The committed LoRA run's metrics as if of all of SST-2, under another name, with another last accuracy, seed or other
+    top-level keys.
+    """
     made = copy.deepcopy(_TEMPLATE)
     made |= {"method": method, "accuracy": accuracy, "seed": seed} | changes
     made["accuracy_by_epoch"] = [*made["accuracy_by_epoch"][:-1], accuracy]
     recipe = METHODS[method]
+    made["hyperparameters"] |= {"trains": recipe.trains, "quantize": recipe.quantize}
     if recipe.adapts:
-        for key in ("r", "lora_alpha", "lora_dropout", "quantize"):
+        for key in ("r", "lora_alpha", "lora_dropout"):
             made["hyperparameters"][key] = getattr(recipe, key)
         targets = recipe.target_modules or layer_names(made["base_model"]["model_type"], recipe.roles)
         made["hyperparameters"] |= {"target_modules": list(targets)}
         own = {name: getattr(recipe, name) for name in ("bias", "lora_plus_ratio", "use_rslora", "use_dora")}
         made["hyperparameters"] |= {name: value for name, value in own.items() if value != PLAIN[name]}
     else:
-        for key in ("quantize", "r", "lora_alpha", "lora_dropout"):
+        for key in ("r", "lora_alpha", "lora_dropout"):
             del made["hyperparameters"][key]
         made["hyperparameters"]["target_modules"] = []
     made["hyperparameters"]["learning_rate"] = recipe.learning_rate
