@@ -13,7 +13,7 @@ from . import __doc__ as about
 from .quiet import quieten
 
 #: Each is the name of the module that answers it.
-QUESTIONS = ("overhead", "memory", "training", "decoding", "merging", "loading", "mixing", "llama")
+QUESTIONS = ("overhead", "memory", "job", "training", "decoding", "merging", "loading", "mixing", "llama")
 #: Asked by name alone: it compiles for minutes, and needs a C++ compiler.
 COMPILED = "compiled"
 #: peft's whole runs beside ours, for the study: hours, and a file of its own.

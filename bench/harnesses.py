@@ -51,6 +51,9 @@ def theirs(loaded: Loaded, job: Job, task_type: str = "SEQ_CLS") -> nn.Module:
     if method.quantize:
         skip = {part for path in loaded.keep for part in path.split(".")[-1:]}
         packed = quantize_for_peft(model, tuple(skip), torch.bfloat16 if job.bf16 else None)
+        for layer in packed.modules():  # what an evaluation packs for AVX512-BF16, bitsandbytes 0.50 can't train any more
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
         model = peft.prepare_model_for_kbit_training(packed, use_gradient_checkpointing=False)
     settings = {"r": method.r, "lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout, **variants(method)}
     targets = job.targets[0] if job.targets == ("all-linear",) else list(job.targets)

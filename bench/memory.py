@@ -7,8 +7,7 @@ storage behind it, each storage once, the model's own parameters and buffers lef
 subtracted (it is the same for all candidates): what is left is what the adapters add.
 
 The peak: three steps on 32 x 128 tokens, each candidate in a process of its own (`peak.py`); and a QLoRA job on SmolLM2, if it
-is installed (`peak_tuning.py`), beside what its own arithmetic says that it must hold. The peak of a whole experiment is read
-from the metrics that it left under experiments/results, if it has run.
+is installed (`peak_tuning.py`), beside what its own arithmetic says that it must hold. That of a whole experiment: `job.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from experiments.errors import ExperimentError
-from experiments.methods import FP32
 from experiments.packaged_lm import directory
-from experiments.reference import beside, read
 
 from .measure import Measure, Ratio
 from .models import ALL_LINEAR, ATTENTION, DROPOUT, R, classification_loss, classifier, tokens
@@ -49,8 +46,6 @@ def run(settings: Settings) -> Iterator[Measure]:
         yield peak(quantize, settings)
     if settings.device == "cpu":
         yield from peaks_of_tuning(settings)
-    if (whole := job(ROOT / "experiments" / "results")) and settings.device == "cpu":
-        yield whole
 
 
 def kept(key: str, settings: Settings) -> Measure:
@@ -158,39 +153,3 @@ def _in_a_process(module: str, *arguments: str) -> dict[str, Any]:
         command = f"bench.{module} {' '.join(arguments)}"
         raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-SST2_SENTENCES, SST2_EPOCHS = 67_349, 3
-
-
-def job(results: Path) -> Measure | None:
-    """The peak of the whole QLoRA experiment (MiniLM, all of SST-2, batch 32), from the metrics that it left.
-
-    None if `results` holds no such run.
-    """
-    found = {}
-    for path in sorted(results.rglob("metrics.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        whole = metrics["data"]["name"] == "SST-2" and metrics["data"]["train"] == SST2_SENTENCES
-        whole = whole and metrics["hyperparameters"]["epochs"] == SST2_EPOCHS
-        same = "MiniLM-L6" in metrics["base_model"]["name"] and metrics["hyperparameters"]["batch_size"] == 32
-        if whole and same and metrics["device"].startswith("cpu"):
-            precision = metrics["hyperparameters"].get("precision", FP32)
-            found.setdefault(metrics["method"], (metrics["peak_rss_mb"] * 2**20, precision))
-    if "qlora" not in found:
-        return None
-    ours, precision = found["qlora"]
-    values, rows = {"ours": ours}, read()
-    for name, method in (("peft", "qlora"), ("peft's LoRA", "lora")):
-        if row := beside(rows, method, "SST-2", SST2_SENTENCES, SST2_EPOCHS, precision):
-            values[name] = row["peak_rss_mb"] * 2**20
-    if found.get("lora", (0, None))[1] == precision:
-        values["ours, LoRA"] = found["lora"][0]
-    return Measure(
-        key="job-qlora",
-        title="Peak of the whole QLoRA job, SST-2, batch 32",
-        unit="bytes",
-        values=values,
-        ratios={f"ours / {name}": Ratio(values["ours"] / values[name]) for name in ("peft", "ours, LoRA") if name in values},
-        setting={"from": "experiments' metrics.json", "peft": "bench/results/reference.json"},
-    )

@@ -56,15 +56,16 @@ def filled(text: str, found: dict[str, str]) -> str:
 def tables(runs: Sequence[Run]) -> dict[str, str]:
     """{name of a table: its text}, of the budgets that have runs."""
     made, peft = {}, reference.read()
-    if group := _group(runs, WHOLE):
-        beside = "peft's are one seed, in a plain Trainer." if group.budget.precision == BF16 else ""
-        made["whole"] = f"{_beside_peft(group, peft)}\n\n{f'{_made(group)} {beside}'.strip()}"
-    if group := _group(runs, PART):
-        made["part"] = f"{_methods(group)}\n\n{_made(group)}"
+    if whole := group(runs, WHOLE):
+        beside = "peft's are one seed, in a plain Trainer." if whole.budget.precision == BF16 else ""
+        made["whole"] = f"{_beside_peft(whole, peft)}\n\n{f'{_made(whole)} {beside}'.strip()}"
+    if part := group(runs, PART):
+        made["part"] = f"{_methods(part)}\n\n{_made(part)}"
     return made
 
 
-def _group(runs: Sequence[Run], budget: tuple[int, int]) -> Group | None:
+def group(runs: Sequence[Run], budget: tuple[int, int]) -> Group | None:
+    """The rows of a table: the study's base on so many sentences of SST-2, so many epochs; None if there are none."""
     wanted = ("SST-2", PACKAGED, *budget)
     found = [group for group in grouped(runs) if group.budget.usual]
     return next((g for g in found if (g.budget.data, g.budget.base, g.budget.train, g.budget.epochs) == wanted), None)

@@ -5,7 +5,8 @@
 
 What the present code made already is left as it is, so that a command that was stopped goes on. The time is that of earlier
 runs, from the seconds that they recorded. In order: the sweep, which says what `best` is, the runs of the study, peft's runs
-beside them (`python -m bench reference`), the report with its figures, the tables of README.md and docs/study.md, the notebook.
+beside them (`python -m bench reference`), the report with its figures, the tables of README.md and docs/study.md, the notebook,
+what the bench says of the job's memory (`python -m bench job`).
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def remake(args: argparse.Namespace) -> int:
     if own:
         print(f"tables: {', '.join(str(path) for path in documents.write(measured.read(args.output_dir)))}")
         _call("experiments.notebook")
+        _call("bench", "job")
     return 0
 
 

@@ -12,10 +12,12 @@ pytest.importorskip("peft")
 pytest.importorskip("loralib")
 pytest.importorskip("matplotlib")
 
-from bench import compiled, goals, memory, models, overhead, peers, report, timing
+from bench import compiled, goals, job, memory, models, overhead, peers, report, timing
 from bench.__main__ import QUESTIONS, main
 from bench.measure import Disagreement, Measure, Ratio
 from bench.settings import Settings
+from experiments import reference
+from tests.support import ROOT, fabricated
 
 
 @pytest.fixture(scope="module")
@@ -233,23 +235,21 @@ def test_verdicts(goal, beyond, verdict):
     assert rows[goal.text]["verdict"] == (verdict if goal.must != goal.aim or not beyond else "met, and the aim")
 
 
-def test_the_peak_of_the_job_is_read_from_its_metrics(tmp_path):
-    def metrics(method, peak, train=memory.SST2_SENTENCES):
-        return {
-            "method": method,
-            "data": {"name": "SST-2", "train": train},
-            "base_model": {"name": "sentence-transformers/all-MiniLM-L6-v2"},
-            "hyperparameters": {"batch_size": 32, "epochs": memory.SST2_EPOCHS},
-            "device": "cpu, 2 threads",
-            "peak_rss_mb": peak,
-        }
+def test_the_peak_of_the_job_is_read_from_its_metrics(tmp_path, monkeypatch):
+    theirs = {"engine": "peft", "harness": "plain", "method": "qlora", "data": "SST-2", "train": 67_349, "seed": 0}
+    monkeypatch.setattr(reference, "read", lambda: [theirs | {"settings": {"epochs": 3}, "peak_rss_mb": 2000.0}])
+    assert job.peak(tmp_path) is None
+    short = fabricated.metrics("qlora", peak_rss_mb=9999.0)
+    short["data"]["train"] = 1000
+    made = [fabricated.metrics("qlora", seed=seed, peak_rss_mb=peak) for seed, peak in ((0, 900.0), (1, 1100.0))]
+    fabricated.write(tmp_path, short, *made, fabricated.metrics("lora", peak_rss_mb=1250.0))
+    assert job.peak(tmp_path).ratios == {"ours / peft": Ratio(0.5), "ours / ours, LoRA": Ratio(0.8)}
 
-    assert memory.job(tmp_path) is None
-    for i, m in enumerate([metrics("qlora", 9999, train=1000), metrics("qlora", 1325.0), metrics("lora", 2650.0)]):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "metrics.json").write_text(json.dumps(m))
-    found = memory.job(tmp_path)
-    assert found.ratios == {"ours / peft": Ratio(0.5), "ours / ours, LoRA": Ratio(0.5)}
+
+def test_the_committed_peak_of_the_job_is_that_of_the_committed_runs():
+    answers = report.read(ROOT / "bench" / "results" / "cpu.json")
+    (measure,) = [m for m in report.measures_of(answers) if m.key == "job-qlora"]
+    assert measure == job.peak(ROOT / "experiments" / "results")
 
 
 @pytest.mark.parametrize(
