@@ -57,8 +57,7 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
     """{name of a table: its text}, of the budgets that have runs."""
     made, peft = {}, reference.read()
     if whole := group(runs, WHOLE):
-        beside = "peft's are one seed, in a plain Trainer." if whole.budget.precision == BF16 else ""
-        made["whole"] = f"{_beside_peft(whole, peft)}\n\n{f'{_made(whole)} {beside}'.strip()}"
+        made["whole"] = f"{_beside_peft(whole, peft)}\n\n{_made(whole)}{_whose(whole, peft)}"
     if part := group(runs, PART):
         made["part"] = f"{_methods(part)}\n\n{_made(part)}"
     return made
@@ -79,6 +78,18 @@ def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:
         shown = (percent(theirs["accuracy"]), f"{theirs['peak_rss_mb']:,.0f} MiB") if theirs else ("", "")
         lines.append((_name(row), _accuracy(row), f"{spread(row.all('peak_rss_mb'))} MiB", *shown))
     return markdown(header, lines)
+
+
+def _whose(group: Group, peft: Sequence[reference.Row]) -> str:
+    """How peft's rows were made, and which part of its memory is whose, if there are any."""
+    found = {method: split for method in ("lora", "qlora") if (split := reference.two_by_two(peft, method))}
+    if not found or not reference.beside(peft, "qlora", "SST-2", *WHOLE, group.budget.precision):
+        return ""
+    shares = (f"{100 * split.engine / (split.engine + split.harness):.0f} % (`{method}`)" for method, split in found.items())
+    return (
+        f"\npeft's are one seed, in a plain Trainer. Of what it takes more, {' and '.join(shares)} is the engine's and the\n"
+        "rest the harness's, by runs of each engine in each harness on 12,000 sentences."
+    )
 
 
 def _methods(group: Group) -> str:

@@ -149,7 +149,7 @@ def _beside(rows: Sequence[reference.Row]) -> list[str]:
     if not rows:
         return []
     same: dict[tuple[str, str, str], list[reference.Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["data"], -row["train"], row["method"], row["engine"], row["harness"] or "")):
         work = f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, {reference.precision(row)}"
         harness = {"ours": "our harness", "plain": "plain Trainer", None: "not kept"}[row["harness"]]
         same.setdefault((work, row["engine"], harness), []).append(row)

@@ -22,6 +22,21 @@ def test_a_table_is_made_of_the_runs(tmp_path):
     assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; float32, version 0, one, 1 thread a run.")
 
 
+@pytest.mark.parametrize(("precision", "said"), [("fp32", True), ("bf16", False)])
+def test_peft_s_peak_is_beside_and_is_split_between_engine_and_harness(tmp_path, monkeypatch, precision, said):
+    peaks = {("ours", "ours"): 1000.0, ("ours", "plain"): 1700.0, ("peft", "ours"): 1300.0, ("peft", "plain"): 2000.0}
+    rows = []
+    for train, epochs in (documents.WHOLE, documents.PART):
+        work = {"data": "SST-2", "train": train, "settings": {"epochs": epochs, "precision": precision}, "seed": 0}
+        for (engine, harness), peak in peaks.items():
+            cell = {"engine": engine, "harness": harness, "method": "qlora", "accuracy": 0.5, "peak_rss_mb": peak}
+            rows.append(work | cell)
+    monkeypatch.setattr(documents.reference, "read", lambda: rows)
+    found = documents.tables(measured.read(fabricated.write(tmp_path, fabricated.metrics("qlora"))))["whole"]
+    assert ("| 50.0 %    | 2,000 MiB" in found) == said
+    assert ("Of what it takes more, 30 % (`qlora`) is the engine's and the\nrest the harness's" in found) == said
+
+
 def test_what_recorded_no_code_is_told(tmp_path):
     made = fabricated.metrics("lora")
     del made["provenance"]
