@@ -3,7 +3,7 @@
     python -m bench                  every question, one table; about ten minutes on two cores
     python -m bench overhead         one of: overhead, memory, job, training, decoding, merging, loading, mixing, llama
     python -m bench compiled         what torch.compile makes of adapters; some minutes
-    python -m bench reference        peft's whole runs beside ours, for the study; hours
+    python -m bench reference        peft's whole runs beside ours, for the study; forty minutes on two cores
 
 To read the source, start at `timing.py`, then `peers.py`, then `overhead.py`.
 """

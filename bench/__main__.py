@@ -16,7 +16,7 @@ from .quiet import quieten
 QUESTIONS = ("overhead", "memory", "job", "training", "decoding", "merging", "loading", "mixing", "llama")
 #: Asked by name alone: it compiles for minutes, and needs a C++ compiler.
 COMPILED = "compiled"
-#: peft's whole runs beside ours, for the study: hours, and a file of its own.
+#: peft's whole runs beside ours, for the study: forty minutes, and a file of its own.
 REFERENCE = "reference"
 RESULTS = Path(__file__).parent / "results"
 

@@ -82,13 +82,14 @@ def _beside_peft(group: Group, peft: Sequence[reference.Row]) -> str:
 
 def _whose(group: Group, peft: Sequence[reference.Row]) -> str:
     """How peft's rows were made, and which part of its memory is whose, if there are any."""
-    found = {method: split for method in ("lora", "qlora") if (split := reference.two_by_two(peft, method))}
+    part = [row for row in peft if row["train"] == PART[0]]
+    found = {method: split for method in ("lora", "qlora") if (split := reference.two_by_two(part, method))}
     if not found or not reference.beside(peft, "qlora", "SST-2", *WHOLE, group.budget.precision):
         return ""
     shares = (f"{100 * split.engine / (split.engine + split.harness):.0f} % (`{method}`)" for method, split in found.items())
     return (
         f"\npeft's are one seed, in a plain Trainer. Of what it takes more, {' and '.join(shares)} is the engine's and the\n"
-        "rest the harness's, by runs of each engine in each harness on 12,000 sentences."
+        f"rest the harness's, by runs of each engine in each harness on {PART[0]:,} sentences."
     )
 
 
