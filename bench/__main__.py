@@ -14,6 +14,8 @@ from .quiet import quieten
 
 #: Each is the name of the module that answers it.
 QUESTIONS = ("overhead", "memory", "job", "training", "decoding", "merging", "loading", "mixing", "llama")
+#: Is read from the study's runs, which are on the CPU.
+JOB = "job"
 #: Asked by name alone: it compiles for minutes, and needs a C++ compiler.
 COMPILED = "compiled"
 #: peft's whole runs beside ours, for the study: forty minutes, and a file of its own.
@@ -29,7 +31,7 @@ def parser() -> Parser:
         "questions",
         nargs="*",
         metavar="QUESTION",
-        help=f"{known}; none: all (llama only on CUDA); {COMPILED}; or {REFERENCE} alone",
+        help=f"{known}; none: all (llama only on CUDA, {JOB} only on the CPU); {COMPILED}; or {REFERENCE} alone",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--full", action="store_true", help="overhead: the whole grid of shapes; over an hour on two cores")
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(lambda: reference(options), interrupted="the rows that are made are kept; the same command goes on")
     if unknown := [q for q in options.questions if q not in (*QUESTIONS, COMPILED)]:
         command.error(f"no question {unknown[0]!r}; there are {', '.join((*QUESTIONS, COMPILED))}")
+    if JOB in options.questions and options.device == "cuda":
+        command.error(f"{JOB}: it is read from the study's runs, which are on the CPU; leave out --device cuda")
     if options.threads is not None and options.threads < 1:
         command.error(f"--threads must be at least 1, not {options.threads}")
     import torch
@@ -70,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     settings = Settings(options.device, options.quick, options.full)
-    chosen = options.questions or [q for q in QUESTIONS if q != "llama" or settings.device == "cuda" or settings.quick]
+    left_out = JOB if settings.device == "cuda" else "" if settings.quick else "llama"
+    chosen = options.questions or [q for q in QUESTIONS if q != left_out]
     # A quick run's numbers mean nothing: they never replace measured ones.
     default = Path("runs", f"bench-quick-{settings.device}.json") if settings.quick else RESULTS / f"{settings.device}.json"
     ask(chosen, settings, options.output or default)

@@ -254,7 +254,12 @@ def test_the_committed_peak_of_the_job_is_that_of_the_committed_runs():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["speed"], "no question 'speed'"), (["--threads", "0"], "at least 1"), (["--device", "tpu"], "invalid choice")],
+    [
+        (["job", "--device", "cuda"], "leave out --device cuda"),
+        (["speed"], "no question 'speed'"),
+        (["--threads", "0"], "at least 1"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
 )
 def test_a_mistake_is_answered_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
