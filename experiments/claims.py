@@ -91,6 +91,7 @@ def aims(group: Group) -> list[Claim]:
     return [
         _close(group, "QLoRA within 0.5 point of LoRA", "lora", "qlora"),
         _close(group, "LoRA within 0.5 point of full fine-tuning", "full", "lora"),
+        _close(group, "rsLoRA, LoRA at four times the scale, within 0.5 point of full fine-tuning", "full", "rslora"),
         _close(group, "`best`, LoRA on every linear layer, within 0.5 point of full fine-tuning", "full", "best"),
         _lighter(group, "QLoRA's measured peak memory is below LoRA's"),
         _best(group, "`best` reaches 90.0 % at the full budget"),

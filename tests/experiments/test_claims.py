@@ -30,13 +30,13 @@ def aim(number, tmp_path, *made):
 def test_without_the_runs_nothing_is_claimed(tmp_path):
     found = group(tmp_path, fabricated.metrics("dora"))
     assert {claim.verdict for claim in (*claims.findings(found), *claims.aims(found))} == {NOT_RUN}
-    assert (len(claims.findings(found)), len(claims.aims(found))) == (6, 5)
+    assert (len(claims.findings(found)), len(claims.aims(found))) == (6, 6)
 
 
 def test_without_predictions_no_difference_is_judged(tmp_path):
-    names = ("base", "lora", "qlora", "full", "high-rank", "query-only", "bias", "best")
+    names = ("base", "lora", "qlora", "full", "high-rank", "query-only", "bias", "rslora", "best")
     found = group(tmp_path, *(fabricated.metrics(name, wrong=None) for name in names))
-    judged = [claims.findings(found)[i] for i in (0, 1, 3, 4, 5)] + claims.aims(found)[:3]
+    judged = [claims.findings(found)[i] for i in (0, 1, 3, 4, 5)] + claims.aims(found)[:4]
     assert {(claim.verdict, claim.numbers) for claim in judged} == {(NOT_RUN, NOT_KEPT)}
 
 
@@ -108,7 +108,9 @@ def test_marginally_is_more_than_nothing_and_at_most_two_points(tmp_path, number
     assert finding(number, tmp_path, *runs("lora", 120), *runs(method, wrong)).verdict == verdict
 
 
-@pytest.mark.parametrize(("number", "of", "method"), [(0, "lora", "qlora"), (1, "full", "lora"), (2, "full", "best")])
+@pytest.mark.parametrize(
+    ("number", "of", "method"), [(0, "lora", "qlora"), (1, "full", "lora"), (2, "full", "rslora"), (3, "full", "best")]
+)
 def test_half_a_point_is_a_point_estimate_with_a_narrow_interval(tmp_path, number, of, method):
     for i, (wrong, verdict) in enumerate([(120, REACHED), (124, REACHED), (125, MISSED), (90, TOO_WIDE)]):
         assert aim(number, tmp_path / str(i), *runs(of, 120), *runs(method, wrong)).verdict == verdict
@@ -117,21 +119,21 @@ def test_half_a_point_is_a_point_estimate_with_a_narrow_interval(tmp_path, numbe
 def test_the_peak_is_compared_seed_by_seed_on_the_gpu_where_there_is_one(tmp_path):
     lora = [fabricated.metrics("lora", seed=s, peak_rss_mb=1300.0, peak_cuda_mb=500.0 + s) for s in (0, 1)]
     qlora = [fabricated.metrics("qlora", seed=s, peak_rss_mb=1500.0, peak_cuda_mb=400.0) for s in (0, 1, 2)]
-    found = aim(3, tmp_path / "a", *lora, *qlora)
+    found = aim(4, tmp_path / "a", *lora, *qlora)
     assert (found.verdict, found.numbers) == (REACHED, "peak GPU memory: QLoRA 400 MiB, LoRA 500 to 501 MiB")
     lora[1]["peak_cuda_mb"] = 399.0
-    assert aim(3, tmp_path / "b", *lora, *qlora).verdict == TOO_WIDE
+    assert aim(4, tmp_path / "b", *lora, *qlora).verdict == TOO_WIDE
     lora[0]["peak_cuda_mb"] = 399.0
-    assert aim(3, tmp_path / "c", *lora, *qlora).verdict == MISSED
+    assert aim(4, tmp_path / "c", *lora, *qlora).verdict == MISSED
 
 
 @pytest.mark.parametrize(("accuracy", "seeds", "verdict"), [(0.9, 3, REACHED), (0.899, 3, MISSED), (0.95, 2, NOT_RUN)])
 def test_best_is_a_mean_of_three_seeds_at_the_full_budget(tmp_path, accuracy, seeds, verdict):
     made = [fabricated.metrics("best", accuracy, seed) for seed in range(seeds)]
-    assert aim(4, tmp_path / "full", *made).verdict == verdict
+    assert aim(5, tmp_path / "full", *made).verdict == verdict
     for one in made:
         one["data"] |= {"train": 12_000}
-    assert aim(4, tmp_path / "part", *made).verdict == NOT_RUN
+    assert aim(5, tmp_path / "part", *made).verdict == NOT_RUN
 
 
 @pytest.mark.parametrize(("wrong", "verdict"), [(121, SUPPORTED), (129, UNDECIDED), (180, CONTRADICTED)])
@@ -148,4 +150,4 @@ def test_bfloat16_costs_little(tmp_path, wrong, verdict):
 def test_the_accuracies_that_are_shown_are_of_the_seeds_that_are_compared(tmp_path):
     full = [fabricated.metrics("full", accuracy, seed) for seed, accuracy in enumerate((0.9, 0.9, 0.6))]
     best = [fabricated.metrics("best", 0.89, seed) for seed in range(2)]
-    assert aim(2, tmp_path, *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
+    assert aim(3, tmp_path, *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
