@@ -25,8 +25,9 @@ from .command import Parser, leave_out_unused, run
 from .compare import Planned, parser as comparison, planned
 from .errors import ExperimentError
 from .flags import positive
+from .methods import BF16
 from .recipes import METHODS
-from .sweep import CSV, TRIALS, Setting, read_csv
+from .sweep import CSV, TRIALS, Setting, made_by_other_code, parser as sweeping, read_csv, wanted
 
 if TYPE_CHECKING:
     from .measured import Run
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 #: 12,000 sentences of SST-2, twice: the table of every method.
 STUDY = "--train-samples 12000 --epochs 2 --device cpu"
 WHOLE = "--epochs 3 --device cpu"
+LARGER = "--train-samples 12000 --epochs 1 --device cpu"
 #: The flags of `experiments.compare`, of one part of the results each. Every method's first seed is first, so that a table is
 #: soon there. Rows that claims are made of have five; what lies between `full` and `best` is known to a point with ten. They
-#: compute in bfloat16, whatever the machine, but for one part that does in float32 what another does: it shows what that costs.
+#: compute in bfloat16, whatever the machine, but for two parts: one does in float32 what another does, which shows what that
+#: costs, and the larger base computes in what every processor multiplies at its full speed.
 PARTS = (
     f"{STUDY} --model packaged --seeds 0,1,2 --precision bf16",
     f"{STUDY} --model packaged --seeds 3,4 --methods lora,qlora --precision bf16",
@@ -45,9 +48,9 @@ PARTS = (
     f"{WHOLE} --model packaged --seeds 0 --methods full --precision bf16",
     f"{WHOLE} --model packaged --data packaged --seeds 0,1,2 --methods lora,qlora --precision bf16",
     f"{STUDY} --model packaged --seeds 0,1,2 --methods lora,qlora --precision fp32",
-    f"{STUDY} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision bf16",
+    f"{LARGER} --model packaged-base --seeds 0 --methods lora,qlora,query-only,low-rank,high-rank --precision fp32",
 )
-#: Where the runs in float32 are: their names are those of the others.
+#: Where the runs in float32 are: their names may be those of others.
 FLOAT32 = "float32"
 #: The flags of `experiments.sweep` that found the recipe `best`.
 SWEEP = (
@@ -72,6 +75,7 @@ def remake(args: argparse.Namespace) -> int:
     """Say how long it will take; unless only that was asked for, do it."""
     from . import documents, measured, reference, reporting
     from .data import SIZES
+    from .precision import speed_of_bf16
     from .several import Several
 
     reporting.require_matplotlib()
@@ -90,7 +94,11 @@ def remake(args: argparse.Namespace) -> int:
     print(f"{len(done)} of {len(runs)} runs are done by the present code")
     print(f"the others take about {hours:.1f} hours, {args.jobs} at a time, by what earlier runs recorded", end="")
     print(f"; nothing is recorded of {unknown} of them" if unknown else "")
-    print(f"the sweep took {swept_hours():.1f} hours; what the present code did of it is left", flush=True)
+    if any(one.plan["hyperparameters"]["precision"] == BF16 for one in todo) and (speed := speed_of_bf16()) < 1:
+        print(f"note: that is of a processor with instructions for bfloat16; here a product in it takes {1 / speed:.1f} times")
+        print("      as long as in float32, and the runs that compute in it take several times what was recorded")
+    own_sweep = "is done by the present code" if swept(args.output_dir) else f"takes about {swept_hours():.1f} hours"
+    print(f"the sweep {own_sweep}", flush=True)
     _call("bench", "reference", "--data", args.data, "--plan", *rows)
     if args.plan:
         return 0
@@ -139,15 +147,26 @@ def expected_hours(todo: Sequence[Planned], recorded: Sequence[Run], jobs: int) 
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    """What the sweep finds, put among the results.
+    """What the sweep finds, put among the results; if it is not there.
 
     Raises:
         ExperimentError: the recipe `best` is not among what it finds.
     """
+    if swept(args.output_dir):
+        return
     _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT), "--refresh")
     check_recipe(SWEPT)
     (args.output_dir / "sweep").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(SWEPT / CSV, args.output_dir / "sweep" / CSV)
+
+
+def swept(results: Path) -> bool:
+    """Whether this sweep, by the present code, is among the results, and the recipe `best` its best row."""
+    path = results / "sweep" / CSV
+    if not path.exists() or made_by_other_code(path):
+        return False
+    found = [Setting.read(row) for row in read_csv(path)]
+    return found[:1] == [Setting.of(METHODS["best"])] and set(found) == set(wanted(sweeping().parse_args(shlex.split(SWEEP))))
 
 
 def check_recipe(directory: Path) -> None:

@@ -197,6 +197,12 @@ def phrases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     return (words[i:j] for i in range(len(words)) for j in range(i + 1, len(words) + 1))
 
 
+def wanted(args: argparse.Namespace) -> list[Setting]:
+    """The settings that a command line asks for."""
+    space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates, args.lora_plus, args.target_modules)
+    return space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
+
+
 def sweep(args: argparse.Namespace) -> int:
     """Run what is not done, with one line for each trial; then write the table and the figure."""
     if args.trials < 1:
@@ -204,8 +210,7 @@ def sweep(args: argparse.Namespace) -> int:
     method = METHODS[args.method]
     if not method.adapts:
         raise ExperimentError(f"--method {method.name} has no adapter, so there is nothing to search")
-    space = Space(args.ranks, args.alphas, args.dropouts, args.learning_rates, args.lora_plus, args.target_modules)
-    settings = space.grid() if args.search == "grid" else space.sample(args.trials, args.seed)
+    settings = wanted(args)
     schedules = [schedule_of(args, method, learning_rate=setting.learning_rate) for setting in settings]
     from . import data, models
     from .reporting import require_matplotlib
