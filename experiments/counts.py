@@ -23,8 +23,8 @@ BLOCK, SCALES = 64, 256  # NF4's values to a scale, and scales to a scale of the
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a BERT or a DistilBERT, as in its config.json. A BERT has segments and a pooler, a DistilBERT neither,
-    but a dense layer before its classifier."""
+    """The sizes of a BERT, a DistilBERT or an MPNet, as in its config.json. A BERT has segments and a pooler, the others
+    neither, but a dense layer before their classifier. An MPNet has a bias for each of `buckets` and `heads`."""
 
     model_type: str
     layers: int
@@ -33,6 +33,8 @@ class Architecture:
     vocabulary: int
     positions: int
     segments: int = 0
+    buckets: int = 0
+    heads: int = 0
 
     @property
     def linear(self) -> list[tuple[int, int, int]]:
@@ -44,7 +46,7 @@ class Architecture:
     @property
     def head(self) -> int:
         """Parameters of the classification head."""
-        before = self.width**2 + self.width if self.model_type == "distilbert" else 0
+        before = 0 if self.model_type == "bert" else self.width**2 + self.width
         return before + self.width * LABELS + LABELS
 
     @property
@@ -55,7 +57,7 @@ class Architecture:
     @property
     def body(self) -> int:
         """Parameters below the head: embeddings, weights, biases, and the norms' scales."""
-        embeddings = (self.vocabulary + self.positions + self.segments) * self.width
+        embeddings = (self.vocabulary + self.positions + self.segments) * self.width + self.buckets * self.heads
         weights = sum(n * d_in * d_out for n, d_in, d_out in self.linear)
         return embeddings + weights + self.biases + self.width * (1 + 2 * self.layers)
 

@@ -12,6 +12,7 @@ from tests.support import tiny
 SMALL = {
     "bert": Architecture("bert", layers=2, width=32, feed_forward=64, vocabulary=99, positions=512, segments=2),
     "distilbert": Architecture("distilbert", layers=2, width=32, feed_forward=64, vocabulary=99, positions=512),
+    "mpnet": Architecture("mpnet", layers=2, width=32, feed_forward=64, vocabulary=99, positions=512, buckets=32, heads=2),
 }
 BY_ARCHITECTURE = pytest.mark.parametrize("name", SMALL)
 
@@ -90,6 +91,8 @@ def test_the_known_numbers():
     assert (minilm.body, minilm.head) == (22_713_216, 770)
     distilbert = architectures()["distilbert-base-uncased"]
     assert (distilbert.body, distilbert.head) == (66_362_880, 592_130)  # as its card and transformers say
+    mpnet = architectures()["sentence-transformers/all-mpnet-base-v2"]
+    assert (mpnet.body, mpnet.head) == (108_895_872, 592_130)  # test_packaged_base counts them
     # The count that the study's text gives, and the total it gives it of.
     high = counted(distilbert, "adapter", {"r": 32, "target_modules": ["q_lin", "k_lin", "v_lin", "out_lin"]})
     assert high == Counts(1_179_648, 1_771_778, 68_726_788)

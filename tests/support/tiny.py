@@ -63,6 +63,11 @@ ARCHITECTURES = {
         transformers.RobertaForSequenceClassification,
         ["query", "key", "value", "attention.output.dense"],
     ),
+    "mpnet": (
+        transformers.MPNetConfig(**SMALL),
+        transformers.MPNetForSequenceClassification,
+        ["attn.q", "attn.k", "attn.v", "attn.o"],
+    ),
     "gpt2": (
         transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, n_positions=64, bos_token_id=1, eos_token_id=1),
         transformers.GPT2LMHeadModel,
@@ -89,11 +94,11 @@ ARCHITECTURES = {
     ),
     "convnet": (SimpleNamespace(vocab_size=99), ConvNet, ["conv1d", "conv2d", "mix", "embedding"]),
 }
-CLASSIFIERS = ("bert", "distilbert", "roberta")
+CLASSIFIERS = ("bert", "distilbert", "roberta", "mpnet")
 
 #: {architecture: its embedding layers}. Those of GPT-2 and T5 are tied to the output layer.
 EMBEDDINGS = {
-    **dict.fromkeys(("bert", "distilbert", "roberta"), "word_embeddings"),
+    **dict.fromkeys(CLASSIFIERS, "word_embeddings"),
     **dict.fromkeys(("llama", "t5"), "embed_tokens"),
     "gpt2": "wte",
     "convnet": "embedding",
