@@ -176,6 +176,7 @@ def check(directory: Path) -> int:
     from .reporting import check_table, made_by, outdated
 
     runs = measured.read(directory)
+    measured.grouped(runs)  # refuses two of one seed
     rows = judge(runs, reference.of(directory))
     verdicts = [row.verdict for row in rows]
     if NOT_MET not in verdicts and all(row.verdict == NOT_RUN or row.source == ITSELF for row in rows):

@@ -2,10 +2,11 @@
 
     judge(measured.read(directory))        a row for each expectation: met, NOT MET, or not run
 
-Four kinds. The study's published accuracies are a floor for its own base, data and length of training. peft's runs
+Five kinds. The study's published accuracies are a floor for its own base, data and length of training. peft's runs
 (`reference.py`, with the settings they were made with) may lie above each of ours by no more than the 95 % interval of two
 binomials, and above ours of the same seeds by no more than that of their difference, paired by seed and sentence (`paired.py`).
-What is trained must beat the larger class by the interval of two binomials. Counts and bytes are exact: `counts.py`.
+What is trained must beat the larger class by the interval of two binomials. Counts and bytes are exact: `counts.py`. A run's
+accuracy is that of its last epoch, and of what it predicted of each sentence.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import predictions, reference
 from .counts import Architecture, counted, halved
@@ -118,6 +121,9 @@ def _peft(runs: Sequence[Run], rows: Sequence[reference.Row]) -> Iterator[Judgem
             f"{percent(theirs)}, less the interval",
             reference.source(job),
         )
+        if wrong := _contradicted(ours, job):
+            yield replace(found, found=f"{wrong} is not what it predicted; run python -m bench reference", verdict=NOT_MET)
+            continue
         if difference := _against(ours, job):
             verdict = NOT_MET if difference.high < 0 else found.verdict
             found = replace(found, found=f"{found.found}; {difference}", verdict=verdict)
@@ -133,6 +139,20 @@ def _against(runs: Sequence[Run], job: Sequence[reference.Row]) -> Difference | 
         if (kept := ours.get(row["seed"])) and (said := reference.predicted(row)) is not None
     }
     return over_seeds(theirs, ours, f"{job[0]['method']} of peft's and ours")
+
+
+def _contradicted(runs: Sequence[Run], job: Sequence[reference.Row]) -> str | None:
+    """The accuracy of one of peft's rows that is not that of its own predictions; None if there is none."""
+    labels = next((kept[0] for run in runs if (kept := predictions.read(run.path.parent))), None)
+    for row in job if labels is not None else ():
+        if (said := reference.predicted(row)) is not None and not _as_many(row["accuracy"], labels, said):
+            return f"{percent(row['accuracy'])} of seed {row['seed']}"
+    return None
+
+
+def _as_many(accuracy: float, labels: np.ndarray, predicted: np.ndarray) -> bool:
+    """Whether as many predictions are right as an accuracy says."""
+    return round(accuracy * len(labels)) == int((labels == predicted).sum())
 
 
 def _majority(runs: Sequence[Run]) -> Iterator[Judgement]:
@@ -170,12 +190,22 @@ def _accuracy(what: str, runs: Iterable[Run], floor: Callable[[Run], float], exp
 
 
 def _consistent(runs: Sequence[Run]) -> Iterator[Judgement]:
-    """The accuracy of a run is that of its last epoch, and not of its best."""
+    """The accuracy of a run is that of its last epoch, not of its best, and that of what it predicted, sentence by sentence."""
     trained = [run for run in runs if run["accuracy_by_epoch"]]
     other = [str(run.path.parent) for run in trained if run["accuracy_by_epoch"][-1] != run["accuracy"]]
     if trained:
         found = f"not in {', '.join(other)}" if other else f"{len(trained)} runs"
         yield Judgement("accuracy", "that of the last epoch", found, ITSELF, NOT_MET if other else MET)
+    if runs:
+        other = [str(run.path.parent) for run in runs if not _kept(run)]
+        found = f"not in {', '.join(other)}" if other else f"{len(runs)} runs"
+        yield Judgement("predictions", "as many right as the accuracy says", found, ITSELF, NOT_MET if other else MET)
+
+
+def _kept(run: Run) -> bool:
+    """Whether a run kept what it predicted, and was as often right as it says."""
+    kept = predictions.read(run.path.parent)
+    return kept is not None and len(kept[0]) == run["data"]["validation"] and _as_many(run["accuracy"], *kept)
 
 
 def _exact(runs: Sequence[Run]) -> Iterator[Judgement]:

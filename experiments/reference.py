@@ -8,6 +8,7 @@ The engine puts the adapters on, the harness trains. Rows of an earlier version 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .methods import FP32
 
 FILE = Path(__file__).parents[1] / "bench" / "results" / "reference.json"
 ENGINES, HARNESSES = ("ours", "peft"), ("ours", "plain")
+HARNESS = {"ours": "our harness", "plain": "a plain Trainer", None: "a harness that was not kept"}  # in words
 Row = dict[str, Any]
 
 
@@ -123,12 +125,32 @@ def two_by_two(rows: Sequence[Row], method: str) -> TwoByTwo | None:
     return TwoByTwo(f"{method}, {train:,} sentences of {data} x {epochs}, {computed}", peaks)
 
 
+def outdated(rows: Sequence[Row]) -> list[str]:
+    """What other code made, a line each; a line if there is nothing."""
+    if not rows:
+        return [f"{FILE.name}: no row of peft's"]
+    found = []
+    for row in rows:
+        other = [
+            *provenance.differing(row),
+            *(["bench"] if (row.get(provenance.KEY) or {}).get("bench") != bench_code() else []),
+        ]
+        job = f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, seed {row['seed']}"
+        found += [f"{FILE.name}: {job}, {row['engine']} in {row['harness']}: other {' and '.join(other)}"] if other else []
+    return found
+
+
+@functools.cache
+def bench_code() -> str:
+    """The hash of the bench's code that makes a row, as `bench.reference_run` records it."""
+    start = FILE.parents[1] / "reference_run.py"
+    return provenance.code_hash(provenance.imported(start), start.parent)
+
+
 def source(rows: Sequence[Row]) -> str:
     """Where the rows of one job, in one harness, come from, in words."""
     row, seeds = rows[0], sorted(row["seed"] for row in rows)
     version = row.get("versions", {}).get("peft", "0.21.2")
     seen = f"peft {version}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    if not row["harness"]:
-        return f"{seen}, in a harness that was not kept"
-    made = ", beside other code of ours" if any(map(provenance.differing, rows)) else ""
-    return f"{seen}, in {'our harness' if row['harness'] == 'ours' else 'a plain Trainer'}{made}"
+    made = ", beside other code of ours" if row["harness"] and any(map(provenance.differing, rows)) else ""
+    return f"{seen}, in {HARNESS[row['harness']]}{made}"

@@ -12,6 +12,7 @@ what the bench says of the job's memory (`python -m bench job`).
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import shutil
 import subprocess
@@ -126,6 +127,25 @@ def _part(flags: str, args: argparse.Namespace) -> list[Planned]:
             raise
         print(f"left out: {flags}: {error}")
         return []
+
+
+def absent(runs: Sequence[Run]) -> list[str]:
+    """What of `PARTS` is not among some runs, a line each. Needs neither data nor bases."""
+    from .models import PACKAGED
+    from .packaged_base import NAME
+
+    made = {(run.budget, run["method"], run["seed"]) for run in runs}
+    there = {(b.data, b.base, b.train, b.epochs, b.precision, method, seed) for b, method, seed in made if b.usual}
+    found = []
+    for part in PARTS:
+        args = comparison().parse_args(shlex.split(part))
+        data, every = ("Rotten Tomatoes", 7_677) if args.data == "packaged" else ("SST-2", 67_349)
+        base = {"packaged": PACKAGED, "packaged-base": NAME}[args.model]
+        for seed, name in itertools.product(args.seeds, args.methods or METHODS):
+            run = data, base, args.train_samples or every, args.epochs, args.precision, name, seed
+            where = f"{run[2]:,} of {data} x {args.epochs}, {base.rpartition('/')[2]}, {args.precision}"
+            found += [] if run in there else [f"{name}, seed {seed}, {where}: missing"]
+    return found
 
 
 def expected_hours(todo: Sequence[Planned], recorded: Sequence[Run], jobs: int) -> tuple[float, int]:

@@ -30,6 +30,8 @@ HOW = (
     "their 95 % interval. `experiments/claims.py` says what contradicts each finding."
 )
 
+AIMS = "Aims (half a point is one of the mean, whose interval must be at most 1 point either way)"
+
 
 def write(directory: Path) -> Path:
     """Writes the report on the runs below `directory`, and its figures; returns the report's path.
@@ -83,7 +85,7 @@ def _sections(groups: Sequence[Group], figures: Sequence[Path]) -> list[str]:
         if group is groups[0]:
             parts.append("\n".join(f"![{path.stem.replace('_', ' ')}]({FIGURES}/{path.name})" for path in figures))
         # The first group is the study; of the others, what can be said.
-        for title, found in (("The study's findings", claims.findings(group)), ("Aims", claims.aims(group))):
+        for title, found in (("The study's findings", claims.findings(group)), (AIMS, claims.aims(group))):
             shown = [claim for claim in found if group is groups[0] or claim.verdict != claims.NOT_RUN]
             if shown:
                 parts.append(f"{title}:\n\n" + "\n".join(map(_claim, shown)))
@@ -165,8 +167,8 @@ def _beside(rows: Sequence[reference.Row]) -> list[str]:
     split = [str(found) for method in ("lora", "qlora") if (found := reference.two_by_two(rows, method))]
     return [
         "## peft beside it",
-        "The same data, base, batches and settings (`python -m bench reference`): which engine puts the adapters on, and which "
-        "harness trains.",
+        "The same data, base, batches and settings (`python -m bench reference`): which engine prepares the model and puts the "
+        "adapters on, and which harness trains.",
         markdown(("work", "engine", "harness", "accuracy", "peak memory", "seeds"), cells),
         *(["\n".join(f"- {text}." for text in split)] if split else []),
     ]
@@ -185,23 +187,31 @@ def _published() -> list[str]:
 def made_by(runs: Sequence[measured.Run], directory: Path) -> str:
     """Which of the results in a directory are not the present code's, in a sentence and a line for each."""
     if not (other := outdated(runs, directory)):
-        return f"All {len(runs)} results were made by the present code."
+        peft = f" and peft's {len(reference.of(directory))} rows" if directory.resolve() == RESULTS else ""
+        return f"All {len(runs)} results{peft} were made by the present code."
     text = f"{len(other)} of the results are not what the present code makes; `make results` makes them again:"
     return f"{text}\n\n" + "\n".join(f"- {line}" for line in other)
 
 
 def outdated(runs: Sequence[measured.Run], directory: Path) -> list[str]:
-    """What other code made, a line each; and of the committed results what has other settings than its method has now."""
+    """What other code made, a line each; of the committed results also what has other settings than its method has now, or is
+    missing."""
+    from .remake import absent
+
     committed = directory.resolve() == RESULTS
     found = []
     for run in runs:
         other = [_code(run)] if run.differing else []
         other += [f"other settings: {run.label}"] if committed and run.label != run["method"] else []
         found += [f"{run.name}, {run.budget.precision}: {'; '.join(other)}"] if other else []
+    if not committed:
+        return found
     swept = directory / "sweep" / CSV
-    if committed and swept.exists() and made_by_other_code(swept):
-        found.append("sweep/sweep.csv: other code")
-    return found
+    if not swept.exists():
+        found.append(f"sweep/{CSV}: missing")
+    elif made_by_other_code(swept):
+        found.append(f"sweep/{CSV}: other code, or no trials")
+    return [*found, *absent(runs), *reference.outdated(reference.of(directory))]
 
 
 def _code(run: measured.Run) -> str:

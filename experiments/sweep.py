@@ -277,8 +277,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def made_by_other_code(path: Path) -> bool:
-    """Whether a line of a table was made by other code than the present one, or does not say."""
-    return any(line.get(name) != code for line in read_csv(path) for name, code in provenance.sources().items())
+    """Whether a line of a table was made by other code than the present one, or does not say; so of a table without lines."""
+    lines = read_csv(path)
+    return not lines or any(line.get(name) != code for line in lines for name, code in provenance.sources().items())
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

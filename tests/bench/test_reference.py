@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 
 from bench import __main__ as command, reference, reference_run
 from experiments import provenance
+from experiments.reference import bench_code
 
 
 def options(*flags):
@@ -36,6 +37,21 @@ def test_every_row_is_asked_for_once_and_its_flags_are_known(tmp_path):
     every = {(*cell, method, 0) for cell in reference.CELLS for method in ("lora", "qlora")}
     more = {("peft", "plain", method, seed) for method in ("lora", "qlora") for seed in (1, 2)}
     assert part == every | more | {("peft", "ours", "query-only", 0)}
+
+
+def test_every_row_that_is_asked_for_is_committed(tmp_path):
+    asked = reference.runs(reference.RUNS, "DIR", tmp_path, tmp_path / "out.json")
+    parsed = [reference_run.parser().parse_args(run.command[3:]) for run in asked]
+    names = {"DIR": "SST-2", "packaged": "Rotten Tomatoes"}
+    work = {(*run.cell.values(), names[args.data], args.epochs, args.seed) for run, args in zip(asked, parsed, strict=True)}
+    rows = reference.read(reference.FILE)
+    assert {
+        (*(row[name] for name in asked[0].cell), row["data"], row["settings"]["epochs"], row["seed"]) for row in rows
+    } == work
+
+
+def test_a_row_is_known_by_the_bench_s_code_without_the_bench():
+    assert bench_code() == reference_run.sources()
 
 
 def test_what_is_made_is_left_and_each_row_is_kept_at_once(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import compare, measured, provenance, record, several
+from experiments import compare, measured, provenance, record, reference, reporting, several, sweep
 from experiments.recipes import METHODS
 from experiments.several import Several
 from tests.support import fabricated
@@ -212,10 +212,10 @@ def test_every_method_runs_by_default():
 
 def test_the_committed_results_meet_what_is_expected_and_the_check_says_whose_code_made_them(call):
     code, out, err = call("--check")
-    other = [f"{run.name}, {run.budget.precision}" for run in measured.read(fabricated.COMMITTED) if run.differing]
+    other = reporting.outdated(measured.read(fabricated.COMMITTED), fabricated.COMMITTED)
     assert code == (1 if other else 0) and not err
     assert "| NOT MET" not in out and "| met " in out and "| not run" in out
-    assert all(f"- {name}: " in out for name in other)
+    assert all(f"- {line}" in out for line in other) and not any("missing" in line for line in other)
 
 
 def test_results_of_other_code_fail_the_check(call, tmp_path):
@@ -224,6 +224,80 @@ def test_results_of_other_code_fail_the_check(call, tmp_path):
     made["provenance"] = {**made["provenance"], "experiments": "0" * 16}
     code, out, _ = call("--check", "--output-dir", fabricated.write(tmp_path / "other", made))
     assert code == 1 and "| NOT MET" not in out and "run0, fp32: other experiments (version 0)" in out
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """A copy of the committed results in their place, as if the present code had made all of them."""
+    directory = shutil.copytree(fabricated.COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("figures"))
+    for path in directory.rglob("metrics.json"):
+        record.write_json(path, json.loads(path.read_text()) | {"provenance": provenance.sources()})
+    table = directory / "sweep" / "sweep.csv"
+    sweep.write_csv(table, [row | provenance.sources() for row in sweep.read_csv(table)])
+    present = provenance.sources() | {"bench": reference.bench_code()}
+    reference.write(directory / "reference.json", [row | {"provenance": present} for row in reference.read()])
+    monkeypatch.setattr(reporting, "RESULTS", directory)
+    return directory
+
+
+def rows_of_peft_s(change):
+    def damage(directory):
+        path = directory / "reference.json"
+        reference.write(path, [row | change(row) for row in reference.read(path)])
+
+    return damage
+
+
+def of_another_method(directory):
+    path = directory / RUN / "metrics.json"
+    record.write_json(path, json.loads(path.read_text()) | {"method": "another"})
+
+
+RUN = "sst-2-all-minilm-l6-v2-12000x2/rslora-seed0"
+WHOSE = "rslora, seed 0, 12,000 of SST-2 x 2, all-MiniLM-L6-v2, bf16"
+WRONG = "1" * 436 + "0" * 436
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: shutil.rmtree(d / RUN), f"- {WHOSE}: missing"),
+        (of_another_method, f"- {WHOSE}: missing"),
+        (lambda d: (d / RUN / "predictions.txt").unlink(), "as the accuracy says   | not in "),
+        (
+            lambda d: (d / RUN / "predictions.txt").write_text(f"{WRONG}\n{WRONG}\n"),
+            "as many right as the accuracy says   | not in ",
+        ),
+        (lambda d: (d / "sweep" / "sweep.csv").unlink(), "- sweep/sweep.csv: missing"),
+        (lambda d: sweep.write_csv(d / "sweep" / "sweep.csv", []), "- sweep/sweep.csv: other code, or no trials"),
+        (rows_of_peft_s(lambda row: {"provenance": provenance.sources()}), "seed 2, peft in plain: other bench"),
+        (rows_of_peft_s(lambda row: {"provenance": None}), "seed 2, peft in plain: other engine and experiments and bench"),
+        (rows_of_peft_s(lambda row: {"accuracy": 0.6}), "60.0 % of seed 0 is not what it predicted"),
+    ],
+    ids=[
+        "run",
+        "method",
+        "no predictions",
+        "other predictions",
+        "no sweep",
+        "empty sweep",
+        "bench",
+        "engine",
+        "peft's accuracy",
+    ],
+)
+def test_committed_results_that_are_missing_stale_or_changed_fail_the_check(call, committed, damage, says):
+    code, out, _ = call("--check", "--output-dir", committed)
+    assert code == 0 and "results and peft's 17 rows were made by the present code." in out
+    damage(committed)
+    code, out, err = call("--check", "--output-dir", committed)
+    assert code == 1 and says in out and not err
+
+
+def test_a_run_that_is_there_twice_is_refused(call, committed):
+    shutil.copytree(committed / RUN, committed / "again" / "rslora-seed0")
+    code, out, err = call("--check", "--output-dir", committed)
+    assert code == 2 and not out and "are the same run, rslora, seed 0" in err
 
 
 @pytest.mark.parametrize(
@@ -235,16 +309,13 @@ def test_results_of_other_code_fail_the_check(call, tmp_path):
         ("sst-2-all-minilm-l6-v2-67349x3/qlora-seed0", "base_weight_bytes", 53_351_905),
     ],
 )
-def test_a_worse_number_in_a_file_fails_the_check(call, tmp_path, run, key, worse):
-    directory = shutil.copytree(fabricated.COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("figures"))
-    for path in directory.rglob("metrics.json"):  # as if the present code had made them
-        record.write_json(path, json.loads(path.read_text()) | {"provenance": provenance.sources()})
-    path = directory / run / "metrics.json"
+def test_a_worse_number_in_a_file_fails_the_check(call, committed, run, key, worse):
+    path = committed / run / "metrics.json"
     metrics = json.loads(path.read_text())
-    assert call("--check", "--output-dir", directory)[0] == 0
+    assert call("--check", "--output-dir", committed)[0] == 0
     metrics[key] = worse
     record.write_json(path, metrics)
-    code, out, err = call("--check", "--output-dir", directory)
+    code, out, err = call("--check", "--output-dir", committed)
     assert code == 1 and not err
     assert any(line.endswith("| NOT MET |") for line in out.splitlines())
 

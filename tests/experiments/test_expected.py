@@ -88,7 +88,8 @@ def test_peft_s_run_is_held_against_ours_of_the_same_seed_sentence_by_sentence(t
 
 
 def test_without_a_seed_in_common_two_binomials_judge_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "read", lambda: [peft_s_row(accuracy=0.87, predicted="1" * 872)])
+    said = (np.arange(872) + (np.arange(872) < 113)) % 2
+    monkeypatch.setattr(reference, "read", lambda: [peft_s_row(accuracy=759 / 872, predicted="".join(map(str, said)))])
     rows = judged(tmp_path, fabricated.metrics("lora", 0.86, 3), fabricated.metrics("lora", 0.86, 0, wrong=None))
     assert [row.found for row in rows if row.what.startswith("lora, 67,349 of SST-2")] == ["86.0 %, 2 runs"]
 
@@ -143,6 +144,22 @@ def test_the_best_epoch_is_not_passed_off_as_the_last(tmp_path):
     made = fabricated.metrics("lora", 0.87)
     made["accuracy"] = 0.88
     assert verdict(judged(tmp_path, made), "accuracy") == NOT_MET
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(range(100), MET), (range(99), NOT_MET), ((), NOT_MET), (None, NOT_MET)])
+def test_a_run_was_as_often_right_as_it_says(tmp_path, wrong, says):
+    rows = judged(
+        tmp_path, fabricated.metrics("lora", 772 / 872, wrong=range(100)), fabricated.metrics("qlora", 772 / 872, wrong=wrong)
+    )
+    assert verdict(rows, "predictions") == says
+
+
+def test_peft_s_accuracy_is_that_of_its_predictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "read", lambda: [peft_s_row(accuracy=0.6, predicted="1" * 872)])
+    rows = judged(tmp_path, fabricated.metrics("lora", 772 / 872, wrong=range(100)))
+    assert [row.found for row in rows if row.verdict == NOT_MET] == [
+        "60.0 % of seed 0 is not what it predicted; run python -m bench reference"
+    ]
 
 
 def test_every_number_has_a_source_and_a_recipe():

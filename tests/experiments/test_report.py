@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import measured, provenance, report, reporting
+from experiments import measured, provenance, reference, remake, report, reporting
 from experiments.errors import ExperimentError
 from tests.support import fabricated
 
@@ -80,14 +80,16 @@ def test_of_the_committed_results_other_settings_and_a_sweep_by_other_code_are_t
     assert reporting.outdated(runs, tmp_path) == []  # a comparison with flags of its own
     monkeypatch.setattr(reporting, "RESULTS", tmp_path)
     told = f"{runs[0].name}, fp32: other settings: lora (learning rate 0.0001)"
-    assert reporting.outdated(runs, tmp_path) == [told]
+    monkeypatch.setattr(remake, "absent", lambda runs: [])
+    monkeypatch.setattr(reference, "outdated", lambda rows: ["and peft's"])
+    assert reporting.outdated(runs, tmp_path) == [told, "sweep/sweep.csv: missing", "and peft's"]
     (tmp_path / "sweep").mkdir()
     present = provenance.sources()
-    for codes, more in ((present, []), (present | {"engine": "0"}, ["sweep/sweep.csv: other code"])):
+    for codes, more in ((present, []), (present | {"engine": "0"}, ["sweep/sweep.csv: other code, or no trials"])):
         (tmp_path / "sweep" / "sweep.csv").write_text(f"rank,{','.join(codes)}\n4,{','.join(codes.values())}\n")
-        assert reporting.outdated(runs, tmp_path) == [told, *more]
+        assert reporting.outdated(runs, tmp_path) == [told, *more, "and peft's"]
     (tmp_path / "sweep" / "sweep.csv").write_text("rank\n4\n")  # an older one does not say
-    assert reporting.outdated(runs, tmp_path)[1:] == ["sweep/sweep.csv: other code"]
+    assert reporting.outdated(runs, tmp_path)[1:-1] == ["sweep/sweep.csv: other code, or no trials"]
 
 
 def test_pictures_that_are_shown_are_there(written):
@@ -102,6 +104,25 @@ def test_every_table_is_whole(written):
     assert len(blocks) == 5 and sum(block.count("\n") for block in blocks) == len(lines)
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_the_committed_report_and_its_figures_are_those_of_the_committed_runs(tmp_path, monkeypatch):
+    """But for what it says of the code that made them, which changes with the code."""
+    matplotlib = pytest.importorskip("matplotlib.image")
+
+    def of_the_runs(text):
+        return text[text.index("\n## ") :].replace(", beside other code of ours", "")
+
+    drawn = tmp_path / "figures"
+    draw = reporting._figures
+    monkeypatch.setattr(reporting, "_figures", lambda group, _: draw(group, drawn))
+    monkeypatch.setattr(reporting, "write_whole", lambda path, data: (tmp_path / "report.md").write_bytes(data))
+    reporting.write(fabricated.COMMITTED)
+    committed = (fabricated.COMMITTED / "report.md").read_text()
+    assert of_the_runs((tmp_path / "report.md").read_text()) == of_the_runs(committed)
+    for path in sorted(drawn.iterdir()):
+        ours, theirs = (matplotlib.imread(one) for one in (path, fabricated.COMMITTED / "figures" / path.name))
+        assert ours.shape == theirs.shape and abs(ours - theirs).mean() < 1e-3, path.name
 
 
 def test_without_a_run_there_is_no_report(tmp_path):
