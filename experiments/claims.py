@@ -7,15 +7,17 @@ spread of its seeds. Each claim says a range that what it speaks of must lie in:
     contradicted          all of it lies outside
     can't be told apart   some lies on either side
 
-So each can fail. What contradicts them:
+So each can fail. What one seed says is told apart: its interval is over sentences alone. What contradicts them:
 
     LoRA lifts a base       it gains less than 30 points on the untrained base (published: 41), or trains 5 % or more
-    query projections       they are no worse than LoRA on all four, or train no fewer than LoRA or rank 32
+    query projections       they are no worse than LoRA on all four, or train no fewer than LoRA or rank 32 (the methods that
+                            were published; `low-rank`, which was not, trains as few, and is shown beside)
     QLoRA's memory          the peak falls by less than 9 % or by more than 15 % (published: 12)
     QLoRA's little cost     it costs more than 1 point; so of bfloat16, where a budget was run in float32 too
     a higher rank, biases   they gain nothing, or more than 2 points: then it is not marginal
 
-An aim is reached or missed, or its interval is too wide to say: more than 1 point either way, and not all of it below the aim.
+An aim of half a point is one of the mean: it is reached or missed, or its interval is too wide to say, which is more than 1
+point either way, and not all of it below the aim.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .paired import Difference, difference
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_RUN = "supported", "contradicted", "can't be told apart", "not run"
 REACHED, MISSED, TOO_WIDE = "reached", "missed", "too wide an interval to say"
 NOT_KEPT = "no seed has the predictions of both"
+ONE_SEED = ", on one seed"
 
 LIFT, FEW = 0.30, 0.05  # at least so many points more, of less than so much trained
 SAVING = (0.09, 0.15)  # "about 12 %" of a peak
@@ -79,11 +82,11 @@ def _cheap(before: Row, after: Row) -> Claim:
     if (found := difference(before, after)) is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
     what, float32, bfloat16 = peaks(before, after)
-    a, b = _on_shared_seeds(before, after)
+    a, b = _means(found, before, after)
     numbers = f"{percent(b)}, in float32 {percent(a)}: {found}"
     if float32:
         numbers += f"; {what} {spread(bfloat16)} MiB, in float32 {spread(float32)} MiB"
-    return Claim(text, _verdict(found.low, found.high, LITTLE_COST), numbers)
+    return Claim(text, _judged(found, LITTLE_COST), numbers)
 
 
 def aims(group: Group) -> list[Claim]:
@@ -109,12 +112,12 @@ def _lift(group: Group) -> Claim:
     found, share = difference(base, lora), _share(lora)
     if found is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
-    verdict = CONTRADICTED if share >= FEW else _verdict(found.low, found.high, (LIFT, math.inf))
-    return Claim(text, verdict, f"{_accuracies(base, lora)}: {found}; {100 * share:.3g} % of the parameters trained")
+    verdict = CONTRADICTED if share >= FEW else _judged(found, (LIFT, math.inf))
+    return Claim(text, verdict, f"{_accuracies(found, base, lora)}; {100 * share:.3g} % of the parameters trained")
 
 
 def _query_only(group: Group) -> Claim:
-    text = "Adapters on the query projections alone train the fewest parameters, at a lower accuracy"
+    text = "Of the published methods, adapters on the query projections alone train the fewest parameters, at a lower accuracy"
     rows = {name: group.row(name) for name in ("lora", "high-rank", "query-only")}
     if not all(rows.values()):
         return Claim(text, NOT_RUN)
@@ -123,9 +126,11 @@ def _query_only(group: Group) -> Claim:
     if found is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
     fewest = counts["query-only"] < min(counts["lora"], counts["high-rank"])
-    verdict = _verdict(found.low, found.high, (-math.inf, 0)) if fewest else CONTRADICTED
+    verdict = _judged(found, (-math.inf, 0)) if fewest else CONTRADICTED
     trained = ", ".join(f"{name} {count:,.0f}" for name, count in counts.items())
-    return Claim(text, verdict, f"{_accuracies(rows['lora'], rows['query-only'])}: {found}; trained: {trained}")
+    if low := group.row("low-rank"):
+        trained += f"; low-rank, on all four, {low.mean('trainable_parameters'):,.0f}: {percent(low.accuracy)}"
+    return Claim(text, verdict, f"{_accuracies(found, rows['lora'], rows['query-only'])}; trained: {trained}")
 
 
 def _memory(group: Group) -> Claim:
@@ -139,7 +144,8 @@ def _memory(group: Group) -> Claim:
         return Claim(text, NOT_RUN, "no seed has both")
     weights = 1 - qlora.mean("base_weight_bytes") / lora.mean("base_weight_bytes")
     shown = " to ".join(dict.fromkeys(map(_less, (min(saved), max(saved)))))
-    return Claim(text, _verdict(min(saved), max(saved), SAVING), f"{what} {shown}, base weights {_less(weights)}")
+    verdict = _with_seeds(_verdict(min(saved), max(saved), SAVING), len(saved))
+    return Claim(text, verdict, f"{what} {shown}, base weights {_less(weights)}")
 
 
 def _gain(group: Group, text: str, before: str, after: str, wanted: tuple[float, float]) -> Claim:
@@ -149,7 +155,16 @@ def _gain(group: Group, text: str, before: str, after: str, wanted: tuple[float,
     found = difference(a, b)
     if found is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
-    return Claim(text, _verdict(found.low, found.high, wanted), f"{_accuracies(a, b)}: {found}")
+    return Claim(text, _judged(found, wanted), _accuracies(found, a, b))
+
+
+def _judged(found: Difference, wanted: tuple[float, float]) -> str:
+    return _with_seeds(_verdict(found.low, found.high, wanted), len(found.seeds))
+
+
+def _with_seeds(verdict: str, seeds: int) -> str:
+    """A verdict that says so if it rests on one seed."""
+    return verdict + (ONE_SEED if seeds == 1 and verdict not in (UNDECIDED, TOO_WIDE) else "")
 
 
 def _verdict(low: float, high: float, wanted: tuple[float, float]) -> str:
@@ -169,7 +184,7 @@ def _close(group: Group, text: str, of: str, method: str) -> Claim:
     found = difference(a, b)
     if found is None:
         return Claim(text, NOT_RUN, NOT_KEPT)
-    return Claim(text, _reached(found), f"{_accuracies(a, b)}: {found}")
+    return Claim(text, _with_seeds(_reached(found), len(found.seeds)), _accuracies(found, a, b))
 
 
 def _reached(found: Difference) -> str:
@@ -186,8 +201,8 @@ def _lighter(group: Group, text: str) -> Claim:
     if not before:
         return Claim(text, NOT_RUN, "no seed has both")
     lighter = [b < a for a, b in zip(before, after, strict=True)]
-    verdict = REACHED if all(lighter) else TOO_WIDE if any(lighter) else MISSED
-    return Claim(text, verdict, f"{what}: QLoRA {spread(after)} MiB, LoRA {spread(before)} MiB")
+    verdict = REACHED if all(lighter) else UNDECIDED if any(lighter) else MISSED
+    return Claim(text, _with_seeds(verdict, len(lighter)), f"{what}: QLoRA {spread(after)} MiB, LoRA {spread(before)} MiB")
 
 
 def _best(group: Group, text: str) -> Claim:
@@ -217,15 +232,14 @@ def spread(values: list[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values))))
 
 
-def _accuracies(before: Row, after: Row) -> str:
-    a, b = _on_shared_seeds(before, after)
-    return f"{after.label} {percent(b)}, {before.label} {percent(a)}"
+def _accuracies(found: Difference, before: Row, after: Row) -> str:
+    a, b = _means(found, before, after)
+    return f"{after.label} {percent(b)}, {before.label} {percent(a)}: {found}"
 
 
-def _on_shared_seeds(a: Row, b: Row) -> tuple[float, float]:
-    """The accuracies of two rows as their difference compares them: a mean over other seeds may lie on its other side."""
-    shared = {run["seed"] for run in a.runs} & {run["seed"] for run in b.runs}
-    first, second = (statistics.fmean(run["accuracy"] for run in row.runs if run["seed"] in shared) for row in (a, b))
+def _means(found: Difference, a: Row, b: Row) -> tuple[float, float]:
+    """The accuracies of two rows over the seeds of their difference: means over others may lie on its other side."""
+    first, second = (statistics.fmean(run["accuracy"] for run in row.runs if run["seed"] in found.seeds) for row in (a, b))
     return first, second
 
 

@@ -9,10 +9,10 @@ Tukey, "Average values of mean squares in factorials", Annals of Mathematical St
     between sentences    variance of the N means over the seeds / N
     between seeds        variance of the S means over the sentences / S, less what the sentences alone would make of it
 
-For one seed the first part is all, and the test is McNemar's without its correction. Two binomials, which know nothing of the
-pairs, would be two to three times as wide. Two or three seeds say little of how far seeds differ: so the interval is Student's,
-with the degrees of freedom that Satterthwaite gives such a sum ("An approximate distribution of estimates of variance
-components", Biometrics Bulletin 1946).
+For one seed the first part is all, and the test is McNemar's without its correction: it says nothing of other seeds. Two
+binomials, which know nothing of the pairs, would be two to three times as wide. Two or three seeds say little of how far seeds
+differ: so the interval is Student's, with the degrees of freedom that Satterthwaite gives such a sum ("An approximate
+distribution of estimates of variance components", Biometrics Bulletin 1946).
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ class Difference:
     seeds: tuple[int, ...]
 
     @property
+    def of_one_seed(self) -> bool:
+        """Whether its interval is over sentences alone."""
+        return len(self.seeds) == 1
+
+    @property
     def half(self) -> float:
         """Half the 95 % interval."""
         return float(_student().ppf(0.5 + LEVEL / 2, self.freedom)) * self.error
@@ -69,9 +74,9 @@ class Difference:
         return 2 * float(_student().cdf(-abs(self.gain) / self.error, self.freedom)) if self.error else float(self.gain == 0)
 
     def __str__(self) -> str:
-        number = "seed" if len(self.seeds) == 1 else "seeds"
+        number = "1 seed: over sentences alone" if self.of_one_seed else f"{len(self.seeds)} seeds"
         shown = f"p = {self.p:.2g}" if self.p >= 0.001 else "p < 0.001"
-        return f"{100 * self.gain:+.1f} points (± {100 * self.half:.1f}, {shown}, {len(self.seeds)} {number})"
+        return f"{round(100 * self.gain, 1) + 0.0:+.1f} points (± {100 * self.half:.1f}, {shown}, {number})"
 
 
 def difference(before: Row, after: Row) -> Difference | None:

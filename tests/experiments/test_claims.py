@@ -122,7 +122,7 @@ def test_the_peak_is_compared_seed_by_seed_on_the_gpu_where_there_is_one(tmp_pat
     found = aim(4, tmp_path / "a", *lora, *qlora)
     assert (found.verdict, found.numbers) == (REACHED, "peak GPU memory: QLoRA 400 MiB, LoRA 500 to 501 MiB")
     lora[1]["peak_cuda_mb"] = 399.0
-    assert aim(4, tmp_path / "b", *lora, *qlora).verdict == TOO_WIDE
+    assert aim(4, tmp_path / "b", *lora, *qlora).verdict == UNDECIDED
     lora[0]["peak_cuda_mb"] = 399.0
     assert aim(4, tmp_path / "c", *lora, *qlora).verdict == MISSED
 
@@ -134,6 +134,16 @@ def test_best_is_a_mean_of_three_seeds_at_the_full_budget(tmp_path, accuracy, se
     for one in made:
         one["data"] |= {"train": 12_000}
     assert aim(5, tmp_path / "part", *made).verdict == NOT_RUN
+
+
+def test_a_verdict_on_one_seed_says_so(tmp_path):
+    made = [*runs("lora", 120, seeds=1), *runs("qlora", 110, seeds=1), *runs("full", 120, seeds=1)]
+    found = group(tmp_path, *made)
+    assert claims.findings(found)[3].verdict == f"{SUPPORTED}, on one seed"
+    assert claims.findings(found)[3].numbers.endswith(", 1 seed: over sentences alone)")
+    assert claims.findings(found)[2].verdict == f"{CONTRADICTED}, on one seed"  # the peaks are alike
+    assert claims.aims(found)[1].verdict == f"{REACHED}, on one seed"
+    assert claims.aims(found)[4].verdict == f"{MISSED}, on one seed"
 
 
 @pytest.mark.parametrize(("wrong", "verdict"), [(121, SUPPORTED), (129, UNDECIDED), (180, CONTRADICTED)])
@@ -150,4 +160,7 @@ def test_bfloat16_costs_little(tmp_path, wrong, verdict):
 def test_the_accuracies_that_are_shown_are_of_the_seeds_that_are_compared(tmp_path):
     full = [fabricated.metrics("full", accuracy, seed) for seed, accuracy in enumerate((0.9, 0.9, 0.6))]
     best = [fabricated.metrics("best", 0.89, seed) for seed in range(2)]
-    assert aim(3, tmp_path, *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
+    assert aim(3, tmp_path / "a", *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
+    best[0]["wrong"] = None  # it kept no predictions
+    full[1]["accuracy"] = 0.8
+    assert aim(3, tmp_path / "b", *full, *best).numbers.startswith("best 89.0 %, full 80.0 %: -")
