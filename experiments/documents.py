@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_core.files.disk import write_whole
 
-from . import provenance, reference
+from . import packaged_base, provenance, reference
 from .claims import spread
 from .errors import ExperimentError
 from .measured import Group, Row, Run, grouped, percent
@@ -25,8 +25,8 @@ FILES = ("README.md", "docs/study.md")
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 #: What a reader of a table alone must know.
 NOTES = {"qlora": ", the base in 4 bits", "best": ", what a sweep found"}
-#: (sentences of SST-2, epochs) of the two tables.
-WHOLE, PART = (67_349, 3), (12_000, 2)
+#: (sentences of SST-2, epochs) of the tables; the last is of the larger base.
+WHOLE, PART, LARGER = (67_349, 3), (12_000, 2), (12_000, 1)
 IN_WORDS = {FP32: "float32", BF16: "bfloat16"}
 
 
@@ -60,12 +60,14 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
         made["whole"] = f"{_beside_peft(whole, peft)}\n\n{_made(whole)}{_whose(whole, peft)}"
     if part := group(runs, PART):
         made["part"] = f"{_methods(part)}\n\n{_made(part)}"
+    if larger := group(runs, LARGER, packaged_base.NAME):
+        made["larger"] = f"{_methods(larger)}\n\n{_made(larger)}"
     return made
 
 
-def group(runs: Sequence[Run], budget: tuple[int, int]) -> Group | None:
-    """The rows of a table: the study's base on so many sentences of SST-2, so many epochs; None if there are none."""
-    wanted = ("SST-2", PACKAGED, *budget)
+def group(runs: Sequence[Run], budget: tuple[int, int], base: str = PACKAGED) -> Group | None:
+    """The rows of a table: a base on so many sentences of SST-2, so many epochs; None if there are none."""
+    wanted = ("SST-2", base, *budget)
     found = [group for group in grouped(runs) if group.budget.usual]
     return next((g for g in found if (g.budget.data, g.budget.base, g.budget.train, g.budget.epochs) == wanted), None)
 
@@ -84,12 +86,14 @@ def _whose(group: Group, peft: Sequence[reference.Row]) -> str:
     """How peft's rows were made, and which part of its memory is whose, if there are any."""
     part = [row for row in peft if row["train"] == PART[0]]
     found = {method: split for method in ("lora", "qlora") if (split := reference.two_by_two(part, method))}
-    if not found or not reference.beside(peft, "qlora", "SST-2", *WHOLE, group.budget.precision):
+    row = reference.beside(peft, "qlora", "SST-2", *WHOLE, group.budget.precision)
+    if not found or not row:
         return ""
     shares = (f"{100 * split.engine / (split.engine + split.harness):.0f} % (`{method}`)" for method, split in found.items())
     return (
-        f"\npeft's are one seed, in a plain Trainer. Of what it takes more, {' and '.join(shares)} is the engine's and the\n"
-        f"rest the harness's, by runs of each engine in each harness on {PART[0]:,} sentences."
+        f"\npeft's are one seed, in {reference.HARNESS[row['harness']]}. Of what it takes more, {' and '.join(shares)} is the\n"
+        f"engine's, with a base in bfloat16 as the experiments hold it, and the rest the harness's, by runs of each engine in\n"
+        f"each harness on {PART[0]:,} sentences, one seed."
     )
 
 
@@ -121,9 +125,10 @@ def _made(group: Group) -> str:
     if len(known) < len(runs):
         return f"These were measured with an earlier version of the code, in {precision}, one seed each."
     seeds = sorted({len(row.runs) for row in group.rows})
-    number = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     processors = " and ".join(sorted({f"{one['processor']}, {_threads(one['threads'])} a run" for one in known}))
-    return f"Means of {number}, ± one standard deviation; {precision}, version {known[0]['version']}, {processors}."
+    rows = "One seed each" if seeds == [1] else f"Means of {number} seeds, ± one standard deviation"
+    return f"{rows}; {precision}, version {known[0]['version']}, {processors}."
 
 
 def _threads(number: int) -> str:

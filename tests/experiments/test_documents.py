@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import documents, measured
+from experiments import documents, measured, packaged_base
 from experiments.errors import ExperimentError
 from tests.support import ROOT, fabricated
 
@@ -22,6 +22,15 @@ def test_a_table_is_made_of_the_runs(tmp_path):
     assert found["whole"].endswith("Means of 3 seeds, ± one standard deviation; float32, version 0, one, 1 thread a run.")
 
 
+def test_the_larger_base_has_a_table_of_its_own(tmp_path):
+    made = fabricated.metrics("lora")
+    made["data"] |= {"train": 12_000}
+    made["hyperparameters"]["epochs"] = 1
+    made["base_model"] |= {"name": packaged_base.NAME}
+    found = documents.tables(measured.read(fabricated.write(tmp_path, made)))
+    assert set(found) == {"larger"} and found["larger"].endswith("One seed each; float32, version 0, one, 1 thread a run.")
+
+
 @pytest.mark.parametrize(("precision", "said"), [("fp32", True), ("bf16", False)])
 def test_peft_s_peak_is_beside_and_is_split_between_engine_and_harness(tmp_path, monkeypatch, precision, said):
     peaks = {("ours", "ours"): 1000.0, ("ours", "plain"): 1700.0, ("peft", "ours"): 1300.0, ("peft", "plain"): 2000.0}
@@ -34,7 +43,7 @@ def test_peft_s_peak_is_beside_and_is_split_between_engine_and_harness(tmp_path,
     monkeypatch.setattr(documents.reference, "read", lambda: rows)
     found = documents.tables(measured.read(fabricated.write(tmp_path, fabricated.metrics("qlora"))))["whole"]
     assert ("| 50.0 %    | 2,000 MiB" in found) == said
-    assert ("Of what it takes more, 30 % (`qlora`) is the engine's and the\nrest the harness's" in found) == said
+    assert ("are one seed, in a plain Trainer. Of what it takes more, 30 % (`qlora`) is the\nengine's" in found) == said
 
 
 def test_what_recorded_no_code_is_told(tmp_path):
