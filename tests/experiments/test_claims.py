@@ -163,4 +163,4 @@ def test_the_accuracies_that_are_shown_are_of_the_seeds_that_are_compared(tmp_pa
     assert aim(3, tmp_path / "a", *full, *best).numbers.startswith("best 89.0 %, full 90.0 %: ")
     best[0]["wrong"] = None  # it kept no predictions
     full[1]["accuracy"] = 0.8
-    assert aim(3, tmp_path / "b", *full, *best).numbers.startswith("best 89.0 %, full 80.0 %: -")
+    assert aim(3, tmp_path / "b", *full, *best).numbers.startswith("best 89.0 %, full 80.0 %: +8.9 points (")
