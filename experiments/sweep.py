@@ -112,7 +112,7 @@ class Space:
                 rng.choice(self.ranks),
                 rng.choice(self.alphas),
                 round(rng.uniform(min(self.dropouts), max(self.dropouts)), 2),
-                _rounded(math.exp(rng.uniform(*(math.log(f(self.learning_rates)) for f in (min, max))))),
+                float(f"{math.exp(rng.uniform(*(math.log(f(self.learning_rates)) for f in (min, max)))):.2g}"),
                 rng.choice(self.lora_plus),
                 rng.choice(self.targets),
             )
@@ -120,10 +120,6 @@ class Space:
             if len(found) == trials:
                 return list(found)
         raise ExperimentError(f"--trials: the ranges hold {len(found)} different settings at most; ask for fewer than {trials}")
-
-
-def _rounded(value: float, digits: int = 2) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def parser() -> Parser:
@@ -237,8 +233,8 @@ def sweep(args: argparse.Namespace) -> int:
     from .figures import draw_sweep
 
     draw_sweep(rows, args.output_dir / FIGURE)
-    found = {name: rows[0][name] for name in SETTINGS if rows[0][name] != ""}
-    best = ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in found.items())
+    first = [(name, rows[0][name]) for name in SETTINGS if rows[0][name] != ""]
+    best = ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in first)
     print(f"best: {best}: accuracy {rows[0]['accuracy']:.1%} of {args.held_out:,}")
     print(f"table: {args.output_dir / CSV}; figure: {args.output_dir / FIGURE}")
     return 0
@@ -278,16 +274,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def made_by_other_code(path: Path) -> bool:
     """Whether a line of a table was made by other code than the present one, or does not say; so of a table without lines."""
-    lines = read_csv(path)
-    return not lines or any(line.get(name) != code for line in lines for name, code in provenance.sources().items())
+    return any(line.get(name) != code for line in read_csv(path) or [{}] for name, code in provenance.sources().items())
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the table, whole or not at all."""
     from lora_core.files.disk import write_whole
 
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text := io.StringIO(), COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_whole(path, text.getvalue().encode())
