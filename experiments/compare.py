@@ -9,7 +9,8 @@ What is done is skipped, so an interrupted comparison goes on where it stopped. 
 to DIR/report.md, figures to DIR/figures.
 
 With --check the exit code is 1 when a run misses what is expected of it (`expected.py`), when it was made by other code than
-the present one, or when there is nothing to check; of the committed results also when a recipe has changed since.
+the present one, or when there is nothing to check; of the committed results also when a recipe has changed since, or when one
+of them is missing.
 """
 
 from __future__ import annotations
