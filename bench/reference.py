@@ -25,23 +25,11 @@ from typing import Any
 from experiments import provenance
 from experiments.errors import ExperimentError
 from experiments.record import read_json
-from experiments.reference import FILE, Row, precision, read, replaces, write
+from experiments.reference import CELLS, FILE, RUNS, Row, precision, read, replaces, write
 from experiments.several import Several
 
 from . import reference_run
 
-#: (flags of the work, flags of the data, methods, cells): each cell is an engine in a harness. As the study, in bfloat16. peft
-#: in a plain Trainer has three seeds where that takes minutes, so that differences are judged over seeds too.
-CELLS = tuple(itertools.product(("ours", "peft"), ("ours", "plain")))
-STUDY, WHOLE = "--train-samples 12000 --epochs 2 --precision bf16", "--epochs 3 --precision bf16"
-RUNS = (
-    (STUDY, (), ("lora", "qlora"), CELLS),
-    (STUDY, (), ("query-only",), (("peft", "ours"),)),
-    (f"{STUDY} --seed 1", (), ("lora", "qlora"), (("peft", "plain"),)),
-    (f"{STUDY} --seed 2", (), ("lora", "qlora"), (("peft", "plain"),)),
-    (WHOLE, (), ("lora", "qlora"), (("peft", "plain"),)),
-    (WHOLE, ("--data", "packaged"), ("lora", "qlora"), (("peft", "ours"),)),
-)
 #: Runs at a time, each with its share of the cores, as the study's own.
 JOBS = 2
 WRITING = threading.Lock()

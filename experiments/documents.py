@@ -90,9 +90,10 @@ def _whose(group: Group, peft: Sequence[reference.Row]) -> str:
     if not found or not row:
         return ""
     shares = (f"{100 * split.engine / (split.engine + split.harness):.0f} % (`{method}`)" for method, split in found.items())
+    held = ", with a base in bfloat16 as the experiments hold it," if group.budget.precision == BF16 else ""
     return (
         f"\npeft's are one seed, in {reference.HARNESS[row['harness']]}. Of what it takes more, {' and '.join(shares)} is the\n"
-        f"engine's, with a base in bfloat16 as the experiments hold it, and the rest the harness's, by runs of each engine in\n"
+        f"engine's{held} and the rest the harness's, by runs of each engine in\n"
         f"each harness on {PART[0]:,} sentences, one seed."
     )
 

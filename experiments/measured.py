@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -218,7 +219,21 @@ def _run(path: Path) -> Run:
         _ = run.budget, run.label
     except (KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(f"{path} is not as written here ({error!r}); run it again") from None
+    if not 0 <= run["accuracy"] <= 1:
+        raise ExperimentError(f"{path}: the accuracy must be a share, between 0 and 1, not {run['accuracy']}; run it again")
     return run
+
+
+def apart(runs: Sequence[Run]) -> list[str]:
+    """Runs of other bytes of their data or of their base than most of the same name, a line each."""
+    found = []
+    for what, key in (("data", "data"), ("base", "base_model")):
+        seen: dict[str, Counter] = {}
+        for run in runs:
+            seen.setdefault(run[key]["name"], Counter())[run[key].get("sha256")] += 1
+        usual = {name: hashes.most_common(1)[0][0] for name, hashes in seen.items()}
+        found += [f"{run.name}: other bytes of its {what}" for run in runs if run[key].get("sha256") != usual[run[key]["name"]]]
+    return found
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

@@ -9,7 +9,10 @@ The engine puts the adapters on, the harness trains. Rows of an earlier version 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +23,43 @@ import numpy as np
 from lora_core.files.disk import write_whole
 
 from . import provenance, record
+from .command import Parser
 from .errors import ExperimentError
+from .flags import schedule_flags
 from .methods import FP32
 
 FILE = Path(__file__).parents[1] / "bench" / "results" / "reference.json"
 ENGINES, HARNESSES = ("ours", "peft"), ("ours", "plain")
+REQUIRED = ("engine", "harness", "method", "data", "train", "settings", "seed")
 HARNESS = {"ours": "our harness", "plain": "a plain Trainer", None: "a harness that was not kept"}  # in words
 Row = dict[str, Any]
+#: What is made: (flags of the work, flags of the data, methods, cells), each cell an engine in a harness. As the study, in
+#: bfloat16. peft in a plain Trainer has three seeds where that takes minutes, so that differences are judged over seeds too.
+CELLS = tuple(itertools.product(ENGINES, HARNESSES))
+STUDY, WHOLE = "--train-samples 12000 --epochs 2 --precision bf16", "--epochs 3 --precision bf16"
+RUNS = (
+    (STUDY, (), ("lora", "qlora"), CELLS),
+    (STUDY, (), ("query-only",), (("peft", "ours"),)),
+    (f"{STUDY} --seed 1", (), ("lora", "qlora"), (("peft", "plain"),)),
+    (f"{STUDY} --seed 2", (), ("lora", "qlora"), (("peft", "plain"),)),
+    (WHOLE, (), ("lora", "qlora"), (("peft", "plain"),)),
+    (WHOLE, ("--data", "packaged"), ("lora", "qlora"), (("peft", "ours"),)),
+)
 
 
 def read(path: Path = FILE) -> list[Row]:
-    """The rows of a file; none if there is no file."""
-    return record.read_json(path)["rows"] if path.exists() else []
+    """The rows of a file; none if there is no file.
+
+    Raises:
+        ExperimentError: it is not as written here.
+    """
+    rows = record.read_json(path).get("rows") if path.exists() else []
+    if not isinstance(rows, list):
+        raise ExperimentError(f"{path} has no list of rows; run python -m bench reference")
+    for number, row in enumerate(rows):
+        if missing := [name for name in REQUIRED if name not in row]:
+            raise ExperimentError(f"{path}: row {number} has no {', '.join(missing)}; run python -m bench reference")
+    return rows
 
 
 def of(directory: Path) -> list[Row]:
@@ -126,18 +154,47 @@ def two_by_two(rows: Sequence[Row], method: str) -> TwoByTwo | None:
 
 
 def outdated(rows: Sequence[Row]) -> list[str]:
-    """What other code made, a line each; a line if there is nothing."""
-    if not rows:
-        return [f"{FILE.name}: no row of peft's"]
-    found = []
+    """What of `RUNS` is missing among some rows, what is there besides or twice, and what other code made; a line each."""
+    there, asked = Counter(map(named, rows)), Counter(wanted())
+    found = [f"{name}: missing" for name in asked - there] + [f"{name}: there besides, or twice" for name in there - asked]
     for row in rows:
-        other = [
-            *provenance.differing(row),
-            *(["bench"] if (row.get(provenance.KEY) or {}).get("bench") != bench_code() else []),
-        ]
-        job = f"{row['method']}, {row['train']:,} of {row['data']} x {row['settings']['epochs']}, seed {row['seed']}"
-        found += [f"{FILE.name}: {job}, {row['engine']} in {row['harness']}: other {' and '.join(other)}"] if other else []
-    return found
+        known = row.get(provenance.KEY) or {}
+        other = [*provenance.differing(row), *(["bench"] if known.get("bench") != bench_code() else [])]
+        found += [f"{named(row)}: other {' and '.join(other)}"] if other else []
+        found += [] if "predicted" in row else [f"{named(row)}: no predictions"]
+    return [f"{FILE.name}: {line}" for line in found]
+
+
+def wanted() -> list[str]:
+    """The names of the rows of `RUNS`."""
+    p = Parser(__doc__)
+    p.add_argument("--precision")
+    p.add_argument("--data")
+    schedule_flags(p)
+    names = []
+    for work, of, methods, cells in RUNS:
+        args = p.parse_args([*shlex.split(work), *of])
+        data = "Rotten Tomatoes" if args.data == "packaged" else "SST-2"
+        settings = {"train_samples": args.train_samples, "epochs": args.epochs, "precision": args.precision}
+        for method, (engine, harness) in itertools.product(methods, cells):
+            row = {
+                "engine": engine,
+                "harness": harness,
+                "method": method,
+                "data": data,
+                "seed": args.seed,
+                "settings": settings,
+            }
+            names.append(named(row))
+    return names
+
+
+def named(row: Row) -> str:
+    """A row in words: no two have the same."""
+    settings = row["settings"]
+    much = f"{settings['train_samples']:,}" if settings.get("train_samples") else "all"
+    work = f"{row['method']}, {much} of {row['data']} x {settings['epochs']}, {precision(row)}, seed {row['seed']}"
+    return f"{work}, {row['engine']} in {row['harness']}"
 
 
 @functools.cache

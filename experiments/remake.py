@@ -98,7 +98,8 @@ def remake(args: argparse.Namespace) -> int:
     if any(one.plan["hyperparameters"]["precision"] == BF16 for one in todo) and (speed := speed_of_bf16()) < 1:
         print(f"note: that is of a processor with instructions for bfloat16; here a product in it takes {1 / speed:.1f} times")
         print("      as long as in float32, and the runs that compute in it take several times what was recorded")
-    own_sweep = "is done by the present code" if swept(args.output_dir) else f"takes about {swept_hours():.1f} hours"
+    there = other_trials(args.output_dir / "sweep" / CSV) is None
+    own_sweep = "is done by the present code" if there else f"takes about {swept_hours():.1f} hours"
     print(f"the sweep {own_sweep}", flush=True)
     _call("bench", "reference", "--data", args.data, "--plan", *rows)
     if args.plan:
@@ -172,7 +173,7 @@ def _sweep(args: argparse.Namespace) -> None:
     Raises:
         ExperimentError: the recipe `best` is not among what it finds.
     """
-    if swept(args.output_dir):
+    if other_trials(args.output_dir / "sweep" / CSV) is None:
         return
     _call("experiments.sweep", *shlex.split(SWEEP), "--data", args.data, "--output-dir", str(SWEPT), "--refresh")
     check_recipe(SWEPT)
@@ -180,13 +181,21 @@ def _sweep(args: argparse.Namespace) -> None:
     shutil.copyfile(SWEPT / CSV, args.output_dir / "sweep" / CSV)
 
 
-def swept(results: Path) -> bool:
-    """Whether this sweep, by the present code, is among the results, and the recipe `best` its best row."""
-    path = results / "sweep" / CSV
-    if not path.exists() or made_by_other_code(path):
-        return False
-    found = [Setting.read(row) for row in read_csv(path)]
-    return found[:1] == [Setting.of(METHODS["best"])] and set(found) == set(wanted(sweeping().parse_args(shlex.split(SWEEP))))
+def other_trials(table: Path) -> str | None:
+    """What keeps a table from being that of this sweep by the present code, in words; None if nothing."""
+    from .measured import margin
+
+    if not table.exists():
+        return "missing"
+    if made_by_other_code(table):
+        return "other code, or no trials"
+    asked = sweeping().parse_args(shlex.split(SWEEP))
+    found, own = {Setting.read(row): float(row["accuracy"]) for row in read_csv(table)}, Setting.of(METHODS["best"])
+    if set(found) != set(wanted(asked)):
+        return "other settings than those that are asked for"
+    first = max(found.values())
+    worse = own not in found or first - found[own] > margin(first, found[own], asked.held_out)
+    return f"the recipe 'best', {own.name}, is none of its best" if worse else None
 
 
 def check_recipe(directory: Path) -> None:

@@ -10,9 +10,9 @@ from lora_core.files.disk import write_whole
 from . import claims, measured, provenance, published, reference
 from .beginning import RESULTS
 from .errors import ExperimentError
-from .expected import NOT_RUN, Judgement, judge
+from .expected import NOT_RUN, Judgement, judge, unmatched
 from .measured import Group, Row, percent
-from .sweep import CSV, made_by_other_code
+from .sweep import CSV
 from .table import markdown
 
 REPORT = "report.md"
@@ -189,14 +189,17 @@ def made_by(runs: Sequence[measured.Run], directory: Path) -> str:
     if not (other := outdated(runs, directory)):
         peft = f" and peft's {len(reference.of(directory))} rows" if directory.resolve() == RESULTS else ""
         return f"All {len(runs)} results{peft} were made by the present code."
-    text = f"{len(other)} of the results are not what the present code makes; `make results` makes them again:"
+    again = (
+        "`make results` makes them" if directory.resolve() == RESULTS else "the command that made them does it, with --refresh,"
+    )
+    text = f"{len(other)} of the results are not what the present code makes; {again} again:"
     return f"{text}\n\n" + "\n".join(f"- {line}" for line in other)
 
 
 def outdated(runs: Sequence[measured.Run], directory: Path) -> list[str]:
     """What other code made, a line each; of the committed results also what has other settings than its method has now, or is
     missing."""
-    from .remake import absent
+    from .remake import absent, other_trials
 
     committed = directory.resolve() == RESULTS
     found = []
@@ -206,12 +209,9 @@ def outdated(runs: Sequence[measured.Run], directory: Path) -> list[str]:
         found += [f"{run.name}, {run.budget.precision}: {'; '.join(other)}"] if other else []
     if not committed:
         return found
-    swept = directory / "sweep" / CSV
-    if not swept.exists():
-        found.append(f"sweep/{CSV}: missing")
-    elif made_by_other_code(swept):
-        found.append(f"sweep/{CSV}: other code, or no trials")
-    return [*found, *absent(runs), *reference.outdated(reference.of(directory))]
+    rows, trials = reference.of(directory), other_trials(directory / "sweep" / CSV)
+    found += [f"sweep/{CSV}: {trials}"] if trials else []
+    return [*found, *absent(runs), *measured.apart(runs), *reference.outdated(rows), *unmatched(runs, rows)]
 
 
 def _code(run: measured.Run) -> str:

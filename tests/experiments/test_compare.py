@@ -240,51 +240,94 @@ def committed(tmp_path, monkeypatch):
     return directory
 
 
-def rows_of_peft_s(change):
+def of_peft_s(change):
+    """Damage to what stands beside: `change` takes all rows and returns them."""
+
     def damage(directory):
         path = directory / "reference.json"
-        reference.write(path, [row | change(row) for row in reference.read(path)])
+        reference.write(path, change(reference.read(path)))
 
     return damage
 
 
-def of_another_method(directory):
-    path = directory / RUN / "metrics.json"
-    record.write_json(path, json.loads(path.read_text()) | {"method": "another"})
+def of_the_sweep(change):
+    def damage(directory):
+        path = directory / "sweep" / "sweep.csv"
+        sweep.write_csv(path, change(sweep.read_csv(path)))
+
+    return damage
 
 
-RUN = "sst-2-all-minilm-l6-v2-12000x2/rslora-seed0"
-WHOSE = "rslora, seed 0, 12,000 of SST-2 x 2, all-MiniLM-L6-v2, bf16"
-WRONG = "1" * 436 + "0" * 436
+def of_the_run(change):
+    def damage(directory):
+        path = directory / RUN / "metrics.json"
+        metrics = json.loads(path.read_text())
+        record.write_json(path, metrics | change(metrics))
+
+    return damage
+
+
+def of_its_predictions(change):
+    def damage(directory):
+        path = directory / RUN / "predictions.txt"
+        path.write_text("\n".join(change(*path.read_text().split())) + "\n")
+
+    return damage
+
+
+def other(text):
+    return text.translate(str.maketrans("01", "10"))
+
+
+RUN, WHOSE = "sst-2-all-minilm-l6-v2-12000x2/lora-seed0", "lora, seed 0, 12,000 of SST-2 x 2, all-MiniLM-L6-v2, bf16"
+OUGHT = "as many right as the accuracy says | not in"
+PEFT_S = "lora, all of SST-2 x 3, bf16, seed 0, peft in plain"
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [
-        (lambda d: shutil.rmtree(d / RUN), f"- {WHOSE}: missing"),
-        (of_another_method, f"- {WHOSE}: missing"),
-        (lambda d: (d / RUN / "predictions.txt").unlink(), "as many right as the accuracy says | not in "),
-        (
-            lambda d: (d / RUN / "predictions.txt").write_text(f"{WRONG}\n{WRONG}\n"),
-            "as many right as the accuracy says | not in ",
+    {
+        "a run": (lambda d: shutil.rmtree(d / RUN), f"- {WHOSE}: missing"),
+        "its method": (of_the_run(lambda m: {"method": "another"}), f"- {WHOSE}: missing"),
+        "its data": (of_the_run(lambda m: {"data": m["data"] | {"sha256": "0"}}), "lora-seed0: other bytes of its data"),
+        "its base": (of_the_run(lambda m: {"base_model": m["base_model"] | {"sha256": "0"}}), "other bytes of its base"),
+        "no predictions": (lambda d: (d / RUN / "predictions.txt").unlink(), OUGHT),
+        "all right": (of_its_predictions(lambda labels, said: (labels, labels)), OUGHT),
+        "other labels": (of_its_predictions(lambda labels, said: (other(labels), other(said))), OUGHT),
+        "cut predictions": (of_its_predictions(lambda labels, said: (labels[:-9], said[:-9])), OUGHT),
+        "no sweep": (lambda d: (d / "sweep" / "sweep.csv").unlink(), "- sweep/sweep.csv: missing"),
+        "an empty sweep": (of_the_sweep(lambda rows: []), "- sweep/sweep.csv: other code, or no trials"),
+        "a cut sweep": (
+            of_the_sweep(lambda rows: rows[:-1]),
+            "- sweep/sweep.csv: other settings than those that are asked for",
         ),
-        (lambda d: (d / "sweep" / "sweep.csv").unlink(), "- sweep/sweep.csv: missing"),
-        (lambda d: sweep.write_csv(d / "sweep" / "sweep.csv", []), "- sweep/sweep.csv: other code, or no trials"),
-        (rows_of_peft_s(lambda row: {"provenance": provenance.sources()}), "seed 2, peft in plain: other bench"),
-        (rows_of_peft_s(lambda row: {"provenance": None}), "seed 2, peft in plain: other engine and experiments and bench"),
-        (rows_of_peft_s(lambda row: {"accuracy": 0.6}), "60.0 % of seed 0 is not what it predicted"),
-    ],
-    ids=[
-        "run",
-        "method",
-        "no predictions",
-        "other predictions",
-        "no sweep",
-        "empty sweep",
-        "bench",
-        "engine",
-        "peft's accuracy",
-    ],
+        "a row of peft's": (of_peft_s(lambda rows: rows[1:]), f"reference.json: {PEFT_S}: missing"),
+        "rows twice": (of_peft_s(lambda rows: rows * 2), f"reference.json: {PEFT_S}: there besides, or twice"),
+        "their bench": (
+            of_peft_s(lambda rows: [row | {"provenance": provenance.sources()} for row in rows]),
+            f"reference.json: {PEFT_S}: other bench",
+        ),
+        "their engine": (
+            of_peft_s(lambda rows: [row | {"provenance": None} for row in rows]),
+            f"reference.json: {PEFT_S}: other engine and experiments and bench",
+        ),
+        "their accuracies": (
+            of_peft_s(lambda rows: [row | {"accuracy": 0.6} for row in rows]),
+            "| predictions beside peft's | " + OUGHT,
+        ),
+        "accuracies of ours beside them": (
+            of_peft_s(lambda rows: [row | ({"accuracy": 0.99} if row["engine"] == "ours" else {}) for row in rows]),
+            "| predictions beside peft's | " + OUGHT,
+        ),
+        "their predictions": (
+            of_peft_s(lambda rows: [{key: row[key] for key in row if key != "predicted"} for row in rows]),
+            f"reference.json: {PEFT_S}: no predictions",
+        ),
+        "their settings": (
+            of_peft_s(lambda rows: [row | {"settings": row["settings"] | {"learning_rate": 1}} for row in rows]),
+            "no run of ours has its settings",
+        ),
+    }.values(),
 )
 def test_committed_results_that_are_missing_stale_or_changed_fail_the_check(call, committed, damage, says):
     code, out, _ = call("--check", "--output-dir", committed)
@@ -294,10 +337,24 @@ def test_committed_results_that_are_missing_stale_or_changed_fail_the_check(call
     assert code == 1 and says in " ".join(out.split()) and not err
 
 
-def test_a_run_that_is_there_twice_is_refused(call, committed):
-    shutil.copytree(committed / RUN, committed / "again" / "rslora-seed0")
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: (d / "reference.json").write_text("{}"), "has no list of rows; run python -m bench reference"),
+        (of_peft_s(lambda rows: [{"engine": "peft"}]), "row 0 has no harness, method, data, train"),
+        (of_the_run(lambda m: {"accuracy": 1.5}), "the accuracy must be a share, between 0 and 1, not 1.5"),
+    ],
+)
+def test_a_file_that_is_not_as_written_is_one_line(call, committed, damage, says):
+    damage(committed)
     code, out, err = call("--check", "--output-dir", committed)
-    assert code == 2 and not out and "are the same run, rslora, seed 0" in err
+    assert code == 2 and not out and says in err and err.count("\n") == 1
+
+
+def test_a_run_that_is_there_twice_is_refused(call, committed):
+    shutil.copytree(committed / RUN, committed / "again" / "lora-seed0")
+    code, out, err = call("--check", "--output-dir", committed)
+    assert code == 2 and not out and "are the same run, lora, seed 0" in err
 
 
 @pytest.mark.parametrize(

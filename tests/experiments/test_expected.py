@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import expected, measured, reference
+from experiments import expected, measured, predictions, reference
 from experiments.expected import MET, NOT_MET, NOT_RUN
 from tests.support import fabricated
 
@@ -158,8 +158,14 @@ def test_peft_s_accuracy_is_that_of_its_predictions(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "read", lambda: [peft_s_row(accuracy=0.6, predicted="1" * 872)])
     rows = judged(tmp_path, fabricated.metrics("lora", 772 / 872, wrong=range(100)))
     assert [row.found for row in rows if row.verdict == NOT_MET] == [
-        "60.0 % of seed 0 is not what it predicted; run python -m bench reference"
+        "not in lora, all of SST-2 x 3, fp32, seed 0, peft in plain"
     ]
+
+
+def test_the_f1_of_the_committed_runs_is_that_of_their_predictions():
+    for run in measured.read(fabricated.COMMITTED):
+        found = predictions.accuracy_and_f1(*predictions.read(run.path.parent))
+        assert (run["accuracy"], run["f1"]) == pytest.approx((found["accuracy"], found["f1"]), abs=1e-6), run.path
 
 
 def test_every_number_has_a_source_and_a_recipe():

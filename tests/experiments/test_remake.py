@@ -135,16 +135,21 @@ def test_what_is_done_is_left_and_the_rest_follows_in_order(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "left"),
-    [("", "", True), (r"(\n.*),\w+\n", r"\1,0\n", False), (r"\A(.*\n)(.*\n)(.*\n)", r"\1\3\2", False), (r".*\n\Z", "", False)],
-    ids=["as it is", "of other code", "with another best row", "without a trial"],
+    ("change", "left"),
+    {
+        "as it is": (lambda rows: rows, True),
+        "another first, within the interval": (lambda rows: [rows[1] | {"accuracy": "0.865"}, rows[0], *rows[2:]], True),
+        "with best far from the best": (lambda rows: [rows[0] | {"accuracy": "0.7"}, *rows[1:]], False),
+        "of other code": (lambda rows: [rows[0] | {"engine": "0"}, *rows[1:]], False),
+        "without a trial": (lambda rows: rows[:-1], False),
+        "without any": (lambda rows: [], False),
+    }.values(),
 )
-def test_a_sweep_of_the_present_code_is_left(call, tmp_path, before, after, left):
+def test_a_sweep_of_the_present_code_is_left(call, tmp_path, change, left):
     rows = [row | provenance.sources() for row in csv.DictReader(call.swept.splitlines())]
     table = tmp_path / "results" / "sweep" / "sweep.csv"
     table.parent.mkdir(parents=True)
-    sweep.write_csv(table, rows)
-    table.write_text(re.sub(before, after, table.read_text(), count=0 if left else 1))
+    sweep.write_csv(table, change(rows))
     fabricated.write(tmp_path / "results", fabricated.metrics("lora"))
     code, (out, _), made = call("--output-dir", tmp_path / "results")
     hours = sum(float(row["seconds"]) for row in rows) / 3600
