@@ -38,7 +38,7 @@ SETTINGS = {
     "biases of adapted layers": {"bias": "lora_only"},
     "all linear": {"target_modules": "all-linear"},
     "regular expression": {
-        "target_modules": r".*\.1\..*\.?(query|value|q_lin|v_lin|c_attn|q_proj|v_proj|SelfAttention.q|conv..)"
+        "target_modules": r".*\.1\..*\.?(query|value|q_lin|v_lin|c_attn|q_proj|v_proj|attn.q|attn.v|SelfAttention.q|conv..)"
     },
     "one layer": {"layers_to_transform": [1]},
     "exclusion": {"exclude_modules": r".*\.0\..*"},
@@ -62,6 +62,7 @@ NORMS = {
     "bert": "embeddings.LayerNorm",
     "distilbert": "sa_layer_norm",
     "roberta": "output.LayerNorm",
+    "mpnet": "embeddings.LayerNorm",
     "gpt2": "ln_f",
     "llama": "norm",
     "t5": "final_layer_norm",
