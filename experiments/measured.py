@@ -216,10 +216,10 @@ def _run(path: Path) -> Run:
         raise ExperimentError(f"{path} has no {', '.join(missing)}; run it again")
     try:
         run = Run(path, metrics)
-        _ = run.budget, run.label
+        _, share = (run.budget, run.label), 0 <= run["accuracy"] <= 1
     except (KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(f"{path} is not as written here ({error!r}); run it again") from None
-    if not 0 <= run["accuracy"] <= 1:
+    if not share:
         raise ExperimentError(f"{path}: the accuracy must be a share, between 0 and 1, not {run['accuracy']}; run it again")
     return run
 

@@ -190,7 +190,7 @@ def made_by(runs: Sequence[measured.Run], directory: Path) -> str:
         peft = f" and peft's {len(reference.of(directory))} rows" if directory.resolve() == RESULTS else ""
         return f"All {len(runs)} results{peft} were made by the present code."
     again = (
-        "`make results` makes them" if directory.resolve() == RESULTS else "the command that made them does it, with --refresh,"
+        "`make results` makes them" if directory.resolve() == RESULTS else "with --refresh the command that made them does it"
     )
     text = f"{len(other)} of the results are not what the present code makes; {again} again:"
     return f"{text}\n\n" + "\n".join(f"- {line}" for line in other)

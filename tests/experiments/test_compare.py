@@ -342,6 +342,7 @@ def test_committed_results_that_are_missing_stale_or_changed_fail_the_check(call
     [
         (lambda d: (d / "reference.json").write_text("{}"), "has no list of rows; run python -m bench reference"),
         (of_peft_s(lambda rows: [{"engine": "peft"}]), "row 0 has no harness, method, data, train"),
+        (of_the_run(lambda m: {"accuracy": "0.9"}), "is not as written here"),
         (of_the_run(lambda m: {"accuracy": 1.5}), "the accuracy must be a share, between 0 and 1, not 1.5"),
     ],
 )

@@ -69,9 +69,7 @@ def test_the_code_that_made_the_runs_is_told(tmp_path):
     del unknown["provenance"]
     runs = measured.read(fabricated.write(tmp_path, other, unknown, fabricated.metrics("lora", seed=2)))
     told = reporting.made_by(runs, tmp_path)
-    assert told.startswith(
-        "2 of the results are not what the present code makes; the command that made them does it, with --ref"
-    )
+    assert told.startswith("2 of the results are not what the present code makes; with --refresh the command that made them")
     assert "run0, fp32: other engine (version 0)" in told and "run1, fp32: recorded no code" in told and "run2" not in told
     assert reporting.made_by(runs[2:], tmp_path) == "All 1 results were made by the present code."
 
